@@ -1,0 +1,112 @@
+"""The registered ops: one schema per direction, their fakes, and the gradient formula of every fused backend.
+
+``eager`` is not here: it is plain PyTorch, which autograd and torch.compile take apart by themselves.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from prefix_attn.call import DIFFERENTIABLE, TENSORS, Call
+from prefix_attn.dispatch import BY_NAME
+
+_CALL = (
+    "Tensor query, Tensor key, Tensor value, Tensor? prefix_key, Tensor? prefix_value, Tensor? sinks, Tensor? bias, "
+    "Tensor? prefix_ids, Tensor? prefix_lengths, Tensor? prefix_start, Tensor? key_lengths, Tensor? key_mask, "
+    "bool is_causal, int? window, float scale, float? softcap, float dropout_p, str backend"
+)
+torch.library.define("prefix_attn::forward", f"({_CALL}) -> (Tensor out, Tensor lse)")
+torch.library.define(
+    "prefix_attn::backward",
+    f"({_CALL}, Tensor out, Tensor lse, Tensor grad_out, Tensor? grad_lse, bool[] needs) -> Tensor[]",
+)
+_forward = torch.ops.prefix_attn.forward.default
+_backward = torch.ops.prefix_attn.backward.default
+
+
+def attend(call: Call, backend: str) -> tuple[Tensor, Tensor]:
+    """(out, lse) of ``call`` through the registered op; differentiable once."""
+    return _forward(*call, backend)
+
+
+@torch.library.impl("prefix_attn::forward", "CompositeExplicitAutograd")
+def _(*args: Any) -> tuple[Tensor, Tensor]:
+    *call, backend = args
+    out, lse = BY_NAME[backend].forward(Call(*call))
+    return _as_models(out), lse.contiguous()
+
+
+@torch.library.impl("prefix_attn::backward", "CompositeExplicitAutograd")
+def _(*args: Any) -> list[Tensor]:
+    *call, backend, out, lse, grad_out, grad_lse, needs = args
+    grads = BY_NAME[backend].backward(Call(*call), out, lse, grad_out, grad_lse, needs)
+    return [_as_models(grad) if i < 3 else grad.contiguous() for i, grad in enumerate(grads) if grad is not None]
+
+
+@torch.library.register_fake("prefix_attn::forward")
+def _(*args: Any) -> tuple[Tensor, Tensor]:
+    query, value = args[0], args[2]
+    B, Hq, S, _ = query.shape
+    lse = query.new_empty(B, Hq, S, dtype=torch.promote_types(query.dtype, torch.float32))
+    return query.new_empty(B, S, Hq, value.shape[-1]).transpose(1, 2), lse
+
+
+@torch.library.register_fake("prefix_attn::backward")
+def _(*args: Any) -> list[Tensor]:
+    wanted = [(i, tensor) for i, (tensor, needed) in enumerate(zip(args, args[-1])) if needed]
+    grads = ((i, tensor.new_empty(tensor.shape)) for i, tensor in wanted)
+    return [_as_models(grad) if i < 3 else grad for i, grad in grads]
+
+
+def _as_models(tensor: Tensor) -> Tensor:
+    """(B, H, S, D) with the memory order (B, S, H, D), which models reshape for free; a copy if it had another."""
+    return tensor.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+class PrefixAttentionFunction(torch.autograd.Function):
+    """The gradient rule: to the prefix, and to query, key and value exactly where the graph asks for them.
+
+    A frozen model's first prefixed layer asks for the prefix's alone, and then only the prefix kernels run. Every later
+    layer also needs those of query, key and value: through them its loss reaches the prefixes below.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor]:
+        """``args`` are the op's: a Call and a backend's name."""
+        with torch._C._AutoDispatchBelowAutograd():
+            out, lse = _forward(*args)
+        ctx.save_for_backward(*args[:TENSORS], out, lse)
+        ctx.options = args[TENSORS:]
+        ctx.set_materialize_grads(False)  # most calls have no gradient of the lse, and save its work
+        return out, lse
+
+    @staticmethod
+    def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
+        """One gradient per argument; None where it was not asked for."""
+        *tensors, out, lse = ctx.saved_tensors
+        needs = list(ctx.needs_input_grad[:DIFFERENTIABLE])
+        if grad_out is None:
+            grad_out = torch.zeros_like(out)
+        grads = iter(_backward(*tensors, *ctx.options, out, lse, grad_out, grad_lse, needs))
+        rest = TENSORS - DIFFERENTIABLE + len(ctx.options)
+        return *(next(grads) if needed else None for needed in needs), *(None,) * rest
+
+
+class _Once(torch.autograd.Function):
+    """The backward op, which refuses a second derivative: without a formula autograd would return wrong numbers."""
+
+    @staticmethod
+    def forward(ctx: Any, *args: Any) -> tuple[Tensor, ...]:
+        with torch._C._AutoDispatchBelowAutograd():
+            return tuple(_backward(*args))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, ...]:
+        raise NotImplementedError("fused backends are differentiable once; backend='eager' any number of times")
+
+
+torch.library.impl("prefix_attn::forward", "Autograd")(lambda *args: PrefixAttentionFunction.apply(*args))
+torch.library.impl("prefix_attn::backward", "Autograd")(lambda *args: list(_Once.apply(*args)))

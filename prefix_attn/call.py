@@ -1,0 +1,201 @@
+"""One call of the operator, as a value: every tensor and option, and the rules that they obey.
+
+``check`` is the only place where arguments are validated; after it, backends trust the shapes.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+MAX_HEAD_SIZE = 256
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_INTS = (torch.int32, torch.int64)
+
+
+class Call(NamedTuple):
+    """Arguments of ``prefix_attention``. The first seven tensors may need a gradient, the next five cannot.
+
+    B batch, Hq query heads, Hkv key/value heads, S queries, T sequence keys, P prefix length, N bank entries,
+    D head size of query and key, Dv of value.
+    """
+
+    query: Tensor  # (B, Hq, S, D)
+    key: Tensor  # (B, Hkv, T, D)
+    value: Tensor  # (B, Hkv, T, Dv)
+    prefix_key: Tensor | None = None  # (Hkv, P, D) or (N, Hkv, P, D)
+    prefix_value: Tensor | None = None  # (Hkv, P, Dv) or (N, Hkv, P, Dv)
+    sinks: Tensor | None = None  # (Hq,)
+    bias: Tensor | None = None  # (1 or B, Hq, S, T)
+    prefix_ids: Tensor | None = None  # (B,)
+    prefix_lengths: Tensor | None = None  # (N,)
+    prefix_start: Tensor | None = None  # (B,)
+    key_lengths: Tensor | None = None  # (B,)
+    key_mask: Tensor | None = None  # (B, T) bool
+    is_causal: bool = True
+    window: int | None = None
+    scale: float = 1.0
+    softcap: float | None = None
+    dropout_p: float = 0.0
+
+    @property
+    def prefix_length(self) -> int:
+        """P, the padded length of the prefix; 0 without one."""
+        return 0 if self.prefix_key is None else self.prefix_key.shape[-2]
+
+    @property
+    def has_bank(self) -> bool:
+        """Whether the prefix is a bank of N entries rather than one that all rows share."""
+        return self.prefix_key is not None and self.prefix_key.dim() == 4
+
+
+TENSORS = 12  # leading fields of Call that are tensors
+DIFFERENTIABLE = 7  # of these, the ones that may need a gradient
+
+_SHAPES = {
+    "query": "B Hq S D",
+    "key": "B Hkv T D",
+    "value": "B Hkv T Dv",
+    "prefix_key": "Hkv P D",
+    "prefix_value": "Hkv P Dv",
+    "sinks": "Hq",
+    "bias": "B Hq S T",
+    "prefix_ids": "B",
+    "prefix_lengths": "N",
+    "prefix_start": "B",
+    "key_lengths": "B",
+    "key_mask": "B T",
+}
+
+
+def check(call: Call) -> None:
+    """Raise ValueError (shapes, ranges, devices) or TypeError (types, dtypes) unless the call is well formed."""
+    _check_types(call)
+    if (call.prefix_key is None) != (call.prefix_value is None):
+        raise ValueError("prefix_key and prefix_value must be given together, or both be None")
+    sizes: dict[str, int] = {}
+    for name in _SHAPES:
+        tensor = getattr(call, name)
+        if tensor is not None:
+            check_shape(name, tensor, _layout(name, call), sizes)
+            if tensor.device != call.query.device:
+                raise ValueError(f"{name} must be on query's device {call.query.device}, got {tensor.device}")
+    _check_heads(call, sizes)
+    _check_bank(call, sizes)
+    _check_options(call)
+    _check_values(call, sizes)
+
+
+def check_gate(gate: Tensor, call: Call) -> None:
+    """Raise unless ``gate`` is one factor per query head of ``call``."""
+    if not isinstance(gate, Tensor):
+        raise TypeError(f"prefix_gate must be a tensor, got {type(gate).__name__}")
+    _check_dtype("prefix_gate", gate.dtype, call.query.dtype)
+    check_shape("prefix_gate", gate, "Hq", {"Hq": call.query.shape[1]})
+    if gate.device != call.query.device:
+        raise ValueError(f"prefix_gate must be on query's device {call.query.device}, got {gate.device}")
+
+
+def check_shape(name: str, tensor: Tensor, layout: str, sizes: dict[str, int]) -> None:
+    """Match ``tensor`` against a layout such as "B Hq S D"; sizes seen for the first time are bound."""
+    dims = layout.split()
+    wanted = [1 if dim == "1" else sizes.get(dim) for dim in dims]
+    fits = tensor.dim() == len(dims) and all(w is None or w == n for w, n in zip(wanted, tensor.shape))
+    if not fits:
+        needs = ", ".join("*" if w is None else str(w) for w in wanted)
+        raise ValueError(f"{name} must be ({', '.join(dims)}) = ({needs}), got {tuple(tensor.shape)}")
+    for dim, n in zip(dims, tensor.shape):
+        if dim != "1":
+            sizes.setdefault(dim, n)
+
+
+def check_ids(name: str, tensor: Tensor, low: int, high: int) -> None:
+    """Raise unless low <= tensor <= high. Only where reading the values needs no device synchronisation."""
+    readable = type(tensor) is Tensor and tensor.device.type == "cpu" and not torch.compiler.is_compiling()
+    if readable and tensor.numel() and (int(tensor.min()) < low or int(tensor.max()) > high):
+        raise ValueError(f"{name} must lie in {low}..{high}, got {tensor.tolist()}")
+
+
+def _layout(name: str, call: Call) -> str:
+    if name.startswith("prefix_") and call.has_bank and name in ("prefix_key", "prefix_value"):
+        return "N " + _SHAPES[name]
+    if name == "bias" and call.bias is not None and call.bias.dim() == 4 and call.bias.shape[0] == 1:
+        return "1 Hq S T"
+    return _SHAPES[name]
+
+
+def _check_types(call: Call) -> None:
+    for name in _SHAPES:
+        tensor = getattr(call, name)
+        if tensor is None and name not in ("query", "key", "value"):
+            continue
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
+        _check_dtype(name, tensor.dtype, call.query.dtype)
+
+
+def _check_dtype(name: str, dtype: torch.dtype, query: torch.dtype) -> None:
+    if name == "query":
+        allowed: tuple[torch.dtype, ...] = _FLOATS
+    elif name in ("key", "value"):
+        allowed = (query,)
+    elif name in ("prefix_key", "prefix_value", "prefix_gate", "sinks", "bias"):
+        allowed = (query, torch.float32)
+    elif name == "key_mask":
+        allowed = (torch.bool,)
+    else:
+        allowed = _INTS
+    if dtype not in allowed:
+        raise TypeError(f"{name} must be {' or '.join(str(a) for a in dict.fromkeys(allowed))}, got {dtype}")
+
+
+def _check_heads(call: Call, sizes: dict[str, int]) -> None:
+    if sizes["Hkv"] == 0 or sizes["Hq"] % sizes["Hkv"]:
+        raise ValueError(f"query heads must be a multiple of key heads, got Hq = {sizes['Hq']}, Hkv = {sizes['Hkv']}")
+    for dim, owner in (("D", "query"), ("Dv", "value")):
+        if not 1 <= sizes[dim] <= MAX_HEAD_SIZE:
+            raise ValueError(f"{owner}'s head size {dim} must lie in 1..{MAX_HEAD_SIZE}, got {sizes[dim]}")
+    for name in ("query", "key", "value", "prefix_key", "prefix_value"):
+        tensor = getattr(call, name)
+        if tensor is not None and tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
+            raise ValueError(f"{name}'s last dimension must be contiguous, got stride {tensor.stride(-1)}")
+
+
+def _check_bank(call: Call, sizes: dict[str, int]) -> None:
+    if not call.has_bank:
+        for name in ("prefix_ids", "prefix_lengths"):
+            if getattr(call, name) is not None:
+                raise ValueError(f"{name} needs a bank: prefix_key (N, Hkv, P, D), prefix_value (N, Hkv, P, Dv)")
+    elif call.prefix_ids is None and sizes["N"] not in (1, sizes["B"]):
+        raise ValueError(f"prefix_ids is needed for a bank of N = {sizes['N']} entries and a batch of B = {sizes['B']}")
+
+
+def _check_options(call: Call) -> None:
+    if not isinstance(call.is_causal, bool):
+        raise TypeError(f"is_causal must be a bool, got {type(call.is_causal).__name__}")
+    if call.window is not None and (isinstance(call.window, bool) or not isinstance(call.window, int)):
+        raise TypeError(f"window must be an int or None, got {type(call.window).__name__}")
+    if call.window is not None and call.window < 1:
+        raise ValueError(f"window must be at least 1, got {call.window}")
+    for name in ("scale", "softcap", "dropout_p"):
+        number = getattr(call, name)
+        if number is not None and (isinstance(number, bool) or not isinstance(number, (int, float))):
+            raise TypeError(f"{name} must be a number, got {type(number).__name__}")
+    if not -math.inf < call.scale < math.inf:
+        raise ValueError(f"scale must be finite, got {call.scale}")
+    if call.softcap is not None and not 0 < call.softcap < math.inf:
+        raise ValueError(f"softcap must be positive and finite, got {call.softcap}")
+    if not 0 <= call.dropout_p < 1:
+        raise ValueError(f"dropout_p must lie in [0, 1), got {call.dropout_p}")
+
+
+def _check_values(call: Call, sizes: dict[str, int]) -> None:
+    if call.prefix_ids is not None:
+        check_ids("prefix_ids", call.prefix_ids, -1, sizes["N"] - 1)
+    if call.prefix_lengths is not None:
+        check_ids("prefix_lengths", call.prefix_lengths, 0, sizes["P"])
+    if call.key_lengths is not None:
+        check_ids("key_lengths", call.key_lengths, 0, sizes["T"])

@@ -1,0 +1,46 @@
+"""Which backend runs a call: the first, in order of preference, that refuses nothing."""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import NamedTuple
+
+from prefix_attn.backends import composed, eager
+from prefix_attn.call import Call
+
+ORDER: tuple[ModuleType, ...] = (composed, eager)  # eager, the last, refuses nothing
+BY_NAME: dict[str, ModuleType] = {backend.NAME: backend for backend in ORDER}
+NOT_IN_THIS_VERSION = ("cpu", "triton", "cuda")  # names that the public contract reserves
+
+
+class Explanation(NamedTuple):
+    """What ``backend="auto"`` does with a call."""
+
+    backend: str
+    refused: dict[str, tuple[str, ...]]
+
+    def __str__(self) -> str:
+        """One line per backend."""
+        lines = [f"auto -> {self.backend}"]
+        lines += [f"{name}: {'; '.join(reasons)}" for name, reasons in self.refused.items()]
+        return "\n".join(lines)
+
+
+def select(call: Call, backend: str = "auto") -> ModuleType:
+    """The backend for ``call``. A named one is used or the call raises: there is no silent fallback."""
+    if backend == "auto":
+        return next(b for b in ORDER if not list(b.refuse(call)))
+    if backend in NOT_IN_THIS_VERSION:
+        raise NotImplementedError(f"backend={backend!r} is not part of this version; it has {sorted(BY_NAME)}")
+    if backend not in BY_NAME:
+        raise ValueError(f"backend must be 'auto' or one of {sorted(BY_NAME)}, got {backend!r}")
+    if reasons := list(BY_NAME[backend].refuse(call)):
+        raise NotImplementedError(f"backend={backend!r} cannot run this call: {'; '.join(reasons)}")
+    return BY_NAME[backend]
+
+
+def explain(call: Call) -> Explanation:
+    """What ``select(call)`` picks, and why each backend that it would not pick was refused."""
+    refused = {b.NAME: tuple(b.refuse(call)) for b in ORDER}
+    refused |= dict.fromkeys(NOT_IN_THIS_VERSION, ("not part of this version",))
+    return Explanation(select(call).NAME, {name: reasons for name, reasons in refused.items() if reasons})

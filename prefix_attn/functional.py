@@ -1,0 +1,240 @@
+"""The operator: attention over [prefix ; sequence], where the batch shares a learned prefix."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from prefix_attn import _ops, dispatch
+from prefix_attn.backends import eager
+from prefix_attn.call import Call, check, check_gate
+from prefix_attn.packing import Packed
+
+
+def prefix_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    prefix_key: Tensor | None,
+    prefix_value: Tensor | None,
+    *,
+    prefix_ids: Tensor | None = None,
+    prefix_lengths: Tensor | None = None,
+    prefix_start: Tensor | None = None,
+    prefix_gate: Tensor | None = None,
+    key_lengths: Tensor | None = None,
+    key_mask: Tensor | None = None,
+    is_causal: bool = True,
+    window: int | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    bias: Tensor | None = None,
+    dropout_p: float = 0.0,
+    return_lse: bool = False,
+    backend: str = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:
+    r"""Attention over [prefix ; sequence], where the whole batch shares one learned prefix.
+
+        out[b, h, i] = sum_j softmax_j(scale * query[b, h, i] . k_j) v_j
+
+    j runs over all P prefix positions and over the sequence positions that query i may see. The prefix is read where it
+    lies: outside ``backend="eager"`` nothing of size B * P is ever made.
+
+    Args:
+        query: (B, Hq, S, D) float16, bfloat16, float32 or float64, last dimension contiguous, any other strides.
+        key: (B, Hkv, T, D) in query's dtype. Hq is a multiple of Hkv; query head h reads key head h // (Hq // Hkv).
+        value: (B, Hkv, T, Dv) in query's dtype.
+        prefix_key: (Hkv, P, D), or a bank (N, Hkv, P, D) of which each row reads one entry; None = no prefix. query's
+            dtype or float32; its gradient has its own dtype, and is summed over the batch in float32.
+        prefix_value: (Hkv, P, Dv) or (N, Hkv, P, Dv), as ``prefix_key``.
+        prefix_ids: (B,) int, bank only: row b reads entry ``prefix_ids[b]``, -1 = no prefix. Default: entry b (N = B) or
+            the one entry (N = 1).
+        prefix_lengths: (N,) int, bank only: valid length of each entry, for banks padded to P. Default P.
+        prefix_start: (B,) int: query i sees the prefix where its position is at least ``prefix_start[b]`` (infix).
+        prefix_gate: (Hq,) query's dtype or float32, may need a gradient. out = attention(sequence) + gate *
+            attention(prefix), two softmaxes; 0 is exactly no prefix. ``sinks`` and the lse are then the sequence's.
+        key_lengths: (B,) int: keys of row b from there on are invisible (static caches); default T.
+        key_mask: (B, T) bool, True = visible. Any pattern; does not move positions.
+        is_causal: query i sits at position T - S + i (``key_lengths[b]`` - S + i) and sees keys up to its own; the
+            prefix is visible to all. With S > T the first queries see the prefix only.
+        window: query at position p sees keys j with p - j < window, causal or not. The prefix stays visible.
+        scale: factor on the scores, default D ** -0.5.
+        softcap: scores become softcap * tanh(score / softcap), prefix and sequence alike.
+        sinks: (Hq,) query's dtype or float32, may need a gradient: logits added once to the softmax's denominator,
+            neither scaled nor capped (gpt-oss).
+        bias: (1 or B, Hq, S, T) query's dtype or float32, may need a gradient: added to the sequence's scores after the
+            softcap; may hold -inf. The prefix gets 0.
+        dropout_p: probability of dropping a probability, the prefix's too; the lse is undropped.
+        return_lse: also return the log-sum-exp of the scores.
+        backend: "auto", "eager" or "composed"; see ``explain``. A named backend is used or the call raises.
+
+    Returns:
+        (B, Hq, S, Dv) in query's dtype; with ``return_lse`` also (B, Hq, S) float32 (float64 for float64), natural
+        logarithm, differentiable. A query that sees no key and no sink gives 0 and -inf, one that sees only a sink 0
+        and the sink; neither adds to any gradient. P = 0, T = 0 and S = 0 are legal.
+
+    Raises:
+        ValueError: a shape, a range or a device. TypeError: a type or a dtype. NotImplementedError: the named backend
+        cannot run the call; the message says why.
+
+    Source: Li and Liang 2021, section 4.2 (prefix activations of every layer); Dao et al. 2022 (log-sum-exp).
+    """
+    call = _call(
+        query,
+        key,
+        value,
+        prefix_key,
+        prefix_value,
+        sinks,
+        bias,
+        prefix_ids,
+        prefix_lengths,
+        prefix_start,
+        key_lengths,
+        key_mask,
+        is_causal,
+        window,
+        scale,
+        softcap,
+        dropout_p,
+    )
+    out, lse = _run(call, backend) if prefix_gate is None else _gated(call, prefix_gate, backend)
+    return (out, lse) if return_lse else out
+
+
+def prefix_attention_varlen(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    prefix_key: Tensor | None,
+    prefix_value: Tensor | None,
+    *,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    prefix_ids: Tensor | None = None,
+    prefix_lengths: Tensor | None = None,
+    prefix_start: Tensor | None = None,
+    prefix_gate: Tensor | None = None,
+    is_causal: bool = True,
+    window: int | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    dropout_p: float = 0.0,
+    return_lse: bool = False,
+    backend: str = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:
+    """``prefix_attention`` over packed sequences: B sequences of different lengths, one after the other.
+
+    Args:
+        query: (Nq, Hq, D), the tokens of all sequences.
+        key: (Nk, Hkv, D). value: (Nk, Hkv, Dv).
+        prefix_key: (Hkv, P, D) or a bank (N, Hkv, P, D). prefix_value: likewise with Dv.
+        cu_seqlens_q: (B + 1,) int: sequence b has the queries ``cu_seqlens_q[b] : cu_seqlens_q[b + 1]``.
+        cu_seqlens_k: (B + 1,) int, likewise for keys; lengths may differ from the queries'.
+        max_seqlen_q: the largest number of queries of a sequence (or more: only speed is lost).
+        max_seqlen_k: likewise for keys.
+        prefix_ids: (B,) int, one per sequence, as in ``prefix_attention``.
+        prefix_lengths: (N,) int, as in ``prefix_attention``.
+        prefix_start: (B,) int, one per sequence, counted from the sequence's own first key.
+        prefix_gate: as in ``prefix_attention``; so are ``is_causal`` (each sequence bottom-right aligned), ``window``,
+            ``scale``, ``softcap``, ``sinks``, ``dropout_p`` and ``backend``.
+        is_causal: see ``prefix_gate``.
+        window: see ``prefix_gate``.
+        scale: see ``prefix_gate``.
+        softcap: see ``prefix_gate``.
+        sinks: see ``prefix_gate``.
+        dropout_p: see ``prefix_gate``.
+        return_lse: also return the log-sum-exp.
+        backend: see ``prefix_gate``.
+
+    Returns:
+        (Nq, Hq, Dv) in query's dtype; with ``return_lse`` also (Hq, Nq) float32, natural logarithm.
+
+    Raises:
+        ValueError, TypeError, NotImplementedError: as ``prefix_attention``.
+    """
+    packed_q = Packed(cu_seqlens_q, max_seqlen_q, query, "q")
+    packed_k = Packed(cu_seqlens_k, max_seqlen_k, key, "k")
+    if packed_q.batch != packed_k.batch:
+        raise ValueError(f"cu_seqlens_k must be (B + 1,) = ({packed_q.batch + 1},), got ({packed_k.batch + 1},)")
+    # Every sequence against the right edge: positions are counted from there, so causality and windows need no change.
+    if prefix_start is not None and prefix_start.shape == (packed_k.batch,):
+        prefix_start = prefix_start + packed_k.padding
+    out, lse = prefix_attention(
+        packed_q.pad(query),
+        packed_k.pad(key),
+        packed_k.pad(value),
+        prefix_key,
+        prefix_value,
+        prefix_ids=prefix_ids,
+        prefix_lengths=prefix_lengths,
+        prefix_start=prefix_start,
+        prefix_gate=prefix_gate,
+        key_mask=packed_k.present,
+        is_causal=is_causal,
+        window=window,
+        scale=scale,
+        softcap=softcap,
+        sinks=sinks,
+        dropout_p=dropout_p,
+        return_lse=True,
+        backend=backend,
+    )
+    out = packed_q.unpad(out)
+    return (out, packed_q.unpad(lse[..., None])[..., 0].transpose(0, 1)) if return_lse else out
+
+
+def explain(*args: Any, **kwargs: Any) -> dispatch.Explanation:
+    """Which backend ``auto`` picks for these arguments of ``prefix_attention``, and why each other was refused."""
+    bound = inspect.signature(prefix_attention).bind(*args, **kwargs)
+    bound.apply_defaults()
+    call = _call(**{name: bound.arguments[name] for name in Call._fields})
+    return dispatch.explain(call)
+
+
+def _call(query: Tensor, key: Tensor, value: Tensor, *rest: Any, **named: Any) -> Call:
+    """A checked Call: query, key and value in autocast's dtype where it is on, the default scale filled in."""
+    tensors = (query, key, value)
+    if all(isinstance(t, Tensor) for t in tensors):
+        kind = query.device.type
+        if torch.is_autocast_enabled(kind) and query.dtype != torch.float64:
+            tensors = tuple(t.to(torch.get_autocast_dtype(kind)) for t in tensors)
+    call = Call(*tensors, *rest, **named)
+    if call.scale is None and isinstance(query, Tensor) and query.dim():
+        call = call._replace(scale=max(query.shape[-1], 1) ** -0.5)
+    check(call)
+    return call
+
+
+def _run(call: Call, backend: str) -> tuple[Tensor, Tensor]:
+    module = dispatch.select(call, backend)
+    return eager.forward(call) if module is eager else _ops.attend(call, module.NAME)
+
+
+def _gated(call: Call, gate: Tensor, backend: str) -> tuple[Tensor, Tensor]:
+    """attention(sequence) + gate * attention(prefix), and the sequence's lse: two calls that no backend tells apart."""
+    check_gate(gate, call)
+    sequence, prefix = _split(call)
+    out, lse = _run(sequence, backend)
+    if call.prefix_key is None:
+        return out, lse
+    return (out + gate[:, None, None] * _run(prefix, backend)[0]).to(call.query.dtype), lse
+
+
+def _split(call: Call) -> tuple[Call, Call]:
+    """The call without its prefix, and without its sequence."""
+    start = call.prefix_start
+    if start is not None:  # without the sequence, positions count from 0 - S
+        T = call.key.shape[2]
+        start = start - (T if call.key_lengths is None else call.key_lengths.clamp(0, T))
+    no_prefix = dict.fromkeys(("prefix_key", "prefix_value", "prefix_ids", "prefix_lengths", "prefix_start"))
+    no_sequence = dict.fromkeys(("bias", "sinks", "key_lengths", "key_mask", "window"))
+    nothing = {"key": call.key[:, :, :0], "value": call.value[:, :, :0], "prefix_start": start, "is_causal": False}
+    return call._replace(**no_prefix), call._replace(**no_sequence, **nothing)

@@ -1,0 +1,106 @@
+"""What must hold whatever the numbers are: concatenation, permutation, repetition, causality, padding, memory."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from prefix_attn import prefix_attention
+from tests.numerics import Case
+
+BACKENDS = ("eager", "composed")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_equals_torch_on_the_concatenation(backend: str) -> None:
+    """The one definition that does not come from this project."""
+    a = Case(Hq=4, Hkv=4).arguments(torch.float32)
+    key = torch.cat([a["prefix_key"].expand(2, -1, -1, -1), a["key"]], dim=2)
+    value = torch.cat([a["prefix_value"].expand(2, -1, -1, -1), a["value"]], dim=2)
+    mask = torch.cat([torch.ones(17, 5, dtype=torch.bool), torch.ones(17, 17, dtype=torch.bool).tril()], dim=1)
+    expected = F.scaled_dot_product_attention(a["query"], key, value, attn_mask=mask)
+    torch.testing.assert_close(prefix_attention(**a, backend=backend), expected)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("layout", ["bhsd", "bshd"])
+def test_bitwise_repeatable(threads: int, layout: str) -> None:
+    arguments = Case(B=3, S=70, T=70, P=33, layout=layout).arguments(torch.float32)
+    results = []
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        for _ in range(3):
+            leaves = {n: arguments[n].clone().requires_grad_() for n in ("query", "key", "prefix_key", "prefix_value")}
+            out = prefix_attention(**arguments | leaves, backend="composed")
+            out.square().sum().backward()
+            results.append([out.detach(), *(leaf.grad for leaf in leaves.values())])
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        assert all(torch.equal(x, y) for x, y in zip(results[0], other))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_rows_do_not_see_each_other(backend: str) -> None:
+    arguments = Case(B=4, N=4, with_=("prefix_ids",)).arguments(torch.float32)
+    order = torch.tensor([2, 0, 3, 1])
+    moved = {n: a[order] if n in ("query", "key", "value", "prefix_ids") else a for n, a in arguments.items()}
+    out, permuted = (prefix_attention(**a, backend=backend) for a in (arguments, moved))
+    torch.testing.assert_close(permuted, out[order])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_causality(backend: str) -> None:
+    """What comes later changes nothing, to the bit."""
+    arguments = Case().arguments(torch.float32)
+    before = prefix_attention(**arguments, backend=backend)
+    arguments["key"][:, :, 9:] += 1
+    arguments["value"][:, :, 9:] += 1
+    after = prefix_attention(**arguments, backend=backend)
+    assert torch.equal(before[:, :, :9], after[:, :, :9])
+    assert (before[:, :, 9:] - after[:, :, 9:]).abs().min() > 0
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_zero_gate_is_no_prefix(backend: str) -> None:
+    arguments = Case().arguments(torch.float32)
+    plain = prefix_attention(**arguments | {"prefix_key": None, "prefix_value": None}, backend=backend)
+    gated = prefix_attention(**arguments, prefix_gate=torch.zeros(4), backend=backend)
+    assert torch.equal(gated, plain)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_empty_rows_are_zero_and_pass_no_gradient(backend: str) -> None:
+    arguments = Case(P=0).arguments(torch.float32) | {"key_mask": torch.zeros(2, 17, dtype=torch.bool)}
+    leaves = {n: arguments[n].requires_grad_() for n in ("query", "key", "value")}
+    out, lse = prefix_attention(**arguments | leaves, backend=backend, return_lse=True)
+    out.sum().backward()
+    assert torch.equal(out, torch.zeros_like(out))
+    assert torch.equal(lse, torch.full_like(lse, -torch.inf))
+    assert all(torch.equal(leaf.grad, torch.zeros_like(leaf)) for leaf in leaves.values())
+
+
+@pytest.mark.parametrize("layout", ["bhsd", "bshd"])
+def test_no_memory_grows_with_batch_times_prefix(layout: str) -> None:
+    """Forward and backward at B = 16, P = 512: no tensor of B * P rows is ever made, and no [S, P] scores."""
+    B, Hq, S, P, D = 16, 2, 4, 512, 8
+    largest = 0
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # noqa: ANN001, ANN204
+            nonlocal largest
+            out = func(*args, **(kwargs or {}))
+            for tensor in out if isinstance(out, tuple | list) else (out,):
+                if isinstance(tensor, Tensor):
+                    largest = max(largest, tensor.untyped_storage().nbytes() // tensor.element_size())
+            return out
+
+    arguments = Case(B=B, Hq=Hq, Hkv=1, S=S, T=S, P=P, D=D, Dv=D, layout=layout).arguments(torch.float32)
+    leaves = {n: arguments[n].requires_grad_() for n in ("query", "key", "prefix_key", "prefix_value")}
+    with Watch():
+        prefix_attention(**arguments | leaves, backend="composed").square().sum().backward()
+    assert largest == P * D, f"largest tensor has {largest} elements: the prefix has {P * D}, scores {B * Hq * S * P}"

@@ -1,0 +1,117 @@
+"""The registered ops: opcheck, torch.compile, torch.export, fake tensors, and a call through the raw op."""
+
+from __future__ import annotations
+
+from itertools import product
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
+
+from prefix_attn import PrefixAttentionFunction, prefix_attention
+from prefix_attn._ops import attend
+from prefix_attn.call import Call
+from prefix_attn.functional import _call
+from tests.numerics import Case
+
+OPS = {
+    "plain": Case(S=5, T=5),
+    "sinks and a mask": Case(S=3, T=5, with_=("sinks", "key_mask")),
+    "bank": Case(B=3, N=3, S=5, T=5, with_=("prefix_ids", "prefix_lengths", "prefix_start")),
+    "no prefix": Case(S=5, T=5, with_=("no_prefix",)),
+}
+NEEDS = [n for n in product((False, True), repeat=3)]
+
+
+def op_arguments(case: Case, needs: tuple[bool, bool, bool]) -> tuple[Any, ...]:
+    arguments = case.arguments(torch.float32)
+    groups = (("query",), ("key", "value"), ("prefix_key", "prefix_value", "sinks"))
+    for names, needed in zip(groups, needs):
+        for name in names:
+            if isinstance(arguments.get(name), Tensor):
+                arguments[name].requires_grad_(needed)
+    return (*_call(**{n: arguments.get(n) for n in Call._fields} | _defaults(arguments)), "composed")
+
+
+def _defaults(arguments: dict[str, Any]) -> dict[str, Any]:
+    return {n: arguments.get(n, default) for n, default in (("is_causal", True), ("dropout_p", 0.0))}
+
+
+@pytest.mark.parametrize("needs", NEEDS, ids=["".join("qsp"[i] for i in range(3) if n[i]) or "none" for n in NEEDS])
+@pytest.mark.parametrize("case", OPS.values(), ids=OPS)
+def test_opcheck_forward(case: Case, needs: tuple[bool, bool, bool]) -> None:
+    results = torch.library.opcheck(torch.ops.prefix_attn.forward.default, op_arguments(case, needs))
+    assert set(results.values()) == {"SUCCESS"}
+
+
+@pytest.mark.parametrize("with_lse", [False, True])
+@pytest.mark.parametrize("case", OPS.values(), ids=OPS)
+def test_opcheck_backward(case: Case, with_lse: bool) -> None:
+    arguments = op_arguments(case, (False, False, False))
+    out, lse = torch.ops.prefix_attn.forward.default(*arguments)
+    grad_lse = torch.ones_like(lse) if with_lse else None
+    for needs in ([True] * 7, [False] * 3 + [True, True, False, False]):
+        asked = [need and isinstance(tensor, Tensor) for need, tensor in zip(needs, arguments)]
+        rest = (out, lse, torch.ones_like(out), grad_lse, asked)
+        results = torch.library.opcheck(torch.ops.prefix_attn.backward.default, (*arguments, *rest))
+        assert set(results.values()) == {"SUCCESS"}
+
+
+def test_raw_op_and_function_differentiate() -> None:
+    """A direct torch.ops call, and the autograd.Function by name, give the gradients of the public function."""
+    arguments = Case().arguments(torch.float32)
+    leaf = arguments["prefix_key"].requires_grad_()
+    (expected,) = torch.autograd.grad(prefix_attention(**arguments, backend="composed").sum(), leaf)
+    call = _call(**{n: arguments.get(n) for n in Call._fields} | _defaults(arguments))
+    for out, _ in (attend(call, "composed"), PrefixAttentionFunction.apply(*call, "composed")):
+        (grad,) = torch.autograd.grad(out.sum(), leaf)
+        assert torch.equal(grad, expected)
+
+
+@pytest.mark.parametrize("backend", ["auto", "eager"])
+def test_compile_fullgraph_dynamic(backend: str) -> None:
+    """One graph for all batch sizes and lengths, equal results and gradients."""
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+
+    def step(query: Tensor, key: Tensor, value: Tensor, pk: Tensor, pv: Tensor, mask: Tensor) -> Tensor:
+        return prefix_attention(query, key, value, pk, pv, key_mask=mask, backend=backend).square()
+
+    compiled = torch.compile(step, backend=counter, fullgraph=True, dynamic=True)
+    frames = []
+    for B, S in ((3, 9), (6, 11), (7, 23)):  # no size equals another's: dynamo takes equal sizes for the same one
+        tensors = Case(B=B, S=S, T=S).arguments(torch.float32)
+        leaves = [t.requires_grad_() for t in tensors.values()]
+        mask = torch.arange(S) > torch.arange(B)[:, None] - 1
+        results = [f(*leaves, mask) for f in (compiled, step)]
+        torch.testing.assert_close(*results)
+        torch.testing.assert_close(*(torch.autograd.grad(out.sum(), leaves) for out in results))
+        frames.append(counter.frame_count)
+    assert frames[0] == frames[-1], f"compiled again for a new batch size: {frames}"
+
+
+def test_export() -> None:
+    class Module(torch.nn.Module):
+        def forward(self, query: Tensor, key: Tensor, value: Tensor, pk: Tensor, pv: Tensor) -> Tensor:
+            return prefix_attention(query, key, value, pk, pv)
+
+    tensors = tuple(Case().arguments(torch.float32).values())
+    program = torch.export.export(Module(), tensors)
+    assert "prefix_attn.forward" in str(program.graph)
+    torch.testing.assert_close(program.module()(*tensors), prefix_attention(*tensors))
+
+
+def test_activation_checkpointing() -> None:
+    arguments = Case().arguments(torch.float32)
+    leaf = arguments["prefix_value"].requires_grad_()
+    names = list(arguments)
+
+    def step(*tensors: Tensor) -> Tensor:
+        return prefix_attention(**dict(zip(names, tensors)))
+
+    out = torch.utils.checkpoint.checkpoint(step, *arguments.values(), use_reentrant=False)
+    (grad,) = torch.autograd.grad(out.square().sum(), leaf)
+    (expected,) = torch.autograd.grad(step(*arguments.values()).square().sum(), leaf)
+    assert torch.equal(grad, expected)
