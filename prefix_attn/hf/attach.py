@@ -1,0 +1,208 @@
+"""A frozen transformers model made ready for prefixes, and what its own keys and values look like."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from prefix_attn.hf import attention
+from prefix_attn.hf.attention import STATE, Capture, PrefixState
+from prefix_attn.hf.config import PrefixConfig
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+class Attachment:
+    """``base``, frozen, its attention routed through ours: the way for a prefix into each of its layers.
+
+    ``layers``, ``heads`` and ``head_dim`` are those of keys and values, as the attention layers really use them.
+    """
+
+    def __init__(self, base: PreTrainedModel) -> None:
+        """Attach.
+
+        Raises:
+            NotImplementedError: the model's attention cannot be served; ``base`` is unchanged then.
+        """
+        self.base = base
+        self._name = type(base).__name__
+        self._state: PrefixState | Capture | None = None
+        self._bridge: tuple[Tensor, Tensor] | None = None
+        self.layers = base.config.get_text_config().num_hidden_layers
+        if base.config.is_encoder_decoder:
+            raise NotImplementedError(
+                f"{self._name} is an encoder-decoder model; this version serves decoder-only models"
+            )
+        if not base._can_set_attn_implementation():
+            raise NotImplementedError(
+                f"{self._name} computes attention outside transformers' AttentionInterface: no prefix can enter it"
+            )
+        before = base.config._attn_implementation
+        hook = self._backbone().register_forward_pre_hook(self._inject, with_kwargs=True)
+        base.set_attn_implementation(attention.NAME)
+        try:
+            self.heads, self.head_dim = self._probe()
+        except Exception:
+            hook.remove()
+            base.set_attn_implementation(before)
+            raise
+        base.requires_grad_(False)
+
+    @contextmanager
+    def running(self, kv: Tensor, config: PrefixConfig) -> Iterator[None]:
+        """Forwards of ``base`` within the context attend to the prefix ``kv`` (2 * L, H, P, D).
+
+        Raises:
+            RuntimeError: on leaving, if a layer did not ask for it. There is no silent "no prefix".
+        """
+        bridge = None
+        if kv.requires_grad and torch.is_grad_enabled() and self._is_reentrant():
+            leaf = kv.detach().requires_grad_()
+            kv, bridge = leaf, (kv, leaf)
+        shift = config.num_virtual_tokens if config.position_mode == "shift" else 0
+        state = PrefixState(kv, shift=shift, backend=config.backend)
+        with self._set(state, bridge):
+            yield
+        if len(state.served) != self.layers:
+            missing = sorted(set(range(self.layers)) - state.served)
+            raise RuntimeError(f"{self._name} did not hand the prefix to layers {missing}")
+
+    @contextmanager
+    def plain(self) -> Iterator[None]:
+        """Forwards of ``base`` within the context are those of the frozen model."""
+        with self._set(None, None):
+            yield
+
+    @torch.no_grad()
+    def capture(self, ids: Tensor) -> dict[int, tuple[Tensor, Tensor]]:
+        """Keys (rotated to positions 0..len(ids) - 1) and values of each layer for the tokens ``ids``: (1, H, T, D)."""
+        state = Capture()
+        training = self.base.training
+        self.base.eval()
+        try:
+            with self._set(state, None):
+                self.base(input_ids=ids[None].to(self.base.get_input_embeddings().weight.device), use_cache=False)
+        finally:
+            self.base.train(training)
+        return state.layers
+
+    @contextmanager
+    def _set(self, state: PrefixState | Capture | None, bridge: tuple[Tensor, Tensor] | None) -> Iterator[None]:
+        before = self._state, self._bridge
+        self._state, self._bridge = state, bridge
+        try:
+            yield
+        finally:
+            self._state, self._bridge = before
+
+    def _backbone(self) -> nn.Module:
+        """The module that holds the list of layers and runs them.
+
+        The state enters here because this is above the checkpointed layers: what is recomputed in backward was captured
+        together with its arguments.
+        """
+        for module in self.base.modules():
+            for child in module.children():
+                if isinstance(child, nn.ModuleList) and len(child) == self.layers:
+                    return module
+        raise NotImplementedError(f"{self._name} has no list of {self.layers} layers")
+
+    def _probe(self) -> tuple[int, int]:
+        """(heads, head size) of the keys and values that reach our attention function for one token."""
+        kv = self.capture(torch.zeros(1, dtype=torch.int64))
+        if missing := sorted(set(range(self.layers)) - kv.keys()):
+            raise NotImplementedError(f"layers {missing} of {self._name} do not call transformers' AttentionInterface")
+        shapes = {(k.shape[1], k.shape[3], v.shape[3]) for k, v in kv.values()}
+        heads, size, value_size = next(iter(shapes))
+        if len(shapes) > 1 or size != value_size:
+            raise NotImplementedError(
+                f"{self._name} has layers of different (heads, key, value size): {sorted(shapes)}"
+            )
+        return heads, size
+
+    def _inject(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
+        if self._state is None:
+            return None
+        kwargs = kwargs | {STATE: self._state}
+        if len(args) > 1:
+            raise NotImplementedError(f"{self._name} hands more than input_ids to its backbone by position")
+        if args:
+            kwargs["input_ids"] = args[0]
+        if kwargs.get("position_ids") is None:
+            kwargs["position_ids"] = _positions(kwargs)
+        kwargs["position_ids"] = kwargs["position_ids"] + self._state.shift
+        if self._bridge is not None:
+            embeddings = kwargs.get("inputs_embeds")
+            if embeddings is None:
+                embeddings = self.base.get_input_embeddings()(kwargs["input_ids"])
+            kwargs |= {"input_ids": None, "inputs_embeds": _Bridge.apply(embeddings, *self._bridge)}
+        return (), kwargs
+
+    def _is_reentrant(self) -> bool:
+        """Whether the next forward checkpoints with ``use_reentrant=True``."""
+        for module in self.base.modules():
+            if getattr(module, "gradient_checkpointing", False) and module.training:
+                function = getattr(module, "_gradient_checkpointing_func", None)
+                return bool(getattr(function, "keywords", {}).get("use_reentrant", True))
+        return False
+
+
+def initial_kv(attachment: Attachment, config: PrefixConfig, tokenizer: PreTrainedTokenizerBase | None) -> Tensor:
+    """(2 * L, H, P, D) float32: the model's own keys and values of P tokens, or zeros."""
+    layers = attachment.capture(_initial_ids(attachment.base, config, tokenizer))
+    kv = torch.stack([t[0].float().cpu() for _, pair in sorted(layers.items()) for t in pair])
+    return torch.zeros_like(kv) if config.init == "zero" else kv
+
+
+def _initial_ids(base: PreTrainedModel, config: PrefixConfig, tokenizer: PreTrainedTokenizerBase | None) -> Tensor:
+    P = config.num_virtual_tokens
+    vocabulary = base.get_input_embeddings().weight.shape[0]
+    if config.init != "text":
+        return torch.randint(vocabulary, (P,))
+    ids = config.init_token_ids
+    if ids is None:
+        if tokenizer is None:
+            raise ValueError("init_text needs the tokenizer: get_prefix_model(base, config, tokenizer=...)")
+        ids = tokenizer(config.init_text, add_special_tokens=False)["input_ids"]
+    if not len(ids) or not all(0 <= i < vocabulary for i in ids):
+        raise ValueError(f"the initial text must have tokens in 0..{vocabulary - 1}, got {list(ids)[:8]}")
+    return torch.tensor(ids).repeat(-(-P // len(ids)))[:P]
+
+
+def _positions(kwargs: dict[str, Any]) -> Tensor:
+    """Positions of the new tokens: from a 2-D attention mask (padding takes no place), else after those in the cache."""
+    tokens = kwargs.get("inputs_embeds")
+    tokens = kwargs["input_ids"] if tokens is None else tokens
+    length, mask = tokens.shape[1], kwargs.get("attention_mask")
+    if isinstance(mask, Tensor) and mask.dim() == 2:
+        return (mask.long().cumsum(-1) - 1).clamp(min=0)[:, -length:]
+    cache = kwargs.get("past_key_values")
+    past = 0 if cache is None else cache.get_seq_length()
+    return torch.arange(length, device=tokens.device)[None] + past
+
+
+class _Bridge(torch.autograd.Function):
+    """Hands the gradient that gathered on a leaf to the graph that made the leaf's values.
+
+    Reentrant checkpointing runs a backward inside the backward for each layer. Through a shared graph (the MLP, the
+    view per layer) the first would free what the second needs; so layers see a detached leaf, and this node, whose
+    place below all layers makes it run last, passes the leaf's gradient on. It also makes the hidden states require a
+    gradient, without which reentrant checkpointing drops the prefix's.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, embeddings: Tensor, kv: Tensor, leaf: Tensor) -> Tensor:
+        """The embeddings, unchanged."""
+        ctx.leaf = leaf
+        return embeddings.view_as(embeddings)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        """The gradient of the embeddings where wanted, and the leaf's."""
+        return grad if ctx.needs_input_grad[0] else None, ctx.leaf.grad, None

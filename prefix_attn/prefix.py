@@ -1,0 +1,84 @@
+"""The trained prefix of one task: P virtual key/value pairs for each of L layers.
+
+Two parametrisations (Li and Liang 2021, section 4.3): *flat* trains the keys and values themselves; *mlp* trains a
+small table and the MLP that turns it into keys and values, and is folded into flat after training. Either runs once per
+forward of the model, never once per sample.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+class PrefixEncoder(nn.Module):
+    """Makes the keys and values of all layers.
+
+    Parameters are float32 whatever the model's dtype is. ``embedding`` is PEFT's layout: flat (P, 2 * L * H * D), where
+    a row viewed as (2 * L, H, D) holds layer l's key at 2 * l and its value at 2 * l + 1; with an MLP (P, H * D).
+    """
+
+    def __init__(
+        self,
+        num_virtual_tokens: int,
+        num_layers: int,
+        num_heads: int,
+        head_dim: int,
+        *,
+        hidden_size: int | None = None,
+        depth: int = 1,
+        dropout: float = 0.0,
+    ) -> None:
+        """Sizes P, L, H (key/value heads) and D; ``hidden_size`` = None is flat, ``depth`` counts hidden layers."""
+        super().__init__()
+        self.num_layers, self.num_heads, self.head_dim = num_layers, num_heads, head_dim
+        width = 2 * num_layers * num_heads * head_dim
+        self.dropout = nn.Dropout(dropout)
+        self.mlp: nn.Sequential | None = None
+        if hidden_size is None:
+            self.embedding = nn.Parameter(torch.zeros(num_virtual_tokens, width))
+            return
+        self.embedding = nn.Parameter(torch.randn(num_virtual_tokens, num_heads * head_dim))
+        sizes = [num_heads * head_dim, *[hidden_size] * depth]
+        hidden = [m for n, k in zip(sizes, sizes[1:]) for m in (nn.Linear(n, k), nn.Tanh())]
+        self.mlp = nn.Sequential(*hidden, nn.Linear(hidden_size, width))
+
+    @property
+    def num_virtual_tokens(self) -> int:
+        """P."""
+        return self.embedding.shape[0]
+
+    def prompt_embeddings(self) -> Tensor:
+        """(P, 2 * L * H * D) float32: what is stored on disk."""
+        return self.embedding if self.mlp is None else self.mlp(self.embedding)
+
+    def forward(self) -> Tensor:
+        """(2 * L, H, P, D) float32, contiguous: key and value of layer l at 2 * l and 2 * l + 1."""
+        flat = self.dropout(self.prompt_embeddings())
+        return flat.view(-1, 2 * self.num_layers, self.num_heads, self.head_dim).permute(1, 2, 0, 3).contiguous()
+
+    @torch.no_grad()
+    def set_kv(self, kv: Tensor) -> None:
+        """Start from ``kv`` (2 * L, H, P, D).
+
+        The MLP is fitted in closed form: its last layer's bias becomes the mean over the P rows, its weight the least
+        squares solution of smallest norm for the rest: exact while P is at most the hidden size. The layers below keep
+        their random start, so the rows stay apart and every parameter has a gradient.
+        """
+        rows = kv.permute(2, 0, 1, 3).reshape(kv.shape[2], -1).to(self.embedding)
+        if self.mlp is None:
+            self.embedding.copy_(rows)
+            return
+        last = self.mlp[-1]
+        assert isinstance(last, nn.Linear)
+        hidden = self.mlp[:-1](self.embedding)
+        mean = rows.mean(0)
+        weight = torch.linalg.lstsq(hidden.double(), (rows - mean).double(), driver="gelsd").solution
+        last.bias.copy_(mean)
+        last.weight.copy_(weight.T)
+
+    def fold(self) -> None:
+        """Replace the MLP by the prefix that it makes (Li and Liang 2021, section 4.3)."""
+        if self.mlp is not None:
+            self.embedding = nn.Parameter(self.prompt_embeddings().detach().clone(), self.embedding.requires_grad)
+            self.mlp = None
