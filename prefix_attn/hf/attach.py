@@ -43,16 +43,24 @@ class Attachment:
             raise NotImplementedError(
                 f"{self._name} computes attention outside transformers' AttentionInterface: no prefix can enter it"
             )
-        before = base.config._attn_implementation
-        hook = self._backbone().register_forward_pre_hook(self._inject, with_kwargs=True)
+        self._before = base.config._attn_implementation, [p.requires_grad for p in base.parameters()]
+        self._hook = self._backbone().register_forward_pre_hook(self._inject, with_kwargs=True)
         base.set_attn_implementation(attention.NAME)
         try:
             self.heads, self.head_dim = self._probe()
         except Exception:
-            hook.remove()
-            base.set_attn_implementation(before)
+            self.remove()
             raise
         base.requires_grad_(False)
+        self._checkpointed = [m for m in base.modules() if hasattr(m, "gradient_checkpointing")]
+
+    def remove(self) -> None:
+        """Leave ``base`` as it was."""
+        implementation, trainable = self._before
+        self._hook.remove()
+        self.base.set_attn_implementation(implementation)
+        for parameter, flag in zip(self.base.parameters(), trainable):
+            parameter.requires_grad_(flag)
 
     @contextmanager
     def running(self, kv: Tensor, config: PrefixConfig) -> Iterator[None]:
@@ -146,8 +154,8 @@ class Attachment:
 
     def _is_reentrant(self) -> bool:
         """Whether the next forward checkpoints with ``use_reentrant=True``."""
-        for module in self.base.modules():
-            if getattr(module, "gradient_checkpointing", False) and module.training:
+        for module in self._checkpointed:
+            if module.gradient_checkpointing and module.training:
                 function = getattr(module, "_gradient_checkpointing_func", None)
                 return bool(getattr(function, "keywords", {}).get("use_reentrant", True))
         return False
@@ -164,7 +172,13 @@ def _initial_ids(base: PreTrainedModel, config: PrefixConfig, tokenizer: PreTrai
     P = config.num_virtual_tokens
     vocabulary = base.get_input_embeddings().weight.shape[0]
     if config.init != "text":
-        return torch.randint(vocabulary, (P,))
+        ids = torch.randint(vocabulary, (P,))
+        # The first position is where models leave the attention that they have no use for, and they know it by its bos.
+        # SmolLM2 on E2E, P = 10, four seeds: 3.25 without prefix, 3.24 to 3.31 with bos, 3.30 to 3.51 without it.
+        bos = base.config.get_text_config().bos_token_id
+        if isinstance(bos, int) and 0 <= bos < vocabulary:
+            ids[0] = bos
+        return ids
     ids = config.init_token_ids
     if ids is None:
         if tokenizer is None:

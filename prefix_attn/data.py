@@ -1,0 +1,279 @@
+"""Text-to-text data: reading it, and turning it into the token rows that a causal model trains on."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import hashlib
+import html
+import importlib.util
+import json
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+# The space after the arrow belongs to the target's first token, " The": such words are what models have learnt, a space
+# by itself is rare. Without any training that is worth 0.2 nats a token on E2E.
+PROMPT = "{source}\n=>"
+SPLITS = ("train", "dev", "test")
+IGNORED = -100  # label of a token that has no loss
+
+_Pair = tuple[str, str]
+
+
+@dataclass(frozen=True)
+class Example:
+    """One input and every output that is right for it."""
+
+    source: str
+    references: tuple[str, ...]
+
+
+def read_examples(
+    spec: str | Path, *, split: str = "train", source_column: str = "source", target_column: str = "target"
+) -> list[Example]:
+    """Examples from a file or from a built-in task; rows with the same source become one example.
+
+    Args:
+        spec: "aws" (operations of AWS services -> first sentence of their documentation, from the botocore package), or
+            the path of a .jsonl or .csv file. An E2E file (columns mr, ref) needs no column names.
+        split: "train", "dev" or "test"; of "aws" only, a file is read whole.
+        source_column: column, or JSON key, of the input.
+        target_column: column, or JSON key, of the output; in JSON a list of strings gives several references.
+
+    Raises:
+        ValueError: the file is empty, malformed, or lacks a column; the message names file and line.
+    """
+    if str(spec) == "aws":
+        return list(aws_records(split))
+    path = Path(spec)
+    readers = {".jsonl": _jsonl_pairs, ".csv": _csv_pairs}
+    if path.suffix not in readers:
+        raise ValueError(f"{path}: data must be 'aws' or a file that ends in .jsonl or .csv")
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file")
+    try:
+        examples = _group(readers[path.suffix](path, source_column, target_column))
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from None
+    if not examples:
+        raise ValueError(f"{path}: empty, at least one row is needed")
+    return examples
+
+
+def _group(pairs: Iterable[_Pair]) -> list[Example]:
+    """Pairs with one source as one example, in the order of first appearance."""
+    references: dict[str, list[str]] = {}
+    for source, target in pairs:
+        references.setdefault(source, []).append(target)
+    return [Example(source, tuple(targets)) for source, targets in references.items()]
+
+
+def _jsonl_pairs(path: Path, source_column: str, target_column: str) -> Iterator[_Pair]:
+    with path.open(encoding="utf-8-sig") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.strip():
+                continue
+            where = f"{path}, line {number}"
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"{where}: not JSON ({error.msg} at column {error.colno})") from None
+            if not isinstance(row, dict):
+                raise ValueError(f"{where}: must be a JSON object, got {type(row).__name__}")
+            for column in (source_column, target_column):
+                if column not in row:
+                    raise ValueError(f"{where}: no key {column!r}; there are {sorted(row)}")
+            targets = row[target_column]
+            targets = targets if isinstance(targets, list) else [targets]
+            if not targets:
+                raise ValueError(f"{where}: {target_column!r} is empty")
+            for target in targets:
+                yield _text(row[source_column], source_column, where), _text(target, target_column, where)
+
+
+def _csv_pairs(path: Path, source_column: str, target_column: str) -> Iterator[_Pair]:
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        reader = csv.DictReader(file, strict=True)
+        try:
+            columns = list(reader.fieldnames or ())
+            lower = {column.lower(): column for column in columns}
+            is_e2e = source_column not in columns and {"mr", "ref"} <= lower.keys()
+            if is_e2e:
+                source_column, target_column = lower["mr"], lower["ref"]
+            for column in (source_column, target_column):
+                if columns and column not in columns:
+                    raise ValueError(f"{path}, line 1: no column {column!r}; there are {columns}")
+            for row in reader:
+                where = f"{path}, line {reader.line_num}"
+                source = _text(row[source_column], source_column, where)
+                yield linearise(source) if is_e2e else source, _text(row[target_column], target_column, where)
+        except csv.Error as error:
+            raise ValueError(f"{path}, line {reader.line_num}: not CSV ({error})") from None
+
+
+def _text(value: Any, column: str, where: str) -> str:
+    if not isinstance(value, str | None):
+        raise ValueError(f"{where}: {column!r} must be text, got {type(value).__name__}")
+    folded = " ".join((value or "").split())
+    if not folded:
+        raise ValueError(f"{where}: {column!r} is empty")
+    return folded
+
+
+def linearise(mr: str) -> str:
+    """An E2E meaning representation as the paper has it: ``name[Aromi], area[x]`` -> ``name : Aromi | area : x``."""
+    slots = re.findall(r"\s*([^\[\],]+)\[([^\]]*)\]", mr)
+    return " | ".join(f"{name.strip()} : {value.strip()}" for name, value in slots) or mr
+
+
+# AWS operations -------------------------------------------------------------------------------------------------------
+
+_MAX_MEMBERS = 6  # outputs listed in a source: more would only lengthen it
+
+
+def aws_records(split: str = "train") -> tuple[Example, ...]:
+    """Operations of AWS services and the first sentence of their documentation, split by service.
+
+    Raises:
+        ValueError: no such split, or botocore is not installed.
+    """
+    if split not in SPLITS:
+        raise ValueError(f"split must be one of {SPLITS}, got {split!r}")
+    spec = importlib.util.find_spec("botocore")
+    if spec is None or not spec.submodule_search_locations:
+        raise ValueError("the data 'aws' comes from the botocore package: pip install botocore")
+    return _aws_splits(Path(spec.submodule_search_locations[0]) / "data")[split]
+
+
+@lru_cache(maxsize=1)
+def _aws_splits(folder: Path) -> dict[str, tuple[Example, ...]]:
+    pairs: dict[str, list[_Pair]] = {split: [] for split in SPLITS}
+    targets: set[str] = set()  # over all splits: a sentence seen in training must not be asked for in a test
+    sources: set[str] = set()
+    for service in sorted(path for path in folder.iterdir() if path.is_dir()):
+        versions = sorted(service.glob("*/service-2.json.gz"))
+        if not versions:
+            continue
+        with gzip.open(versions[-1]) as file:
+            description = json.load(file)
+        for source, target in _aws_pairs(description):
+            if source not in sources and target not in targets:
+                sources.add(source)
+                targets.add(target)
+                pairs[_aws_split(service.name)].append((source, target))
+    return {split: tuple(_group(found)) for split, found in pairs.items()}
+
+
+def _aws_split(service: str) -> str:
+    """92 % train, 5 % dev, 3 % test of the services, the same on every machine and in every version of botocore."""
+    percent = int.from_bytes(hashlib.sha1(service.encode()).digest()[:4], "big") % 100
+    return "train" if percent < 92 else "dev" if percent < 97 else "test"
+
+
+def _aws_pairs(description: dict[str, Any]) -> Iterator[_Pair]:
+    metadata, shapes = description["metadata"], description["shapes"]
+    service = metadata.get("serviceAbbreviation") or metadata["serviceFullName"]
+    for name, operation in sorted(description["operations"].items()):
+        target = _first_sentence(operation.get("documentation", ""))
+        if target is None:
+            continue
+        inputs = shapes.get(operation.get("input", {}).get("shape"), {}).get("required", ())
+        outputs = shapes.get(operation.get("output", {}).get("shape"), {}).get("members", ())
+        fields = {
+            "service": service,
+            "operation": _words(name),
+            "inputs": ", ".join(list(inputs)[:_MAX_MEMBERS]),
+            "outputs": ", ".join(list(outputs)[:_MAX_MEMBERS]),
+        }
+        yield " | ".join(f"{field} : {value}" for field, value in fields.items() if value), target
+
+
+def _words(name: str) -> str:
+    """``AcceptAddressTransfer`` -> ``accept address transfer``; ``ListVPCLinks`` -> ``list vpc links``."""
+    return " ".join(re.findall(r"[A-Z]+(?![a-z])[0-9]*|[A-Z]?[a-z0-9]+", name)).lower()
+
+
+def _first_sentence(documentation: str) -> str | None:
+    """The first sentence as plain text, or None where there is none of 4 to 40 words."""
+    # Opening tags of a block end the sentence before them, or a heading would run into its paragraph.
+    blocks = re.split(r"</?(?:p|ul|ol|li|note|important|h\d|div|br|fullname)\b[^>]*>", documentation)
+    texts = (" ".join(html.unescape(re.sub(r"<[^>]+>", "", block)).split()) for block in blocks)
+    first = next((text for text in texts if text), "")
+    # An initial or an abbreviation before the period does not end a sentence.
+    match = re.match(r"(.+?(?<!\be\.g)(?<!\bi\.e)(?<!\betc)(?<!\bvs)\.)(?=\s+[A-Z]|$)", first)
+    sentence = match[1] if match else ""
+    return sentence if 4 <= len(sentence.split()) <= 40 else None
+
+
+# Tokens ---------------------------------------------------------------------------------------------------------------
+
+
+def prompt_ids(tokenizer: PreTrainedTokenizerBase, source: str) -> list[int]:
+    """Tokens of the prompt; training and generation must both use these."""
+    return tokenizer(PROMPT.format(source=source), add_special_tokens=False)["input_ids"]
+
+
+def encode(
+    tokenizer: PreTrainedTokenizerBase, examples: Iterable[Example], max_length: int = 96
+) -> tuple[list[dict[str, list[int]]], int]:
+    """Rows of prompt, target and end-of-text, one for each reference, with loss on the last two alone.
+
+    The text of a row is the prompt, a space and the target. One that is too long loses the end of its source, never of
+    its target: a model that does not see the end does not learn to stop.
+
+    Returns:
+        The rows (``input_ids`` and ``labels``), and how many were cut.
+
+    Raises:
+        ValueError: a target does not fit even without its source.
+    """
+    if tokenizer.eos_token_id is None:
+        raise ValueError("the tokenizer has no end-of-text token (eos_token)")
+    tail = len(prompt_ids(tokenizer, ""))
+    rows, cut = [], 0
+    for example in examples:
+        prompt = prompt_ids(tokenizer, example.source)
+        for reference in example.references:
+            target = tokenizer(f" {reference}", add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
+            room = max_length - len(target) - tail
+            if room < 0:
+                needed = len(target) + tail
+                raise ValueError(f"max_length={max_length} is too short for the target {reference!r}: needs {needed}")
+            kept = prompt
+            if len(prompt) - tail > room:
+                kept = prompt[:room] + prompt[len(prompt) - tail :]
+                cut += 1
+            rows.append({"input_ids": kept + target, "labels": [IGNORED] * len(kept) + target})
+    return rows, cut
+
+
+def collate(rows: Sequence[dict[str, list[int]]], pad_id: int) -> dict[str, Tensor]:
+    """A batch of rows of ``encode``, padded on the right."""
+    width = max(len(row["input_ids"]) for row in rows)
+
+    def padded(name: str, fill: int) -> Tensor:
+        return torch.tensor([row[name] + [fill] * (width - len(row[name])) for row in rows])
+
+    mask = torch.tensor([[1] * len(row["input_ids"]) + [0] * (width - len(row["input_ids"])) for row in rows])
+    return {"input_ids": padded("input_ids", pad_id), "attention_mask": mask, "labels": padded("labels", IGNORED)}
+
+
+@dataclass(frozen=True)
+class Collator:
+    """``collate`` as a Trainer's ``data_collator``."""
+
+    pad_id: int
+
+    def __call__(self, rows: Sequence[dict[str, list[int]]]) -> dict[str, Tensor]:
+        """A batch of ``rows``."""
+        return collate(rows, self.pad_id)

@@ -1,0 +1,111 @@
+"""README.md: its Python runs, its commands and files exist."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def section(title: str) -> str:
+    """The text under a heading."""
+    (found,) = re.findall(rf"^## {re.escape(title)}\n(.*?)(?=^## |\Z)", README, re.MULTILINE | re.DOTALL)
+    return found
+
+
+def blocks(text: str, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+
+
+def byte_tokenizer() -> Any:
+    """One token per byte, so that any text has tokens."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: i for i, token in enumerate(["<end>", *alphabet])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token="<end>",
+        pad_token="<end>",
+        model_input_names=["input_ids", "attention_mask"],
+    )
+
+
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
+    """``load_base`` gives a tiny random Llama; files go to a temporary folder."""
+    from tests.hf.models import tiny
+
+    monkeypatch.chdir(tmp_path)
+    base = tiny("llama", vocab_size=257, max_position_embeddings=256)
+    monkeypatch.setattr("prefix_attn.hf.load.load_base", lambda name: (base, byte_tokenizer()))
+    return base
+
+
+def run(sources: list[str], **names: Any) -> dict[str, Any]:
+    for number, source in enumerate(sources):
+        exec(compile(source, f"README.md, example {number}", "exec"), names)
+    return names
+
+
+def test_training_example(small: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    """It trains, and what it reloads is what it saved."""
+    weights = {name: tensor.clone() for name, tensor in small.state_dict().items()}
+    names = run(blocks(section("Train a prefix"), "python"))
+    batch, model, again = names["batch"], names["model"], names["again"]
+    with torch.no_grad(), model.disable_prefix():
+        frozen = model(**batch, labels=batch["input_ids"]).loss
+    assert names["loss"] < frozen
+    with torch.no_grad():
+        assert torch.equal(again(**batch).logits, model(**batch).logits)
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in small.state_dict().items())
+    assert "trainable params: 960 ||" in capsys.readouterr().out  # 10 tokens * 2 * 3 layers * 2 heads * 8
+
+
+def test_migration_example(small: Any) -> None:
+    """Both sides run, and train as many parameters."""
+    before, after = blocks(section("From PEFT"), "python")
+    peft_model = run([before], base=small)["model"]
+    ours = run([after], base=small)["model"]
+    assert ours.get_nb_trainable_parameters()[0] == peft_model.get_nb_trainable_parameters()[0]
+
+
+def test_operator_example(capsys: pytest.CaptureFixture[str]) -> None:
+    names = run(blocks(section("The operator alone"), "python"))
+    assert names["out"].shape == names["query"].shape
+    assert names["prefix_key"].grad.shape == (4, 20, 64)
+    assert capsys.readouterr().out.startswith("auto -> ")
+
+
+def test_every_python_example_is_run() -> None:
+    tested = ("Train a prefix", "From PEFT", "The operator alone")
+    assert sum(len(blocks(section(title), "python")) for title in tested) == len(blocks(README, "python")) == 4
+
+
+def test_commands_and_links_exist() -> None:
+    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
+    assert set(re.findall(r"\bmake ([a-z]+) +#", README)) == {"demo", "test"} <= targets
+    assert [link for link in re.findall(r"\]\(([^)]+)\)", README) if not (ROOT / link).is_file()] == []
+
+
+def test_file_tree_is_the_package() -> None:
+    """Every module is in the tree, and the tree names no other. A folder stands for what is in it."""
+    (tree,) = blocks(section("Files"), "")
+    listed = set(re.findall(r"^  (\S+)", tree, re.MULTILINE))
+    folders = {name for name in listed if name.endswith("/")}
+    package = ROOT / "prefix_attn"
+    modules = {str(path.relative_to(package)) for path in package.rglob("*.py") if path.name != "__init__.py"}
+    modules = {name for name in modules if not name.startswith(tuple(folders))}
+    assert modules == listed - folders
+    tops = set(re.findall(r"^(\w+/)", tree, re.MULTILINE)) | {f"prefix_attn/{folder}" for folder in folders}
+    assert [top for top in tops if not (ROOT / top).is_dir()] == []
