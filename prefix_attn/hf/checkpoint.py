@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 import os
 import re
 from collections.abc import Mapping
@@ -87,6 +88,20 @@ def load_prefix(
         _log.warning("%s belongs to another prefix: training goes on from the folded one", training)
     config.prefix_projection = False  # what is left is the prefix that the MLP made
     return config, {"embedding": folded}
+
+
+def describe(path: str | Path) -> dict[str, Any]:
+    """What an adapter holds, as far as that is known without its base model: our configuration and PEFT's sizes."""
+    folder = _folder(path)
+    peft = _read_json(folder / ADAPTER_CONFIG)
+    shapes, metadata = _header(folder / ADAPTER)
+    config = _config(folder, peft, metadata)
+    known = {name: value for name, value in config.to_dict().items() if value is not None}
+    sizes = {name: peft.get(name) for name in ("num_layers", "num_attention_heads", "token_dim")}
+    tensors = {f"tensor {name}": str(shape) for name, shape in shapes.items()}
+    parameters = sum(math.prod(shape) for shape in shapes.values())
+    known.setdefault("base_model_name_or_path", None)
+    return known | sizes | tensors | {"parameters": parameters, "training_state": (folder / TRAINING).is_file()}
 
 
 def _folder(path: str | Path) -> Path:

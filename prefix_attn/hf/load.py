@@ -59,6 +59,7 @@ def load_base(
             f" ({reason})"
         ) from error
     _agree_on_special_tokens(model, tokenizer)
+    model.config._name_or_path = str(name)  # what an adapter says it was trained for: not a folder in a cache
     return model.to(device).eval(), tokenizer
 
 

@@ -37,7 +37,9 @@ def concatenating_attention(
     logits = query @ key.mT * scaling
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
-    visible = torch.cat([torch.ones(B, 1, S, pk.shape[1], dtype=torch.bool), attention_mask.expand(B, 1, S, -1)], dim=-1)
+    visible = torch.cat(
+        [torch.ones(B, 1, S, pk.shape[1], dtype=torch.bool), attention_mask.expand(B, 1, S, -1)], dim=-1
+    )
     logits = logits.masked_fill(~visible, -torch.inf)
     if s_aux is not None:
         logits = torch.cat([logits, s_aux[:, None, None].expand(B, -1, S, 1)], dim=-1)

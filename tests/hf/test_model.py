@@ -53,7 +53,13 @@ def test_disabled_prefix_is_the_frozen_model(name: str) -> None:
 def test_sampling_and_return_sequences() -> None:
     model = get_prefix_model(tiny("llama"), PrefixConfig(num_virtual_tokens=P)).eval()
     ids = tokens(2, 5)
-    options = {"max_new_tokens": 6, "pad_token_id": 0, "eos_token_id": None, "do_sample": True, "num_return_sequences": 3}
+    options = {
+        "max_new_tokens": 6,
+        "pad_token_id": 0,
+        "eos_token_id": None,
+        "do_sample": True,
+        "num_return_sequences": 3,
+    }
     outs = []
     for _ in range(2):
         torch.manual_seed(7)

@@ -1,0 +1,255 @@
+"""The command line: ``prefix-attn train | generate | evaluate | inspect``. Parses, calls, prints."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+# Before torch: threads that spin while they wait make every step slow beside another process.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+app = typer.Typer(
+    name="prefix-attn",
+    help="Prefix tuning: train a small prefix for a frozen language model, and use it.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+_err = Console(stderr=True)
+
+Model = Annotated[str, typer.Option(help="'smollm2', a .gguf file, a local folder or the name of a model on the Hub.")]
+Adapter = Annotated[Path, typer.Argument(help="Folder that 'train' or PEFT wrote.", show_default=False)]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
+Data = Annotated[str, typer.Option(help="'aws', a .jsonl or a .csv file (E2E's csv is recognised).")]
+Source = Annotated[str, typer.Option(help="Column or key of the input.")]
+Target = Annotated[str, typer.Option(help="Column or key of the output.")]
+Beams = Annotated[int, typer.Option(min=1, help="Beams; 1 is greedy.")]
+NewTokens = Annotated[int, typer.Option(min=1, help="Limit of each output.")]
+BatchSize = Annotated[int, typer.Option(min=1, help="Rows at once.")]
+
+
+@app.callback()
+def _main(debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False) -> None:
+    pass
+
+
+@app.command()
+def train(
+    output: Annotated[Path, typer.Option(help="Folder for the adapter, its checkpoints, metrics.json and loss.png.")],
+    model: Model = "smollm2",
+    data: Data = "aws",
+    validation: Annotated[str | None, typer.Option(help="File to validate on; 'aws' has its own split.")] = None,
+    source_column: Source = "source",
+    target_column: Target = "target",
+    virtual_tokens: Annotated[int, typer.Option(min=1, help="Length of the prefix.")] = 10,
+    mlp: Annotated[int | None, typer.Option(help="Train through an MLP of this width (dropped at the end).")] = None,
+    init_text: Annotated[str | None, typer.Option(help="Start from the activations of this text.")] = None,
+    position_mode: Annotated[
+        str, typer.Option(help="'shift' (as PEFT) or 'none' (the prefix takes no positions).")
+    ] = "shift",
+    steps: Annotated[int, typer.Option(min=1)] = 200,
+    batch_size: BatchSize = 8,
+    learning_rate: Annotated[float | None, typer.Option(help="Default: 1e-2, with --mlp 1e-3.")] = None,
+    max_length: Annotated[int, typer.Option(min=8, help="Tokens of a row; longer sources are cut.")] = 96,
+    validate_every: Annotated[int, typer.Option(min=1, help="Steps between checkpoints and validation.")] = 50,
+    validation_rows: Annotated[int, typer.Option(min=0, help="Examples to validate on.")] = 64,
+    gradient_checkpointing: Annotated[
+        bool, typer.Option("--gradient-checkpointing", help="Less memory, more time.")
+    ] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in --output.")] = False,
+    seed: int = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Train a prefix; the model stays as it is.
+
+    [bold]prefix-attn train --data aws --output runs/aws[/bold]
+
+    [bold]prefix-attn train --data devset.csv --mlp 512 --steps 500 --output runs/e2e[/bold]
+    """
+    import torch
+
+    from prefix_attn.data import read_examples
+    from prefix_attn.hf.config import PrefixConfig
+    from prefix_attn.hf.load import load_base
+    from prefix_attn.hf.model import get_prefix_model
+    from prefix_attn.train import Settings
+    from prefix_attn.train import train as run
+
+    columns = {"source_column": source_column, "target_column": target_column}
+    examples = read_examples(data, **columns)
+    held_out = read_examples(validation or data, split="dev", **columns) if validation or data == "aws" else []
+    config = PrefixConfig(
+        num_virtual_tokens=virtual_tokens,
+        prefix_projection=mlp is not None,
+        encoder_hidden_size=mlp,
+        init="random" if init_text is None else "text",
+        init_text=init_text,
+        position_mode=position_mode,
+        base_model_name_or_path=model,
+    )
+    torch.manual_seed(seed)
+    base, tokenizer = _load(load_base, model)
+    prefixed = get_prefix_model(base, config, tokenizer)
+    settings = Settings(
+        output, steps, batch_size, learning_rate, max_length, validate_every, seed, resume, gradient_checkpointing
+    )
+    metrics = run(prefixed, tokenizer, examples, held_out[:validation_rows], settings)
+    text = (
+        f"{metrics['trainable_parameters']:,} parameters ({metrics['trainable_share']:.3%}) trained, saved in {output}"
+    )
+    if curve := metrics["validation_loss"]:
+        text += f"; validation loss {curve[0][1]:.3f} -> {curve[-1][1]:.3f}"
+    _print(metrics, as_json, text)
+
+
+@app.command()
+def generate(
+    adapter: Adapter,
+    sources: Annotated[
+        list[str] | None, typer.Argument(help="Inputs; default: one a line from --file or stdin.")
+    ] = None,
+    file: Annotated[
+        Path | None, typer.Option(help="A file with one input a line.", dir_okay=False, exists=True)
+    ] = None,
+    model: Annotated[str | None, typer.Option(help="Default: the model that the adapter names.")] = None,
+    num_beams: Beams = 1,
+    max_new_tokens: NewTokens = 48,
+    batch_size: BatchSize = 16,
+    as_json: AsJson = False,
+) -> None:
+    """Write an output for each input.
+
+    [bold]prefix-attn generate runs/e2e "name : Aromi | eatType : coffee shop | area : city centre"[/bold]
+    """
+    from prefix_attn.evaluate import generate_text
+
+    if not sources:
+        lines = file.read_text(encoding="utf-8").splitlines() if file else sys.stdin.read().splitlines()
+        sources = [line for line in lines if line.strip()]
+    if not sources:
+        raise ValueError("nothing to generate from: give inputs as arguments, with --file, or on stdin")
+    prefixed, tokenizer = _prefixed(adapter, model)
+    with _progress("generate", len(sources)) as advance:
+        options = {"num_beams": num_beams, "max_new_tokens": max_new_tokens, "batch_size": batch_size}
+        outputs = generate_text(prefixed, tokenizer, sources, progress=advance, **options)
+    rows = [{"source": source, "output": output} for source, output in zip(sources, outputs, strict=True)]
+    _print(rows, as_json, "\n".join(outputs))
+
+
+@app.command()
+def evaluate(
+    adapter: Adapter,
+    data: Data = "aws",
+    split: Annotated[str, typer.Option(help="Of 'aws': train, dev or test.")] = "test",
+    source_column: Source = "source",
+    target_column: Target = "target",
+    limit: Annotated[int | None, typer.Option(min=1, help="Use only so many inputs.")] = None,
+    model: Annotated[str | None, typer.Option(help="Default: the model that the adapter names.")] = None,
+    frozen: Annotated[bool, typer.Option(help="Also score the model without its prefix.")] = True,
+    num_beams: Beams = 1,
+    max_new_tokens: NewTokens = 48,
+    batch_size: BatchSize = 16,
+    as_json: AsJson = False,
+) -> None:
+    """Score a prefix with all references: BLEU, NIST, ROUGE-L, chrF++, TER, and the loss on the targets.
+
+    [bold]prefix-attn evaluate runs/e2e --data testset_w_refs.csv --num-beams 5[/bold]
+    """
+    from contextlib import nullcontext
+
+    from prefix_attn.data import collate, encode, read_examples
+    from prefix_attn.evaluate import generate_text, score, validation_loss
+
+    examples = read_examples(data, split=split, source_column=source_column, target_column=target_column)[:limit]
+    prefixed, tokenizer = _prefixed(adapter, model)
+    rows, _ = encode(tokenizer, examples, max_length=512)
+    batches = [collate(rows[i : i + batch_size], tokenizer.pad_token_id) for i in range(0, len(rows), batch_size)]
+    results: dict[str, dict[str, float]] = {}
+    for name in ("frozen", "prefix") if frozen else ("prefix",):
+        with (
+            prefixed.disable_prefix() if name == "frozen" else nullcontext(),
+            _progress(name, len(examples)) as advance,
+        ):
+            options = {"num_beams": num_beams, "max_new_tokens": max_new_tokens, "batch_size": batch_size}
+            texts = generate_text(prefixed, tokenizer, [e.source for e in examples], progress=advance, **options)
+            results[name] = score(texts, [e.references for e in examples])
+            results[name]["loss"] = validation_loss(prefixed, batches)
+    table = Table("", *next(iter(results.values())), title=f"{adapter} on {data}, {len(examples)} inputs")
+    for name, metrics in results.items():
+        table.add_row(name, *(f"{value:.2f}" for value in metrics.values()))
+    _print(results, as_json, table)
+
+
+@app.command()
+def inspect(adapter: Adapter, as_json: AsJson = False) -> None:
+    """Show what an adapter holds, without its base model."""
+    from prefix_attn.hf.checkpoint import describe
+
+    found = describe(adapter)
+    table = Table(title=str(adapter), show_header=False)
+    for name, value in found.items():
+        table.add_row(name, f"{value:,}" if isinstance(value, int) else str(value))
+    _print(found, as_json, table)
+
+
+def main() -> None:
+    """Run a command; an error is one line on stderr and exit status 1, or a traceback with ``--debug``."""
+    try:
+        app(standalone_mode=True)
+    except (ValueError, NotImplementedError, OSError, ImportError, RuntimeError) as error:
+        if "--debug" in sys.argv:
+            raise
+        _err.print(f"[bold red]error:[/] {error}", highlight=False, markup=True, soft_wrap=True)
+        raise SystemExit(1) from None
+
+
+def _load(load_base: Any, model: str) -> tuple[Any, Any]:
+    with _err.status(f"loading {model} (a GGUF file is converted once: about a minute)"):
+        return load_base(model)
+
+
+def _prefixed(adapter: Path, model: str | None) -> tuple[Any, Any]:
+    """The adapter on its base model, and the tokenizer."""
+    from prefix_attn.hf.checkpoint import describe
+    from prefix_attn.hf.load import load_base
+    from prefix_attn.hf.model import PrefixModel
+
+    model = model or describe(adapter)["base_model_name_or_path"]
+    if not model:
+        raise ValueError(f"{adapter} does not name its base model: give --model")
+    base, tokenizer = _load(load_base, model)
+    return PrefixModel.from_pretrained(base, adapter).eval(), tokenizer
+
+
+class _progress:  # noqa: N801  a context manager that is used like a function
+    """A bar on stderr; its value advances it."""
+
+    def __init__(self, name: str, total: int) -> None:
+        from tqdm import tqdm
+
+        self.bar = tqdm(total=total, desc=name, unit="text")
+
+    def __enter__(self) -> Any:
+        return self.bar.update
+
+    def __exit__(self, *_: object) -> None:
+        self.bar.close()
+
+
+def _print(result: Any, as_json: bool, text: Any) -> None:
+    if as_json:
+        typer.echo(json.dumps(result, indent=2))
+    else:
+        Console().print(text, markup=False, highlight=False, soft_wrap=isinstance(text, str))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,207 @@
+"""Training a prefix with the Hugging Face Trainer."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+
+from prefix_attn.data import Collator, Example, collate, encode
+from prefix_attn.evaluate import validation_loss
+from prefix_attn.hf.model import PrefixModel
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+FLAT_LEARNING_RATE, MLP_LEARNING_RATE = 1e-2, 1e-3
+WARMUP = 20  # steps
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to train.
+
+    ``learning_rate`` defaults to 1e-2 for a flat prefix and 1e-3 for an MLP. ``validate_every`` steps the validation
+    loss is measured and a checkpoint written; ``resume`` goes on, bit for bit, from the last one in ``output``.
+    """
+
+    output: Path
+    steps: int = 200
+    batch_size: int = 8
+    learning_rate: float | None = None
+    max_length: int = 96
+    validate_every: int = 50
+    seed: int = 0
+    resume: bool = False
+    gradient_checkpointing: bool = False
+
+
+def train(
+    model: PrefixModel,
+    tokenizer: PreTrainedTokenizerBase,
+    examples: Sequence[Example],
+    validation: Sequence[Example],
+    settings: Settings,
+) -> dict[str, Any]:
+    """Train the active prefix of ``model`` and save it into ``settings.output``.
+
+    AdamW without weight decay, linear warm-up and decay; float32 on a CPU without bfloat16 units, bfloat16 autocast
+    elsewhere. Beside the adapter it leaves metrics.json and loss.png.
+
+    Returns:
+        ``train_loss`` [[step, loss], ...], ``validation_loss`` likewise from step 0 (nats per target token), ``cut``
+        (rows whose source was too long), ``steps``, ``trainable_parameters`` and their ``trainable_share``.
+
+    Raises:
+        ValueError: no examples, a target that does not fit into ``max_length``, or nothing to resume from.
+    """
+    if not examples:
+        raise ValueError("no examples to train on")
+    rows, cut = encode(tokenizer, examples, settings.max_length)
+    if cut:
+        _log.warning("%d of %d rows have a source longer than max_length=%d: cut", cut, len(rows), settings.max_length)
+    held_out = encode(tokenizer, validation, settings.max_length)[0]
+    record = _Record(
+        model, [collate(held_out[i : i + 16], tokenizer.pad_token_id) for i in range(0, len(held_out), 16)]
+    )
+    trainer = Trainer(
+        model=model,
+        args=_arguments(model, settings),
+        train_dataset=rows,
+        data_collator=Collator(tokenizer.pad_token_id),
+        callbacks=[record],
+    )
+    # The Trainer's own would print dictionaries between the bars.
+    trainer.remove_callback(PrinterCallback)
+    trainer.remove_callback(ProgressCallback)
+    trainer.add_callback(_Bar())
+    checkpoint = _last_checkpoint(settings.output) if settings.resume else None
+    trainer.train(resume_from_checkpoint=checkpoint)
+    trainable, total = model.get_nb_trainable_parameters()
+    metrics = {
+        "steps": trainer.state.global_step,
+        "train_loss": [[entry["step"], entry["loss"]] for entry in trainer.state.log_history if "loss" in entry],
+        "validation_loss": record.curve,
+        "cut": cut,
+        "trainable_parameters": trainable,
+        "trainable_share": trainable / total,
+    }
+    model.save_pretrained(settings.output, training_state=True)
+    _write(settings.output / "metrics.json", json.dumps(metrics, indent=2))
+    plot(metrics, settings.output / "loss.png")
+    return metrics
+
+
+def _arguments(model: PrefixModel, settings: Settings) -> TrainingArguments:
+    config = model.prefix_configs[model.active_prefix or "default"]
+    default = MLP_LEARNING_RATE if config.prefix_projection else FLAT_LEARNING_RATE
+    return TrainingArguments(
+        output_dir=str(settings.output),
+        max_steps=settings.steps,
+        per_device_train_batch_size=settings.batch_size,
+        learning_rate=settings.learning_rate or default,
+        weight_decay=0.0,
+        lr_scheduler_type="linear",
+        warmup_steps=min(WARMUP, settings.steps // 4),
+        logging_steps=1,
+        save_steps=settings.validate_every,
+        save_total_limit=2,
+        seed=settings.seed,
+        bf16=_has_bfloat16(model.device),
+        use_cpu=model.device.type == "cpu",
+        gradient_checkpointing=settings.gradient_checkpointing,
+        gradient_checkpointing_kwargs={"use_reentrant": False} if settings.gradient_checkpointing else None,
+        remove_unused_columns=False,
+        dataloader_pin_memory=model.device.type == "cuda",
+        report_to="none",
+    )
+
+
+def _has_bfloat16(device: torch.device) -> bool:
+    """Whether bfloat16 products are faster than float32's there; emulated, they are several times slower."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+
+
+def _last_checkpoint(folder: Path) -> str:
+    from transformers.trainer_utils import get_last_checkpoint
+
+    found = get_last_checkpoint(str(folder)) if folder.is_dir() else None
+    if found is None:
+        raise ValueError(f"{folder}: no checkpoint to resume from")
+    return found
+
+
+class _Record(TrainerCallback):
+    """Measures the validation loss at step 0, with every checkpoint and at the end."""
+
+    def __init__(self, model: PrefixModel, batches: list[dict[str, torch.Tensor]]) -> None:
+        self.model, self.batches = model, batches
+        self.curve: list[list[float]] = []
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._measure(state.global_step)
+
+    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._measure(state.global_step)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._measure(state.global_step)
+
+    def _measure(self, step: int) -> None:
+        if self.batches and (not self.curve or self.curve[-1][0] != step):
+            self.curve.append([step, validation_loss(self.model, self.batches)])
+
+
+class _Bar(TrainerCallback):
+    """A progress bar with the loss of the last step."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        from tqdm import tqdm
+
+        self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc="train", unit="step")
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.bar.update()
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+        if logs and "loss" in logs:
+            self.bar.set_postfix(loss=f"{float(logs['loss']):.3f}")
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.bar.close()
+
+
+def plot(metrics: dict[str, Any], path: Path) -> None:
+    """Training and validation loss against steps, as a PNG."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(6, 4), layout="constrained")
+    if metrics["train_loss"]:
+        axes.plot(*zip(*metrics["train_loss"], strict=True), label="training", alpha=0.6)
+    if metrics["validation_loss"]:
+        axes.plot(*zip(*metrics["validation_loss"], strict=True), label="validation", marker="o")
+    axes.set(xlabel="step", ylabel="loss (nats per target token)")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+
+
+def _write(path: Path, text: str) -> None:
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(text)
+    os.replace(temporary, path)

@@ -1,0 +1,108 @@
+"""The command line, end to end on a tiny model in a folder: train, generate, evaluate, inspect, and its errors."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from prefix_attn import cli
+from tests.hf.models import tiny
+from tests.tokens import byte_tokenizer
+
+ROWS = [{"source": f"name : {n}", "target": f"this is {n}."} for n in ("ann", "bob", "cid", "dee")]
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a model, its tokenizer and data."""
+    folder = tmp_path_factory.mktemp("cli")
+    tiny("llama", vocab_size=257, max_position_embeddings=128).save_pretrained(folder / "model")
+    byte_tokenizer().save_pretrained(folder / "model")
+    (folder / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    return folder
+
+
+def run(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
+    """Exit status of ``prefix-attn arguments``."""
+    monkeypatch.setattr(sys, "argv", ["prefix-attn", *map(str, arguments)])
+    with pytest.raises(SystemExit) as stopped:
+        cli.main()
+    return int(stopped.value.code or 0)
+
+
+def test_train_generate_evaluate_inspect(
+    files: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    adapter, model, data = files / "adapter", files / "model", files / "data.jsonl"
+    options = ("--model", model, "--data", data, "--validation", data, "--steps", 4, "--virtual-tokens", 3)
+    assert run(monkeypatch, "train", "--output", adapter, *options, "--batch-size", 2, "--json") == 0
+    metrics = json.loads(capsys.readouterr().out)
+    assert metrics["steps"] == 4
+    assert metrics["validation_loss"][-1][1] < metrics["validation_loss"][0][1]
+
+    assert run(monkeypatch, "inspect", adapter, "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["num_virtual_tokens"] == 3
+    assert found["parameters"] == 3 * 2 * 3 * 2 * 8
+    assert found["base_model_name_or_path"] == str(model)
+
+    assert run(monkeypatch, "generate", adapter, "name : ann", "name : bob", "--max-new-tokens", 4, "--json") == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert [row["source"] for row in rows] == ["name : ann", "name : bob"]
+
+    assert run(monkeypatch, "evaluate", adapter, "--data", data, "--max-new-tokens", 4, "--json") == 0
+    results = json.loads(capsys.readouterr().out)
+    assert set(results) == {"frozen", "prefix"}
+    assert abs(results["prefix"]["loss"] - metrics["validation_loss"][-1][1]) < 1e-4
+    assert results["prefix"]["loss"] < results["frozen"]["loss"] + 1
+
+
+ERRORS = {
+    "no adapter": (("inspect", "missing"), "missing: not a folder|missing: neither a folder"),
+    "no data": (("train", "--output", "x", "--data", "none.csv"), "none.csv: no such file"),
+    "kind of data": (("train", "--output", "x", "--data", "data.txt"), "must be 'aws' or a file"),
+    "no text": (
+        ("train", "--output", "x", "--data", "{data}", "--position-mode", "rope"),
+        "position_mode must be one of",
+    ),
+}
+
+
+@pytest.mark.parametrize(("arguments", "message"), ERRORS.values(), ids=ERRORS)
+def test_errors_are_one_line(
+    arguments: tuple[str, ...],
+    message: str,
+    files: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    import re
+
+    monkeypatch.chdir(files)
+    status = run(monkeypatch, *(a.format(data=files / "data.jsonl") for a in arguments))
+    error = capsys.readouterr().err
+    assert status == 1
+    assert re.search(message, error)
+    assert "Traceback" not in error
+    assert len(error.strip().splitlines()) == 1
+
+
+def test_debug_shows_the_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["prefix-attn", "--debug", "train", "--output", "x", "--data", "none.csv"])
+    with pytest.raises(ValueError, match="none.csv: no such file"):
+        cli.main()
+
+
+@pytest.mark.parametrize("command", ["train", "generate", "evaluate", "inspect"])
+def test_help_teaches(command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(monkeypatch, command, "--help") == 0
+    out = capsys.readouterr().out
+    assert "Usage:" in out
+    assert len(out) > 400
+
+
+def test_unknown_option_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert run(monkeypatch, "inspect", "--nothing") == 2

@@ -1,0 +1,61 @@
+"""Training with the Hugging Face Trainer on a tiny model: what it learns, what it leaves, how it goes on."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from prefix_attn import PrefixConfig, PrefixModel, get_prefix_model
+from prefix_attn.data import Example
+from prefix_attn.train import Settings, train
+from tests.hf.models import tiny
+from tests.tokens import byte_tokenizer
+
+EXAMPLES = [Example(f"name : {n}", (f"this is {n}.",)) for n in ("ann", "bob", "cid", "dee", "eve", "fay")]
+
+
+def model(projection: bool = False) -> PrefixModel:
+    torch.manual_seed(0)
+    config = PrefixConfig(num_virtual_tokens=4, prefix_projection=projection, encoder_hidden_size=8)
+    return get_prefix_model(tiny("llama", vocab_size=257, max_position_embeddings=128), config)
+
+
+def settings(folder: Path, steps: int, **changes: object) -> Settings:
+    return Settings(folder, steps=steps, batch_size=2, validate_every=2, **changes)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointed"])
+def test_learns_and_saves(tmp_path: Path, checkpointing: bool) -> None:
+    trained = model()
+    wanted = settings(tmp_path, 12, learning_rate=3e-2, gradient_checkpointing=checkpointing)
+    metrics = train(trained, byte_tokenizer(), EXAMPLES[:4], EXAMPLES[4:], wanted)
+    curve = metrics["validation_loss"]
+    assert [step for step, _ in curve] == [0, 2, 4, 6, 8, 10, 12]
+    assert curve[-1][1] < curve[0][1] - 0.2
+    assert len(metrics["train_loss"]) == 12
+    assert metrics["trainable_parameters"] == 4 * 2 * 3 * 2 * 8
+    assert json.loads((tmp_path / "metrics.json").read_text())["validation_loss"] == curve
+    assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
+    loaded = PrefixModel.from_pretrained(tiny("llama", vocab_size=257, max_position_embeddings=128), tmp_path)
+    assert torch.equal(loaded.prefixes["default"].embedding, trained.prefixes["default"].embedding)
+
+
+def test_resumes_bit_for_bit(tmp_path: Path) -> None:
+    straight, first, second = model(True), model(True), model(True)
+    train(straight, byte_tokenizer(), EXAMPLES, [], settings(tmp_path / "a", 4))
+    train(first, byte_tokenizer(), EXAMPLES, [], settings(tmp_path / "b", 4))
+    for checkpoint in (tmp_path / "b").glob("checkpoint-4"):
+        checkpoint.rename(tmp_path / "gone")  # as if killed after step 2
+    train(second, byte_tokenizer(), EXAMPLES, [], settings(tmp_path / "b", 4, resume=True))
+    for (name, wanted), got in zip(straight.prefixes.named_parameters(), second.prefixes.parameters()):
+        assert torch.equal(got, wanted), name
+
+
+def test_nothing_to_train_on_or_to_resume(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="no examples to train on"):
+        train(model(), byte_tokenizer(), [], [], settings(tmp_path, 2))
+    with pytest.raises(ValueError, match="no checkpoint to resume from"):
+        train(model(), byte_tokenizer(), EXAMPLES, [], settings(tmp_path, 2, resume=True))
