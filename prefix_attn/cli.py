@@ -229,7 +229,7 @@ def _prefixed(adapter: Path, model: str | None) -> tuple[Any, Any]:
     return PrefixModel.from_pretrained(base, adapter).eval(), tokenizer
 
 
-class _progress:  # noqa: N801  a context manager that is used like a function
+class _progress:
     """A bar on stderr; its value advances it."""
 
     def __init__(self, name: str, total: int) -> None:

@@ -51,8 +51,8 @@ def prefix_attention(
         prefix_key: (Hkv, P, D), or a bank (N, Hkv, P, D) of which each row reads one entry; None = no prefix. query's
             dtype or float32; its gradient has its own dtype, and is summed over the batch in float32.
         prefix_value: (Hkv, P, Dv) or (N, Hkv, P, Dv), as ``prefix_key``.
-        prefix_ids: (B,) int, bank only: row b reads entry ``prefix_ids[b]``, -1 = no prefix. Default: entry b (N = B) or
-            the one entry (N = 1).
+        prefix_ids: (B,) int, bank only: row b reads entry ``prefix_ids[b]``, -1 = no prefix. Default: entry b (N = B)
+            or the one entry (N = 1).
         prefix_lengths: (N,) int, bank only: valid length of each entry, for banks padded to P. Default P.
         prefix_start: (B,) int: query i sees the prefix where its position is at least ``prefix_start[b]`` (infix).
         prefix_gate: (Hq,) query's dtype or float32, may need a gradient. out = attention(sequence) + gate *
@@ -134,8 +134,10 @@ def prefix_attention_varlen(
 
     Args:
         query: (Nq, Hq, D), the tokens of all sequences.
-        key: (Nk, Hkv, D). value: (Nk, Hkv, Dv).
-        prefix_key: (Hkv, P, D) or a bank (N, Hkv, P, D). prefix_value: likewise with Dv.
+        key: (Nk, Hkv, D).
+        value: (Nk, Hkv, Dv).
+        prefix_key: (Hkv, P, D) or a bank (N, Hkv, P, D).
+        prefix_value: (Hkv, P, Dv) or a bank (N, Hkv, P, Dv).
         cu_seqlens_q: (B + 1,) int: sequence b has the queries ``cu_seqlens_q[b] : cu_seqlens_q[b + 1]``.
         cu_seqlens_k: (B + 1,) int, likewise for keys; lengths may differ from the queries'.
         max_seqlen_q: the largest number of queries of a sequence (or more: only speed is lost).
@@ -201,12 +203,11 @@ def explain(*args: Any, **kwargs: Any) -> dispatch.Explanation:
 
 def _call(query: Tensor, key: Tensor, value: Tensor, *rest: Any, **named: Any) -> Call:
     """A checked Call: query, key and value in autocast's dtype where it is on, the default scale filled in."""
-    tensors = (query, key, value)
-    if all(isinstance(t, Tensor) for t in tensors):
+    if all(isinstance(t, Tensor) for t in (query, key, value)):
         kind = query.device.type
         if torch.is_autocast_enabled(kind) and query.dtype != torch.float64:
-            tensors = tuple(t.to(torch.get_autocast_dtype(kind)) for t in tensors)
-    call = Call(*tensors, *rest, **named)
+            query, key, value = (t.to(torch.get_autocast_dtype(kind)) for t in (query, key, value))
+    call = Call(query, key, value, *rest, **named)
     if call.scale is None and isinstance(query, Tensor) and query.dim():
         call = call._replace(scale=max(query.shape[-1], 1) ** -0.5)
     check(call)
@@ -234,7 +235,14 @@ def _split(call: Call) -> tuple[Call, Call]:
     if start is not None:  # without the sequence, positions count from 0 - S
         T = call.key.shape[2]
         start = start - (T if call.key_lengths is None else call.key_lengths.clamp(0, T))
-    no_prefix = dict.fromkeys(("prefix_key", "prefix_value", "prefix_ids", "prefix_lengths", "prefix_start"))
-    no_sequence = dict.fromkeys(("bias", "sinks", "key_lengths", "key_mask", "window"))
-    nothing = {"key": call.key[:, :, :0], "value": call.value[:, :, :0], "prefix_start": start, "is_causal": False}
+    no_prefix: dict[str, Any] = dict.fromkeys(
+        ("prefix_key", "prefix_value", "prefix_ids", "prefix_lengths", "prefix_start")
+    )
+    no_sequence: dict[str, Any] = dict.fromkeys(("bias", "sinks", "key_lengths", "key_mask", "window"))
+    nothing: dict[str, Any] = {
+        "key": call.key[:, :, :0],
+        "value": call.value[:, :, :0],
+        "prefix_start": start,
+        "is_causal": False,
+    }
     return call._replace(**no_prefix), call._replace(**no_sequence, **nothing)

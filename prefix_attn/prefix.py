@@ -7,6 +7,8 @@ forward of the model, never once per sample.
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor, nn
 
@@ -40,7 +42,7 @@ class PrefixEncoder(nn.Module):
             return
         self.embedding = nn.Parameter(torch.randn(num_virtual_tokens, num_heads * head_dim))
         sizes = [num_heads * head_dim, *[hidden_size] * depth]
-        hidden = [m for n, k in zip(sizes, sizes[1:]) for m in (nn.Linear(n, k), nn.Tanh())]
+        hidden = [m for n, k in pairwise(sizes) for m in (nn.Linear(n, k), nn.Tanh())]
         self.mlp = nn.Sequential(*hidden, nn.Linear(hidden_size, width))
 
     @property

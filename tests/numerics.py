@@ -199,7 +199,7 @@ def frozen(backend: str, arguments: dict[str, Any]) -> list[str]:
 def concatenated(arguments: dict[str, Any]) -> Tensor:
     """The call in plain torch: everything concatenated, one scaled_dot_product_attention (two with a gate).
 
-    A sink is one more key, with score ``sink`` and value 0. Head sizes are evened out so that torch takes its own kernel.
+    A sink is one more key, with score ``sink`` and value 0. Equal head sizes let torch take its own kernel.
     """
     fields = {n: a for n, a in arguments.items() if n in Call._fields}
     call = Call(**{"scale": arguments["query"].shape[-1] ** -0.5} | fields)

@@ -92,7 +92,7 @@ def test_errors_are_one_line(
 
 def test_debug_shows_the_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["prefix-attn", "--debug", "train", "--output", "x", "--data", "none.csv"])
-    with pytest.raises(ValueError, match="none.csv: no such file"):
+    with pytest.raises(ValueError, match=r"none\.csv: no such file"):
         cli.main()
 
 

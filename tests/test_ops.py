@@ -22,7 +22,7 @@ OPS = {
     "bank": Case(B=3, N=3, S=5, T=5, with_=("prefix_ids", "prefix_lengths", "prefix_start")),
     "no prefix": Case(S=5, T=5, with_=("no_prefix",)),
 }
-NEEDS = [n for n in product((False, True), repeat=3)]
+NEEDS = list(product((False, True), repeat=3))
 
 
 def op_arguments(case: Case, needs: tuple[bool, bool, bool]) -> tuple[Any, ...]:

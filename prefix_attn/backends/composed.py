@@ -167,37 +167,37 @@ def _prefix_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(grad of query through the prefix, of prefix_key, of prefix_value).
 
-    Half precision is widened: the prefix's gradient sums over every query of the batch, and stays float32 until the end.
+    Half precision is widened: the prefix's gradient sums over every query of the batch, in float32 to the end.
     """
     assert call.prefix_key is not None and call.prefix_value is not None
     exact = torch.promote_types(call.query.dtype, torch.float32)
-    grad_query = torch.zeros_like(call.query) if call.has_bank else None
+    grad_query = torch.zeros_like(call.query)
     grad_key = torch.zeros_like(call.prefix_key, dtype=exact)
     grad_value = torch.zeros_like(call.prefix_value, dtype=exact)
     seen = visibility.prefix_rows(call)
     lse = lse if seen is None else lse.masked_fill(~seen, torch.inf)
-    groups = _groups(call) if call.prefix_length and call.query.numel() else []
-    for rows, entry, length in groups:
+    for rows, entry, length in _groups(call) if call.prefix_length and call.query.numel() else []:
         # As rounded as forward saw them: with other keys the probabilities would not fit the saved lse.
         key, value = (
             _entry(bank, entry, length, call.query.dtype).to(exact) for bank in (call.prefix_key, call.prefix_value)
         )
-        query, part_out, part_grad = (
-            _fold(t if rows is None else t[rows]).to(exact) for t in (call.query, out, grad_out)
-        )
-        part_lse, part_grad_lse = (
-            None if t is None else _fold((t if rows is None else t[rows])[..., None])[..., 0] for t in (lse, grad_lse)
-        )
+        chosen = [t if rows is None else t[rows] for t in (call.query, out, grad_out)]
+        query, part_out, part_grad = (_fold(t).to(exact) for t in chosen)
+        part_lse = _fold_rows(lse if rows is None else lse[rows])
+        part_grad_lse = None if grad_lse is None else _fold_rows(grad_lse if rows is None else grad_lse[rows])
         part, dk, dv = _attend_backward(query, key, value, part_out, part_lse, part_grad, part_grad_lse, call.scale)
-        part = _unfold(part, (call.query if rows is None else call.query[rows]).shape).to(call.query.dtype)
-        if entry is None:
+        part = _unfold(part, chosen[0].shape).to(call.query.dtype)
+        if rows is None or entry is None:
             grad_query, grad_key, grad_value = part, dk[0], dv[0]
         else:
             grad_query[rows] = part
             grad_key[entry, :, :length], grad_value[entry, :, :length] = dk[0], dv[0]
-    if grad_query is None:
-        grad_query = torch.zeros_like(call.query)
     return grad_query, grad_key.to(call.prefix_key.dtype), grad_value.to(call.prefix_value.dtype)
+
+
+def _fold_rows(rows: Tensor) -> Tensor:
+    """(b, H, S) -> (1, H, b * S)."""
+    return rows.transpose(0, 1).flatten(1)[None]
 
 
 def _fold(tensor: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """Which keys a query sees: the rules of masks, windows and lengths, as boolean tensors. True = visible.
 
-Query i of row b sits at position ``pos = length[b] - S + i`` where length is ``key_lengths`` or T: bottom-right aligned.
+Query i of row b sits at position ``length[b] - S + i``, with length ``key_lengths`` or T: bottom-right aligned.
 """
 
 from __future__ import annotations

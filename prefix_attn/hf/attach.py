@@ -190,7 +190,7 @@ def _initial_ids(base: PreTrainedModel, config: PrefixConfig, tokenizer: PreTrai
 
 
 def _positions(kwargs: dict[str, Any]) -> Tensor:
-    """Positions of the new tokens: from a 2-D attention mask (padding takes no place), else after those in the cache."""
+    """Positions of the new tokens: from a 2-D attention mask (padding takes none), else after those in the cache."""
     tokens = kwargs.get("inputs_embeds")
     tokens = kwargs["input_ids"] if tokens is None else tokens
     length, mask = tokens.shape[1], kwargs.get("attention_mask")

@@ -112,8 +112,8 @@ class PrefixModel(nn.Module):
 
     def fold(self) -> None:
         """Replace the MLP of every prefix by the prefix that it makes."""
-        for name, encoder in self.prefixes.items():
-            encoder.fold()
+        for name in self.prefix_configs:
+            self._prefix(name).fold()
             self.prefix_configs[name].prefix_projection = False
 
     # Running ----------------------------------------------------------------------------------------------------------
@@ -129,7 +129,7 @@ class PrefixModel(nn.Module):
         use_cache: bool | None = None,
         **kwargs: Any,
     ) -> Any:
-        """The base model's forward, with the active prefix. Positions default to those that ``attention_mask`` implies."""
+        """The base model's forward with the active prefix. Positions default to those that the mask implies."""
         given = {
             "input_ids": input_ids,
             "attention_mask": attention_mask,
@@ -189,7 +189,7 @@ class PrefixModel(nn.Module):
         """
         if self.active_prefix is None:
             raise ValueError("there is no active prefix to save")
-        encoder, config = self.prefixes[self.active_prefix], self.prefix_configs[self.active_prefix]
+        encoder, config = self._prefix(self.active_prefix), self.prefix_configs[self.active_prefix]
         checkpoint.save_prefix(Path(path), encoder, config, self.base_model, training_state=training_state)
 
     @classmethod
@@ -247,6 +247,11 @@ class PrefixModel(nn.Module):
             depth=config.encoder_depth,
             dropout=config.dropout,
         )
+
+    def _prefix(self, name: str) -> PrefixEncoder:
+        encoder = self.prefixes[name]
+        assert isinstance(encoder, PrefixEncoder)
+        return encoder
 
     def _install(self, name: str, config: PrefixConfig, encoder: PrefixEncoder, *, trainable: bool) -> None:
         encoder.requires_grad_(trainable)

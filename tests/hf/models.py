@@ -45,7 +45,7 @@ def tiny(name: str, seed: int = 0, **changes: Any) -> PreTrainedModel:
     model = AutoModelForCausalLM.from_config(config).eval()
     for parameter in model.parameters():  # the usual 0.02 makes every attention nearly uniform, and every test blind
         if parameter.dim() > 1:
-            torch.nn.init.normal_(parameter, std=0.3)
+            torch.nn.init.normal_(parameter, std=0.2)
     return model
 
 

@@ -172,7 +172,7 @@ def test_models_that_cannot_be_served(name: str) -> None:
     config = AutoConfig.for_model(name, **small)
     cls = AutoModelForCausalLM
     if name == "t5":
-        from transformers import AutoModelForSeq2SeqLM as cls  # noqa: N813
+        from transformers import AutoModelForSeq2SeqLM as cls
     base = cls.from_config(config)
     before = base.config._attn_implementation
     trainable = [p.requires_grad for p in base.parameters()]

@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from prefix_attn import PrefixConfig, PrefixModel, get_prefix_model
+from prefix_attn.hf.load import load_base
 from tests.hf.models import tiny, tokens
 
 NAMES = ("llama", "gpt2", "qwen2", "mistral", "opt", "gpt_neox")
@@ -100,3 +101,17 @@ def test_gradient_is_peft_s() -> None:
     for model in (peft, ours):
         model(input_ids=ids, labels=ids).loss.backward()
     torch.testing.assert_close(ours.prefixes["default"].embedding.grad, theirs.grad, rtol=1e-4, atol=1e-6)
+
+
+def test_smollm2_logits_of_a_peft_checkpoint(tmp_path: Path) -> None:
+    """A real model of 30 layers; PEFT's own attention backends differ by 1e-4 there."""
+    config = PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=P)
+    peft = get_peft_model(load_base("smollm2", dtype=torch.float32)[0], config).eval()
+    peft.prompt_encoder["default"].embedding.weight.data.mul_(0.5)
+    peft.save_pretrained(tmp_path)
+    model, tokenizer = load_base("smollm2", dtype=torch.float32)
+    ours = PrefixModel.from_pretrained(model, tmp_path).eval()
+    ids = tokenizer("name : Aromi | eatType : coffee shop\n=> Aromi is a coffee shop", return_tensors="pt")["input_ids"]
+    with torch.no_grad():
+        assert (ours(input_ids=ids).logits - peft(input_ids=ids).logits).abs().max() <= 5e-4
+    assert torch.equal(greedy(ours, ids), greedy(peft, ids))
