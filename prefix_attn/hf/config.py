@@ -23,8 +23,8 @@ class PrefixConfig:
         mode: "kv", keys and values in every layer.
         sites: attention that gets a prefix; ("decoder",) for causal models.
         layers: "all".
-        init: "random" starts from the model's own keys and values of random tokens, "text" from those of ``init_text``
-            or ``init_token_ids``, "zero" from zeros (which still take softmax mass: not a no-op).
+        init: "random" starts from the model's own keys and values of its start token and random ones, "text" from those
+            of ``init_text`` or ``init_token_ids``, "zero" from zeros (which still take softmax mass: not a no-op).
         init_text: cut, or repeated, to P tokens; needs the tokenizer.
         init_token_ids: the same as ids.
         num_frozen_tokens: 0.
