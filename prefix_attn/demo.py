@@ -63,13 +63,17 @@ def run(steps: int, out: Path, model: str) -> dict[str, Any]:
     with console.status("loading the saved prefix into a fresh model"):
         fresh, _ = load_base(model)
         reloaded = PrefixModel.from_pretrained(fresh, out)
-    again = _texts(reloaded, tokenizer, test[:SHOWN], "reloaded")
+    shown = _spread(range(len(test)), SHOWN)
+    again = _texts(reloaded, tokenizer, [test[i] for i in shown], "reloaded")
+    if again != [after[i] for i in shown]:
+        raise RuntimeError("the reloaded prefix writes something else than the trained one")
 
-    for i, example in enumerate(test[:SHOWN]):
+    for i, text in zip(shown, again, strict=True):
+        example = test[i]
         console.print(
             f"\n[dim]{example.source}[/]\n   before     {before[i]}\n   after      [bold]{after[i]}[/]", highlight=False
         )
-        console.print(f"   reloaded   {again[i]}\n   reference  {example.references[0]}", highlight=False)
+        console.print(f"   reloaded   {text}\n   reference  {example.references[0]}", highlight=False)
     references = [example.references for example in test]
     scores = {"before": score(before, references), "after": score(after, references)}
     table = Table("", "BLEU", "chrF++", "ROUGE-L", title=f"{len(test)} records of unseen services")
@@ -79,8 +83,6 @@ def run(steps: int, out: Path, model: str) -> dict[str, Any]:
     (_, first), (_, last) = metrics["validation_loss"][0], metrics["validation_loss"][-1]
     console.print(f"validation loss {first:.3f} -> {last:.3f}; adapter, metrics and plot in {out}")
     console.print(f"{time.perf_counter() - start:.0f} s in all")
-    if again != _texts(prefixed, tokenizer, test[:SHOWN], "check"):
-        raise RuntimeError("the reloaded prefix writes something else than the trained one")
     return {"scores": scores, "validation_loss": metrics["validation_loss"], "trainable_parameters": trainable}
 
 
