@@ -64,12 +64,12 @@ def run(steps: int, out: Path, model: str) -> dict[str, Any]:
         fresh, _ = load_base(model)
         reloaded = PrefixModel.from_pretrained(fresh, out)
     shown = _spread(range(len(test)), SHOWN)
-    again = _texts(reloaded, tokenizer, [test[i] for i in shown], "reloaded")
-    if again != [after[i] for i in shown]:
+    chosen = [test[i] for i in shown]
+    again = _texts(reloaded, tokenizer, chosen, "reloaded")
+    if again != _texts(prefixed, tokenizer, chosen, "trained"):  # in the same batch: another one rounds otherwise
         raise RuntimeError("the reloaded prefix writes something else than the trained one")
 
-    for i, text in zip(shown, again, strict=True):
-        example = test[i]
+    for i, example, text in zip(shown, chosen, again, strict=True):
         console.print(
             f"\n[dim]{example.source}[/]\n   before     {before[i]}\n   after      [bold]{after[i]}[/]", highlight=False
         )
