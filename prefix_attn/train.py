@@ -70,6 +70,8 @@ def train(
     if cut:
         _log.warning("%d of %d rows have a source longer than max_length=%d: cut", cut, len(rows), settings.max_length)
     held_out = encode(tokenizer, validation, settings.max_length)[0]
+    if settings.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     record = _Record(
         model, [collate(held_out[i : i + 16], tokenizer.pad_token_id) for i in range(0, len(held_out), 16)]
     )
@@ -118,8 +120,6 @@ def _arguments(model: PrefixModel, settings: Settings) -> TrainingArguments:
         seed=settings.seed,
         bf16=_has_bfloat16(model.device),
         use_cpu=model.device.type == "cpu",
-        gradient_checkpointing=settings.gradient_checkpointing,
-        gradient_checkpointing_kwargs={"use_reentrant": False} if settings.gradient_checkpointing else None,
         remove_unused_columns=False,
         dataloader_pin_memory=model.device.type == "cuda",
         report_to="none",
