@@ -13,7 +13,9 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 app = typer.Typer(
     name="prefix-attn",
@@ -23,7 +25,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
-_err = Console(stderr=True)
+# Names and texts are printed as they are: ":x:" is no picture and "[/x]" no markup.
+_out, _err = Console(emoji=False), Console(stderr=True, emoji=False)
 
 Model = Annotated[str, typer.Option(help="'smollm2', a .gguf file, a local folder or the name of a model on the Hub.")]
 Adapter = Annotated[Path, typer.Argument(help="Folder that 'train' or PEFT wrote.", show_default=False)]
@@ -182,7 +185,7 @@ def evaluate(
             texts = generate_text(prefixed, tokenizer, [e.source for e in examples], progress=advance, **options)
             results[name] = score(texts, [e.references for e in examples])
             results[name]["loss"] = validation_loss(prefixed, batches)
-    table = Table("", *next(iter(results.values())), title=f"{adapter} on {data}, {len(examples)} inputs")
+    table = Table("", *next(iter(results.values())), title=Text(f"{adapter} on {data}, {len(examples)} inputs"))
     for name, metrics in results.items():
         table.add_row(name, *(f"{value:.2f}" for value in metrics.values()))
     _print(results, as_json, table)
@@ -194,9 +197,9 @@ def inspect(adapter: Adapter, as_json: AsJson = False) -> None:
     from prefix_attn.hf.checkpoint import describe
 
     found = describe(adapter)
-    table = Table(title=str(adapter), show_header=False)
+    table = Table(title=Text(str(adapter)), show_header=False)
     for name, value in found.items():
-        table.add_row(name, f"{value:,}" if isinstance(value, int) else str(value))
+        table.add_row(name, f"{value:,}" if isinstance(value, int) else Text(str(value)))
     _print(found, as_json, table)
 
 
@@ -207,12 +210,13 @@ def main() -> None:
     except (ValueError, NotImplementedError, OSError, ImportError, RuntimeError) as error:
         if "--debug" in sys.argv:
             raise
-        _err.print(f"[bold red]error:[/] {error}", highlight=False, markup=True, soft_wrap=True)
+        message = " ".join(str(error).split())
+        _err.print(f"[bold red]error:[/] {escape(message)}", highlight=False, soft_wrap=True)
         raise SystemExit(1) from None
 
 
 def _load(load_base: Any, model: str) -> tuple[Any, Any]:
-    with _err.status(f"loading {model} (a GGUF file is converted once: about a minute)"):
+    with _err.status(f"loading {escape(model)} (a GGUF file is converted once: about a minute)"):
         return load_base(model)
 
 
@@ -247,8 +251,10 @@ class _progress:
 def _print(result: Any, as_json: bool, text: Any) -> None:
     if as_json:
         typer.echo(json.dumps(result, indent=2))
+    elif isinstance(text, str):
+        typer.echo(text)
     else:
-        Console().print(text, markup=False, highlight=False, soft_wrap=isinstance(text, str))
+        _out.print(text)
 
 
 if __name__ == "__main__":

@@ -115,6 +115,8 @@ def _csv_pairs(path: Path, source_column: str, target_column: str) -> Iterator[_
                     raise ValueError(f"{path}, line 1: no column {column!r}; there are {columns}")
             for row in reader:
                 where = f"{path}, line {reader.line_num}"
+                if any(cell.strip() for cell in row.get(None) or ()):
+                    raise ValueError(f"{where}: more cells than columns; text with a comma needs quotes")
                 source = _text(row[source_column], source_column, where)
                 yield linearise(source) if is_e2e else source, _text(row[target_column], target_column, where)
         except csv.Error as error:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from typing import Any
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from tqdm import tqdm
 
@@ -44,8 +46,8 @@ def run(steps: int, out: Path, model: str) -> dict[str, Any]:
     from prefix_attn.hf.model import PrefixModel, get_prefix_model
     from prefix_attn.train import Settings, train
 
-    console, start = Console(), time.perf_counter()
-    with console.status(f"loading {model} (converted from GGUF on the first run: about a minute)"):
+    console, start = Console(emoji=False), time.perf_counter()
+    with console.status(f"loading {escape(model)} (converted from GGUF on the first run: about a minute)"):
         base, tokenizer = load_base(model)
     records = {split: aws_records(split) for split in ("train", "dev", "test")}
     test = _spread(records["test"], SCORED)
@@ -56,6 +58,8 @@ def run(steps: int, out: Path, model: str) -> dict[str, Any]:
 
     with prefixed.disable_prefix():
         before = _texts(prefixed, tokenizer, test, "before")
+    for earlier in out.glob("checkpoint-*"):
+        shutil.rmtree(earlier)  # the demo begins anew each time
     settings = Settings(out, steps, validate_every=max(steps // 2, 1), max_length=96)
     metrics = train(prefixed, tokenizer, records["train"], _spread(records["dev"], VALIDATED), settings)
     after = _texts(prefixed, tokenizer, test, "after")
@@ -70,10 +74,10 @@ def run(steps: int, out: Path, model: str) -> dict[str, Any]:
         raise RuntimeError("the reloaded prefix writes something else than the trained one")
 
     for i, example, text in zip(shown, chosen, again, strict=True):
-        console.print(
-            f"\n[dim]{example.source}[/]\n   before     {before[i]}\n   after      [bold]{after[i]}[/]", highlight=False
-        )
-        console.print(f"   reloaded   {text}\n   reference  {example.references[0]}", highlight=False)
+        old, new, wanted = escape(before[i]), escape(after[i]), escape(example.references[0])
+        console.print(f"\n[dim]{escape(example.source)}[/]\n   before     {old}", highlight=False)
+        console.print(f"   after      [bold]{new}[/]\n   reloaded   {escape(text)}", highlight=False)
+        console.print(f"   reference  {wanted}", highlight=False)
     references = [example.references for example in test]
     scores = {"before": score(before, references), "after": score(after, references)}
     table = Table("", "BLEU", "chrF++", "ROUGE-L", title=f"{len(test)} records of unseen services")

@@ -159,6 +159,8 @@ def validation_loss(model: Any, batches: Iterable[Mapping[str, Tensor]]) -> floa
         for batch in batches:
             # The model predicts each token from those before it, so the first one has no loss.
             count = int((batch["labels"][:, 1:] != IGNORED).sum())
+            if not count:
+                continue  # its mean over no tokens would be nan
             loss = model(**{name: tensor.to(device) for name, tensor in batch.items()}).loss
             total += float(loss) * count
             tokens += count

@@ -31,7 +31,7 @@ class Settings:
     """How to train.
 
     ``learning_rate`` defaults to 1e-2 for a flat prefix and 1e-3 for an MLP. ``validate_every`` steps the validation
-    loss is measured and a checkpoint written; ``resume`` goes on, bit for bit, from the last one in ``output``.
+    loss is measured and a checkpoint written; ``resume`` goes on, bit for bit, from the last whole one in ``output``.
     """
 
     output: Path
@@ -62,37 +62,37 @@ def train(
         (rows whose source was too long), ``steps``, ``trainable_parameters`` and their ``trainable_share``.
 
     Raises:
-        ValueError: no examples, a target that does not fit into ``max_length``, or nothing to resume from.
+        ValueError: no examples, a target that does not fit into ``max_length``, nothing to resume from, or
+            ``settings.output`` holds checkpoints of another training.
     """
     if not examples:
         raise ValueError("no examples to train on")
+    checkpoint = _checkpoint(settings)
     rows, cut = encode(tokenizer, examples, settings.max_length)
     if cut:
         _log.warning("%d of %d rows have a source longer than max_length=%d: cut", cut, len(rows), settings.max_length)
     held_out = encode(tokenizer, validation, settings.max_length)[0]
     if settings.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    record = _Record(
-        model, [collate(held_out[i : i + 16], tokenizer.pad_token_id) for i in range(0, len(held_out), 16)]
-    )
+    batches = [collate(held_out[i : i + 16], tokenizer.pad_token_id) for i in range(0, len(held_out), 16)]
     trainer = Trainer(
         model=model,
         args=_arguments(model, settings),
         train_dataset=rows,
         data_collator=Collator(tokenizer.pad_token_id),
-        callbacks=[record],
+        callbacks=[_Validation(model, batches)],
     )
     # The Trainer's own would print dictionaries between the bars.
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
     trainer.add_callback(_Bar())
-    checkpoint = _last_checkpoint(settings.output) if settings.resume else None
     trainer.train(resume_from_checkpoint=checkpoint)
     trainable, total = model.get_nb_trainable_parameters()
+    history = trainer.state.log_history
     metrics = {
         "steps": trainer.state.global_step,
-        "train_loss": [[entry["step"], entry["loss"]] for entry in trainer.state.log_history if "loss" in entry],
-        "validation_loss": record.curve,
+        "train_loss": [[entry["step"], entry["loss"]] for entry in history if "loss" in entry],
+        "validation_loss": [[e["step"], e["validation_loss"]] for e in history if "validation_loss" in e],
         "cut": cut,
         "trainable_parameters": trainable,
         "trainable_share": trainable / total,
@@ -133,34 +133,47 @@ def _has_bfloat16(device: torch.device) -> bool:
     return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 
-def _last_checkpoint(folder: Path) -> str:
-    from transformers.trainer_utils import get_last_checkpoint
+def _checkpoint(settings: Settings) -> str | None:
+    """The checkpoint to go on from; None to begin."""
+    complete = {path: step for path in settings.output.glob("checkpoint-*") if (step := _step(path)) is not None}
+    if settings.resume and not complete:
+        raise ValueError(f"{settings.output}: no checkpoint to resume from")
+    if complete and not settings.resume:
+        # Among its own a new training would leave them, and a later resume could take one of the wrong training.
+        raise ValueError(f"{settings.output}: holds checkpoints of another training; resume it, or take another folder")
+    return str(max(complete, key=complete.__getitem__)) if complete else None
 
-    found = get_last_checkpoint(str(folder)) if folder.is_dir() else None
-    if found is None:
-        raise ValueError(f"{folder}: no checkpoint to resume from")
-    return found
+
+def _step(checkpoint: Path) -> int | None:
+    """Step of a complete checkpoint. The Trainer writes this file last: a kill leaves none, or a part of it."""
+    try:
+        return int(json.loads((checkpoint / "trainer_state.json").read_text())["global_step"])
+    except (OSError, ValueError):
+        return None
 
 
-class _Record(TrainerCallback):
-    """Measures the validation loss at step 0, with every checkpoint and at the end."""
+class _Validation(TrainerCallback):
+    """Measures the validation loss at step 0, before every checkpoint and at the end.
+
+    It goes into the Trainer's log, which its checkpoints hold: a resumed training knows the whole curve.
+    """
 
     def __init__(self, model: PrefixModel, batches: list[dict[str, torch.Tensor]]) -> None:
         self.model, self.batches = model, batches
-        self.curve: list[list[float]] = []
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self._measure(state.global_step)
+        if state.global_step == 0:
+            self._measure(state)
 
-    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self._measure(state.global_step)
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.global_step % args.save_steps == 0 or state.global_step == state.max_steps:
+            self._measure(state)
 
-    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self._measure(state.global_step)
-
-    def _measure(self, step: int) -> None:
-        if self.batches and (not self.curve or self.curve[-1][0] != step):
-            self.curve.append([step, validation_loss(self.model, self.batches)])
+    def _measure(self, state: Any) -> None:
+        if self.batches:
+            state.log_history.append(
+                {"step": state.global_step, "validation_loss": validation_loss(self.model, self.batches)}
+            )
 
 
 class _Bar(TrainerCallback):

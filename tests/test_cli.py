@@ -90,6 +90,26 @@ def test_errors_are_one_line(
     assert len(error.strip().splitlines()) == 1
 
 
+@pytest.mark.parametrize("message", ["any of [encoder, cross]", "[/a]b.csv, :x:", "one\n  two"])
+def test_errors_are_printed_as_they_are(
+    message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Brackets in a message were taken for markup: they vanished, or the command ended with a traceback."""
+
+    def fail(**_: object) -> None:
+        raise ValueError(message)
+
+    monkeypatch.setattr(cli, "app", fail)
+    assert run(monkeypatch) == 1
+    assert capsys.readouterr().err == f"error: {' '.join(message.split())}\n"
+
+
+def test_texts_are_printed_as_they_are(capsys: pytest.CaptureFixture[str]) -> None:
+    text = "a :x: [/b] " + "c" * 200
+    cli._print([], False, text)
+    assert capsys.readouterr().out == text + "\n"
+
+
 def test_debug_shows_the_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["prefix-attn", "--debug", "train", "--output", "x", "--data", "none.csv"])
     with pytest.raises(ValueError, match=r"none\.csv: no such file"):

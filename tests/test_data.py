@@ -44,6 +44,10 @@ def test_e2e_is_recognised_and_linearised(tmp_path: Path, header: str) -> None:
     assert read_examples(path) == [Example(source, ("First.", "Second."))]
 
 
+def test_csv_may_end_its_lines_with_commas(tmp_path: Path) -> None:
+    assert read_examples(write(tmp_path, "x.csv", "source,target\na,b,,\n")) == [Example("a", ("b",))]
+
+
 def test_linearise_keeps_commas_of_values() -> None:
     assert linearise("name[A, B], near[C]") == "name : A, B | near : C"
 
@@ -62,6 +66,7 @@ BAD = [
     ("x.csv", "source,text\na,b\n", "line 1: no column 'target'; there are ['source', 'text']"),
     ("x.csv", "source,target\na,b\nc,\n", "line 3: 'target' is empty"),
     ("x.csv", "source,target\na,b\nc\n", "line 3: 'target' is empty"),
+    ("x.csv", "source,target\na,b\nc,d, e\n", "line 3: more cells than columns"),
     ("x.csv", 'source,target\na,"b\n', "not CSV"),
 ]
 

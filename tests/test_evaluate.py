@@ -138,6 +138,8 @@ def test_validation_loss_weighs_tokens() -> None:
     assert count == 6
     assert apart == pytest.approx(total / count, rel=1e-5)
     assert together == pytest.approx(total / count, rel=1e-5)
+    without = {"input_ids": [1, 2], "labels": [IGNORED, IGNORED]}
+    assert validation_loss(model, [collate([without], END), collate(rows, END)]) == together
 
 
 def test_validation_loss_needs_targets() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -52,6 +53,31 @@ def test_resumes_bit_for_bit(tmp_path: Path) -> None:
     train(second, byte_tokenizer(), EXAMPLES, [], settings(tmp_path / "b", 4, resume=True))
     for (name, wanted), got in zip(straight.prefixes.named_parameters(), second.prefixes.parameters()):
         assert torch.equal(got, wanted), name
+
+
+@pytest.mark.parametrize("state", [None, '{"best'], ids=["none", "half"])
+def test_a_kill_while_saving_costs_one_checkpoint(tmp_path: Path, state: str | None) -> None:
+    """The newest folder was taken by its name: a killed training with a half-written one could not be resumed."""
+    straight, resumed = model(), model()
+    wanted = train(straight, byte_tokenizer(), EXAMPLES[:4], EXAMPLES[4:], settings(tmp_path, 6))
+    for name in ("optimizer.pt", "trainer_state.json"):
+        (tmp_path / "checkpoint-6" / name).unlink()
+    if state is not None:
+        (tmp_path / "checkpoint-6" / "trainer_state.json").write_text(state)
+    got = train(resumed, byte_tokenizer(), EXAMPLES[:4], EXAMPLES[4:], settings(tmp_path, 6, resume=True))
+    assert torch.equal(resumed.prefixes["default"].embedding, straight.prefixes["default"].embedding)
+    assert got["train_loss"] == wanted["train_loss"]
+    assert got["validation_loss"] == wanted["validation_loss"]  # with the steps before the kill
+    assert [step for step, _ in got["validation_loss"]] == [0, 2, 4, 6]
+
+
+def test_a_new_training_does_not_mix_with_an_old_one(tmp_path: Path) -> None:
+    """Checkpoints of an earlier and longer training stayed, and a later resume took the last of those."""
+    train(model(), byte_tokenizer(), EXAMPLES, [], settings(tmp_path, 2))
+    with pytest.raises(ValueError, match="holds checkpoints of another training"):
+        train(model(), byte_tokenizer(), EXAMPLES, [], settings(tmp_path, 2))
+    shutil.rmtree(tmp_path / "checkpoint-2")
+    assert train(model(), byte_tokenizer(), EXAMPLES, [], settings(tmp_path, 2))["steps"] == 2
 
 
 def test_nothing_to_train_on_or_to_resume(tmp_path: Path) -> None:
