@@ -17,7 +17,7 @@ _INTS = (torch.int32, torch.int64)
 
 
 class Call(NamedTuple):
-    """Arguments of ``prefix_attention``. The first seven tensors may need a gradient, the next five cannot.
+    """Arguments of ``prefix_attention``. The first seven tensors may need a gradient, the next six cannot.
 
     B batch, Hq query heads, Hkv key/value heads, S queries, T sequence keys, P prefix length, N bank entries,
     D head size of query and key, Dv of value.
@@ -35,6 +35,7 @@ class Call(NamedTuple):
     prefix_start: Tensor | None = None  # (B,)
     key_lengths: Tensor | None = None  # (B,)
     key_mask: Tensor | None = None  # (B, T) bool
+    seed: Tensor | None = None  # (1,) int64: of a fused backend's dropout, drawn by the operator
     is_causal: bool = True
     window: int | None = None
     scale: float = 1.0
@@ -52,7 +53,7 @@ class Call(NamedTuple):
         return self.prefix_key is not None and self.prefix_key.dim() == 4
 
 
-TENSORS = 12  # leading fields of Call that are tensors
+TENSORS = 13  # leading fields of Call that are tensors
 DIFFERENTIABLE = 7  # of these, the ones that may need a gradient
 
 _SHAPES = {

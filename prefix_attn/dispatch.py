@@ -5,12 +5,15 @@ from __future__ import annotations
 from types import ModuleType
 from typing import NamedTuple
 
-from prefix_attn.backends import composed, eager
+from prefix_attn.backends import composed, eager, triton
+from prefix_attn.backends.triton import interpreter
 from prefix_attn.call import Call
 
-ORDER: tuple[ModuleType, ...] = (composed, eager)  # eager, the last, refuses nothing
+ORDER: tuple[ModuleType, ...] = (composed, triton, eager)  # eager, the last, refuses nothing
+# Triton's interpreter is for testing the kernels: it runs when it is named, never because nothing else can.
+AUTO = tuple(backend for backend in ORDER if not (backend is triton and interpreter.ACTIVE))
 BY_NAME: dict[str, ModuleType] = {backend.NAME: backend for backend in ORDER}
-NOT_IN_THIS_VERSION = ("cpu", "triton", "cuda")  # names that the public contract reserves
+NOT_IN_THIS_VERSION = ("cpu", "cuda")  # names that the public contract reserves
 
 
 class Explanation(NamedTuple):
@@ -29,7 +32,7 @@ class Explanation(NamedTuple):
 def select(call: Call, backend: str = "auto") -> ModuleType:
     """The backend for ``call``. A named one is used or the call raises: there is no silent fallback."""
     if backend == "auto":
-        return next(b for b in ORDER if not list(b.refuse(call)))
+        return next(b for b in AUTO if not list(b.refuse(call)))
     if backend in NOT_IN_THIS_VERSION:
         raise NotImplementedError(f"backend={backend!r} is not part of this version; it has {sorted(BY_NAME)}")
     if backend not in BY_NAME:

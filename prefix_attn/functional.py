@@ -96,11 +96,11 @@ def prefix_attention(
         prefix_start,
         key_lengths,
         key_mask,
-        is_causal,
-        window,
-        scale,
-        softcap,
-        dropout_p,
+        is_causal=is_causal,
+        window=window,
+        scale=scale,
+        softcap=softcap,
+        dropout_p=dropout_p,
     )
     out, lse = _run(call, backend) if prefix_gate is None else _gated(call, prefix_gate, backend)
     return (out, lse) if return_lse else out
@@ -197,7 +197,7 @@ def explain(*args: Any, **kwargs: Any) -> dispatch.Explanation:
     """Which backend ``auto`` picks for these arguments of ``prefix_attention``, and why each other was refused."""
     bound = inspect.signature(prefix_attention).bind(*args, **kwargs)
     bound.apply_defaults()
-    call = _call(**{name: bound.arguments[name] for name in Call._fields})
+    call = _call(**{name: bound.arguments[name] for name in Call._fields if name != "seed"})
     return dispatch.explain(call)
 
 
@@ -216,7 +216,11 @@ def _call(query: Tensor, key: Tensor, value: Tensor, *rest: Any, **named: Any) -
 
 def _run(call: Call, backend: str) -> tuple[Tensor, Tensor]:
     module = dispatch.select(call, backend)
-    return eager.forward(call) if module is eager else _ops.attend(call, module.NAME)
+    if module is eager:
+        return eager.forward(call)
+    if call.dropout_p:  # on the device, from its default generator: no synchronisation, and CUDA graphs replay it
+        call = call._replace(seed=torch.randint(2**31, (1,), device=call.query.device))
+    return _ops.attend(call, module.NAME)
 
 
 def _gated(call: Call, gate: Tensor, backend: str) -> tuple[Tensor, Tensor]:

@@ -192,7 +192,7 @@ def frozen(backend: str, arguments: dict[str, Any]) -> list[str]:
     """Tensors whose gradient a backend may refuse, and is therefore not asked for."""
     if backend == "eager":
         return []
-    half = arguments["query"].dtype.itemsize < 4
+    half = arguments["query"].dtype.itemsize < 4 and backend == "composed"
     return [n for n in ("bias", *(("sinks",) if half else ())) if arguments.get(n) is not None]
 
 

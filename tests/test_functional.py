@@ -136,9 +136,9 @@ ERRORS: dict[str, tuple[Case, dict[str, Any], type[Exception], str]] = {
     "backend name": (PLAIN, {"backend": "flash"}, ValueError, "backend must be 'auto' or one of .* got 'flash'"),
     "backend to come": (
         PLAIN,
-        {"backend": "triton"},
+        {"backend": "cuda"},
         NotImplementedError,
-        "backend='triton' is not part of this version",
+        "backend='cuda' is not part of this version",
     ),
     "backend limits": (
         PLAIN,
@@ -256,7 +256,7 @@ def test_explain_says_who_and_why() -> None:
     said = explain(**PLAIN.arguments(torch.float32), softcap=2.0)
     assert said.backend == "eager"
     assert said.refused["composed"] == ("torch's flash attention has no softcap",)
-    assert "triton: not part of this version" in str(said)
+    assert "cuda: not part of this version" in str(said)
     assert explain(**PLAIN.arguments(torch.float32)).backend == "composed"
 
 

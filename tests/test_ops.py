@@ -25,14 +25,14 @@ OPS = {
 NEEDS = list(product((False, True), repeat=3))
 
 
-def op_arguments(case: Case, needs: tuple[bool, bool, bool]) -> tuple[Any, ...]:
+def op_arguments(case: Case, needs: tuple[bool, bool, bool], backend: str = "composed") -> tuple[Any, ...]:
     arguments = case.arguments(torch.float32)
     groups = (("query",), ("key", "value"), ("prefix_key", "prefix_value", "sinks"))
     for names, needed in zip(groups, needs):
         for name in names:
             if isinstance(arguments.get(name), Tensor):
                 arguments[name].requires_grad_(needed)
-    return (*_call(**{n: arguments.get(n) for n in Call._fields} | _defaults(arguments)), "composed")
+    return (*_call(**{n: arguments.get(n) for n in Call._fields} | _defaults(arguments)), backend)
 
 
 def _defaults(arguments: dict[str, Any]) -> dict[str, Any]:
@@ -46,10 +46,18 @@ def test_opcheck_forward(case: Case, needs: tuple[bool, bool, bool]) -> None:
     assert set(results.values()) == {"SUCCESS"}
 
 
+@pytest.mark.parametrize("needs", [(False, False, False), (False, False, True), (True, True, True)])
+def test_opcheck_triton(needs: tuple[bool, bool, bool]) -> None:
+    case = Case(B=3, N=3, S=5, T=5, D=8, Dv=8, with_=("prefix_ids", "sinks", "key_mask"))
+    results = torch.library.opcheck(torch.ops.prefix_attn.forward.default, op_arguments(case, needs, "triton"))
+    assert set(results.values()) == {"SUCCESS"}
+
+
 @pytest.mark.parametrize("with_lse", [False, True])
+@pytest.mark.parametrize("backend", ["composed", "triton"])
 @pytest.mark.parametrize("case", OPS.values(), ids=OPS)
-def test_opcheck_backward(case: Case, with_lse: bool) -> None:
-    arguments = op_arguments(case, (False, False, False))
+def test_opcheck_backward(case: Case, backend: str, with_lse: bool) -> None:
+    arguments = op_arguments(case, (False, False, False), backend)
     out, lse = torch.ops.prefix_attn.forward.default(*arguments)
     grad_lse = torch.ones_like(lse) if with_lse else None
     for needs in ([True] * 7, [False] * 3 + [True, True, False, False]):
@@ -70,7 +78,7 @@ def test_raw_op_and_function_differentiate() -> None:
         assert torch.equal(grad, expected)
 
 
-@pytest.mark.parametrize("backend", ["auto", "eager"])
+@pytest.mark.parametrize("backend", ["auto", "eager", "triton"])
 def test_compile_fullgraph_dynamic(backend: str) -> None:
     """One graph for all batch sizes and lengths, equal results and gradients."""
     torch._dynamo.reset()

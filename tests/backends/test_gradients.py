@@ -53,7 +53,8 @@ def test_composed_passes_gradcheck(case: Case) -> None:
 
 
 @pytest.mark.parametrize("wanted", [w for w in product((False, True), repeat=3) if any(w)])
-def test_only_what_is_asked(wanted: tuple[bool, bool, bool]) -> None:
+@pytest.mark.parametrize("backend", ["composed", "triton"])
+def test_only_what_is_asked(backend: str, wanted: tuple[bool, bool, bool]) -> None:
     """Query, sequence, prefix: each pattern of needs gives the full run's gradients for these, and None for others."""
     arguments = Case().arguments(torch.float32)
     groups = (("query",), ("key", "value"), ("prefix_key", "prefix_value"))
@@ -61,7 +62,7 @@ def test_only_what_is_asked(wanted: tuple[bool, bool, bool]) -> None:
 
     def grads(names: list[str]) -> dict[str, Tensor | None]:
         leaves = {n: arguments[n].clone().requires_grad_(n in names) for names_ in groups for n in names_}
-        prefix_attention(**arguments | leaves, backend="composed").square().sum().backward()
+        prefix_attention(**arguments | leaves, backend=backend).square().sum().backward()
         return {n: leaf.grad for n, leaf in leaves.items()}
 
     full, some = grads([n for names in groups for n in names]), grads(asked)
@@ -89,39 +90,44 @@ def test_prefix_alone_runs_no_sequence_kernel(monkeypatch: pytest.MonkeyPatch) -
     assert leaf.grad is not None and leaf.grad.abs().sum() > 0
 
 
-def test_half_precision_keeps_a_float32_prefix_gradient() -> None:
-    """Summed over 4096 queries in bfloat16 a gradient loses what float32 keeps."""
-    case = Case(B=64, S=64, T=64, P=3, prefix_dtype=torch.float32)
+@pytest.mark.parametrize(("backend", "B"), [("composed", 64), ("triton", 16)])
+def test_half_precision_keeps_a_float32_prefix_gradient(backend: str, B: int) -> None:
+    """Summed over thousands of queries in bfloat16 a gradient loses what float32 keeps."""
+    case = Case(B=B, S=64, T=64, P=3, prefix_dtype=torch.float32)
     arguments = case.arguments(torch.bfloat16)
     grads = []
     for dtype in (torch.bfloat16, torch.float64):
         cast = {n: a.to(dtype) if isinstance(a, Tensor) and dtype == torch.float64 else a for n, a in arguments.items()}
         leaf = cast["prefix_value"].detach().requires_grad_()
-        prefix_attention(**cast | {"prefix_value": leaf}, backend="composed").mean(dtype=torch.float32).backward()
+        prefix_attention(**cast | {"prefix_value": leaf}, backend=backend if dtype == torch.bfloat16 else "eager").mean(
+            dtype=torch.float32
+        ).backward()
         grads.append(leaf.grad)
     assert grads[0].dtype == torch.float32
     error = (grads[0].double() - grads[1]).norm() / grads[1].norm()
     assert error < 2**-9, f"relative error {error:.1e} is that of a bfloat16 sum"
 
 
-def test_second_derivative_of_a_fused_backend_is_refused() -> None:
+@pytest.mark.parametrize("backend", ["composed", "triton"])
+def test_second_derivative_of_a_fused_backend_is_refused(backend: str) -> None:
     """Without a formula on the backward op, autograd returns wrong numbers and only warns."""
     arguments = Case().arguments(torch.float32)
     leaf = arguments["prefix_key"].requires_grad_()
-    out = prefix_attention(**arguments, backend="composed").square().sum()
+    out = prefix_attention(**arguments, backend=backend).square().sum()
     (grad,) = torch.autograd.grad(out, leaf, create_graph=True)
     with pytest.raises(NotImplementedError, match="differentiable once"):
         grad.sum().backward()
 
 
 @pytest.mark.parametrize("name", ["query", "prefix_key"])
-def test_lse_alone(name: str) -> None:
+@pytest.mark.parametrize("backend", ["composed", "triton"])
+def test_lse_alone(backend: str, name: str) -> None:
     """A loss on the lse only: no gradient of out arrives at all."""
     arguments = Case().arguments(torch.float32)
     grads = []
-    for backend in ("composed", "eager"):
+    for one in (backend, "eager"):
         leaf = arguments[name].clone().requires_grad_()
-        _, lse = prefix_attention(**arguments | {name: leaf}, backend=backend, return_lse=True)
+        _, lse = prefix_attention(**arguments | {name: leaf}, backend=one, return_lse=True)
         lse.square().sum().backward()
         grads.append(leaf.grad)
     torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-5)

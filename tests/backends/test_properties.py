@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from prefix_attn import prefix_attention
 from tests.numerics import Case
 
-BACKENDS = ("eager", "composed")
+BACKENDS = ("eager", "composed", "triton")
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -25,9 +25,9 @@ def test_equals_torch_on_the_concatenation(backend: str) -> None:
     torch.testing.assert_close(prefix_attention(**a, backend=backend), expected)
 
 
-@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize(("backend", "threads"), [("composed", 1), ("composed", 2), ("triton", 1)])
 @pytest.mark.parametrize("layout", ["bhsd", "bshd"])
-def test_bitwise_repeatable(threads: int, layout: str) -> None:
+def test_bitwise_repeatable(backend: str, threads: int, layout: str) -> None:
     arguments = Case(B=3, S=70, T=70, P=33, layout=layout).arguments(torch.float32)
     results = []
     before = torch.get_num_threads()
@@ -35,7 +35,7 @@ def test_bitwise_repeatable(threads: int, layout: str) -> None:
     try:
         for _ in range(3):
             leaves = {n: arguments[n].clone().requires_grad_() for n in ("query", "key", "prefix_key", "prefix_value")}
-            out = prefix_attention(**arguments | leaves, backend="composed")
+            out = prefix_attention(**arguments | leaves, backend=backend)
             out.square().sum().backward()
             results.append([out.detach(), *(leaf.grad for leaf in leaves.values())])
     finally:
@@ -85,7 +85,8 @@ def test_empty_rows_are_zero_and_pass_no_gradient(backend: str) -> None:
 
 
 @pytest.mark.parametrize("layout", ["bhsd", "bshd"])
-def test_no_memory_grows_with_batch_times_prefix(layout: str) -> None:
+@pytest.mark.parametrize("backend", ["composed", "triton"])
+def test_no_memory_grows_with_batch_times_prefix(backend: str, layout: str) -> None:
     """Forward and backward at B = 16, P = 512: no tensor of B * P rows is ever made, and no [S, P] scores."""
     B, Hq, S, P, D = 16, 2, 4, 512, 8
     largest = 0
@@ -102,5 +103,5 @@ def test_no_memory_grows_with_batch_times_prefix(layout: str) -> None:
     arguments = Case(B=B, Hq=Hq, Hkv=1, S=S, T=S, P=P, D=D, Dv=D, layout=layout).arguments(torch.float32)
     leaves = {n: arguments[n].requires_grad_() for n in ("query", "key", "prefix_key", "prefix_value")}
     with Watch():
-        prefix_attention(**arguments | leaves, backend="composed").square().sum().backward()
+        prefix_attention(**arguments | leaves, backend=backend).square().sum().backward()
     assert largest == P * D, f"largest tensor has {largest} elements: the prefix has {P * D}, scores {B * Hq * S * P}"

@@ -1,0 +1,268 @@
+"""Forward for few queries per row of the batch (decoding, speculation): bound by reading keys and values.
+
+``_split_keys``: a program owns all S * G queries of one (row, key head) and one of SPLITS runs of its keys, so that a
+key is read once for the whole group. Short prefixes are walked in the same loop, from the L2 cache. With SPLITS = 1
+that is the whole work, in one launch. Otherwise each program leaves (out, lse) of its run in a slot, and whoever
+arrives last adds up the slots, in their order: no second launch.
+
+``_fold_prefix``: where a prefix is long enough, B programs reading it cost more than another launch. Then the queries
+of all rows that share an entry are folded into tiles of BLOCK_M, each prefix tile is read once per BLOCK_M queries, and
+the results go to slots of their own that ``_split_keys`` adds in. With a bank, rows come sorted by entry, and a tile
+walks the few entries it holds; the grid does not depend on how many there are, so nothing is read back to the host.
+
+Lengths are read on the device: captured in a CUDA graph, both kernels follow ``key_lengths`` as it changes.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from prefix_attn.backends.triton.tiles import (
+    LOG2E,
+    SIZES,
+    entry_of,
+    finish,
+    length_of,
+    load_rows,
+    logits,
+    prefix_of,
+    softmax_step,
+    visible,
+)
+
+
+@triton.jit
+def _add_slot(slots_out, slots_lse, o_row, m_row, b_m, b_l, b_acc, DV: tl.constexpr, BLOCK_DV: tl.constexpr):
+    """Adds a finished part of the softmax, rows ``o_row`` of the slots, to a running one."""
+    o_d = tl.arange(0, BLOCK_DV)
+    m = m_row[:, None] & (o_d < DV)[None, :]
+    # .cg: from the L2 cache, since another program may have just written it
+    b_lse = tl.load(slots_lse + o_row, mask=m_row, other=-float("inf"), cache_modifier=".cg") * LOG2E
+    b_out = tl.load(slots_out + o_row[:, None] * DV + o_d[None, :], mask=m, other=0.0, cache_modifier=".cg")
+    b_max = tl.maximum(b_m, b_lse)
+    b_pivot = tl.where(b_max == -float("inf"), 0.0, b_max)
+    b_old = tl.exp2(b_m - b_pivot)
+    b_new = tl.exp2(b_lse - b_pivot)
+    return b_max, b_l * b_old + b_new, b_acc * b_old[:, None] + b_out * b_new[:, None]
+
+
+@triton.jit
+def _write(out, lse, sinks, i_b, o_h, o_s, HQ, S, m_row, b_m, b_l, b_acc, DV: tl.constexpr, BLOCK_DV: tl.constexpr):
+    b_sink = None
+    if sinks is not None:
+        b_sink = tl.load(sinks + o_h, mask=m_row, other=0.0).to(tl.float32) * LOG2E
+    b_out, b_lse = finish(b_m, b_l, b_acc, b_sink)
+    o_d = tl.arange(0, BLOCK_DV)
+    p_out = out.data + i_b * out.batch + (o_h * out.head + o_s * out.row)[:, None] + o_d[None, :]
+    tl.store(p_out, b_out.to(out.data.dtype.element_ty), mask=m_row[:, None] & (o_d < DV)[None, :])
+    tl.store(lse + (i_b * HQ + o_h) * S + o_s, b_lse, mask=m_row)
+
+
+@triton.jit(do_not_specialize=[*SIZES, "SPLITS", "FOLDED"])
+def _split_keys(
+    query,
+    key,
+    value,
+    prefix_key,  # None: no prefix, or it is in the first FOLDED slots
+    prefix_value,
+    sinks,
+    rows,
+    scores,
+    out,
+    lse,
+    slots_out,  # (FOLDED + SPLITS, B, Hq, S, Dv) float32, or None: one split, nothing folded
+    slots_lse,  # (FOLDED + SPLITS, B, Hq, S) float32
+    arrived,  # (B, Hkv) int32 zeros, or None: one split
+    SPLITS,
+    FOLDED,
+    B,
+    HKV,
+    G,
+    S,
+    T,
+    P,
+    N,
+    D: tl.constexpr,
+    DV: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+):
+    i = tl.program_id(0)
+    i_split = i % SPLITS
+    i = i // SPLITS
+    i_kv = (i % HKV).to(tl.int64)
+    i_b = (i // HKV).to(tl.int64)
+    HQ = HKV * G
+    length = length_of(i_b, T, rows)
+    o_q = tl.arange(0, BLOCK_M)
+    m_row = o_q < S * G
+    o_s = o_q // G
+    o_h = i_kv * G + o_q % G
+    o_d = tl.arange(0, BLOCK_D)
+    # [BLOCK_M, BLOCK_D]
+    p_q = query.data + i_b * query.batch + (o_h * query.head + o_s.to(tl.int64) * query.row)[:, None] + o_d[None, :]
+    b_q = tl.load(p_q, mask=m_row[:, None] & (o_d < D)[None, :], other=0.0)
+    b_m = tl.full([BLOCK_M], -float("inf"), tl.float32)
+    b_l = tl.zeros([BLOCK_M], tl.float32)
+    b_acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
+
+    # The work of this split: a run of the tiles of [prefix ; keys that some query sees].
+    lo = 0
+    if scores.window is not None:
+        lo = tl.maximum(length - S - scores.window + 1, 0) // BLOCK_N
+    hi = tl.cdiv(length, BLOCK_N)
+    prefix = 0
+    i_n = i_b * 0
+    if prefix_key is not None:
+        entry = entry_of(i_b, N, rows)
+        prefix = prefix_of(entry, P, rows)
+        i_n = tl.maximum(entry, 0).to(tl.int64)
+    before = tl.cdiv(prefix, BLOCK_N)
+    share = tl.cdiv(before + tl.maximum(hi - lo, 0), SPLITS)
+    first = i_split * share
+    last = first + share
+
+    if prefix_key is not None:
+        p_key = prefix_key.data + i_n * prefix_key.batch + i_kv * prefix_key.head
+        p_value = prefix_value.data + i_n * prefix_value.batch + i_kv * prefix_value.head
+        for i in range(first, tl.minimum(last, before)):
+            o_n = i * BLOCK_N + tl.arange(0, BLOCK_N)
+            m_n = o_n < prefix
+            b_k = load_rows(p_key, o_n, prefix_key.row, m_n, D, BLOCK_D).to(b_q.dtype)
+            b_s = logits(tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION), scores)
+            m_mn = m_n[None, :]
+            if rows.prefix_start is not None:
+                m_mn = m_mn & (length - S + o_s >= tl.load(rows.prefix_start + i_b))[:, None]
+            b_s = tl.where(m_mn, b_s, -float("inf"))
+            b_v = load_rows(p_value, o_n, prefix_value.row, m_n, DV, BLOCK_DV).to(b_q.dtype)
+            b_m, b_l, b_acc = softmax_step(b_s, b_m, b_l, b_acc, b_v, None, scores, True, PRECISION)
+
+    p_key = key.data + i_b * key.batch + i_kv * key.head
+    p_value = value.data + i_b * value.batch + i_kv * value.head
+    row_mask = rows.key_mask
+    if rows.key_mask is not None:
+        row_mask += i_b * T
+    for i in range(tl.maximum(first - before, 0) + lo, tl.minimum(last - before + lo, hi)):
+        o_n = i * BLOCK_N + tl.arange(0, BLOCK_N)
+        m_n = o_n < length
+        if rows.key_mask is not None:  # a masked key is not even read
+            m_n = m_n & tl.load(row_mask + o_n, mask=m_n, other=0).to(tl.int1)
+        b_k = load_rows(p_key, o_n, key.row, m_n, D, BLOCK_D)
+        b_s = logits(tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION), scores)
+        m_mn = visible((length - S + o_s)[:, None], o_n[None, :], length, None, scores, CAUSAL) & m_n[None, :]
+        b_s = tl.where(m_mn, b_s, -float("inf"))
+        b_v = load_rows(p_value, o_n, value.row, m_n, DV, BLOCK_DV)
+        b_m, b_l, b_acc = softmax_step(b_s, b_m, b_l, b_acc, b_v, None, scores, True, PRECISION)
+
+    o_row = (i_b * HQ + o_h) * S + o_s
+    slot = B.to(tl.int64) * HQ * S  # rows of a slot
+    if arrived is None:
+        if slots_out is not None:
+            for _ in range(FOLDED):
+                b_m, b_l, b_acc = _add_slot(slots_out, slots_lse, o_row, m_row, b_m, b_l, b_acc, DV, BLOCK_DV)
+                o_row += slot
+        _write(out, lse, sinks, i_b, o_h, o_s, HQ, S, m_row, b_m, b_l, b_acc, DV, BLOCK_DV)
+    else:
+        b_out, b_lse = finish(b_m, b_l, b_acc, None)
+        o_d = tl.arange(0, BLOCK_DV)
+        o_own = o_row + (FOLDED + i_split) * slot
+        m = m_row[:, None] & (o_d < DV)[None, :]
+        tl.store(slots_out + o_own[:, None] * DV + o_d[None, :], b_out, mask=m)
+        tl.store(slots_lse + o_own, b_lse, mask=m_row)
+        tl.debug_barrier()  # every thread's stores come before the one that announces them
+        if tl.atomic_add(arrived + i_b * HKV + i_kv, 1, sem="acq_rel", scope="gpu") == SPLITS - 1:
+            b_m = tl.full([BLOCK_M], -float("inf"), tl.float32)
+            b_l = tl.zeros([BLOCK_M], tl.float32)
+            b_acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
+            for _ in range(FOLDED + SPLITS):
+                b_m, b_l, b_acc = _add_slot(slots_out, slots_lse, o_row, m_row, b_m, b_l, b_acc, DV, BLOCK_DV)
+                o_row += slot
+            _write(out, lse, sinks, i_b, o_h, o_s, HQ, S, m_row, b_m, b_l, b_acc, DV, BLOCK_DV)
+
+
+@triton.jit(do_not_specialize=[*SIZES, "FOLDED"])
+def _fold_prefix(
+    query,
+    prefix_key,
+    prefix_value,
+    rows,
+    scores,
+    order,  # (B,) rows sorted by entry, or None: as they are
+    slots_out,
+    slots_lse,
+    FOLDED,  # runs that the prefix is split into
+    B,
+    HKV,
+    G,
+    S,
+    T,
+    P,
+    N,
+    D: tl.constexpr,
+    DV: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+):
+    i = tl.program_id(0)
+    i_split = (i % FOLDED).to(tl.int64)
+    i = i // FOLDED
+    i_kv = (i % HKV).to(tl.int64)
+    o_fold = (i // HKV).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    m_row = o_fold < B.to(tl.int64) * S * G
+    o_b = tl.where(m_row, o_fold // (S * G), 0)
+    if order is not None:
+        o_b = tl.load(order + o_b).to(tl.int64)
+    o_s = o_fold % (S * G) // G
+    o_h = i_kv * G + o_fold % G
+    o_d = tl.arange(0, BLOCK_D)
+    # [BLOCK_M, BLOCK_D]
+    p_q = query.data + (o_b * query.batch + o_h * query.head + o_s * query.row)[:, None] + o_d[None, :]
+    b_q = tl.load(p_q, mask=m_row[:, None] & (o_d < D)[None, :], other=0.0)
+    b_m = tl.full([BLOCK_M], -float("inf"), tl.float32)
+    b_l = tl.zeros([BLOCK_M], tl.float32)
+    b_acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
+
+    m_sees = m_row
+    if rows.prefix_start is not None:
+        length = tl.zeros([BLOCK_M], tl.int64) + T
+        if rows.key_lengths is not None:
+            length = tl.minimum(tl.maximum(tl.load(rows.key_lengths + o_b), 0), T).to(tl.int64)
+        m_sees = m_sees & (length - S + o_s >= tl.load(rows.prefix_start + o_b))
+    b_entry = tl.zeros([BLOCK_M], tl.int32)
+    if rows.ids is not None:
+        b_entry = tl.load(rows.ids + o_b).to(tl.int32)
+        m_sees = m_sees & (b_entry >= 0) & (b_entry < N)
+    e_first = tl.min(tl.where(m_sees, b_entry, N))
+    e_last = tl.max(tl.where(m_sees, b_entry, -1))
+    for e in range(e_first, e_last + 1):
+        entry = tl.zeros([], tl.int32) + e
+        m_e = m_sees & (b_entry == e)
+        # An entry between two others that no row of the tile has is passed over.
+        prefix = tl.where(tl.max(m_e.to(tl.int32)) > 0, prefix_of(entry, P, rows), 0)
+        share = tl.cdiv(tl.cdiv(prefix, BLOCK_N), FOLDED) * BLOCK_N
+        i_n = entry.to(tl.int64)
+        p_key = prefix_key.data + i_n * prefix_key.batch + i_kv * prefix_key.head
+        p_value = prefix_value.data + i_n * prefix_value.batch + i_kv * prefix_value.head
+        first = (i_split * share).to(tl.int32)
+        for n in range(first, tl.minimum(first + share, prefix), BLOCK_N):
+            o_n = n + tl.arange(0, BLOCK_N)
+            m_n = o_n < prefix
+            b_k = load_rows(p_key, o_n, prefix_key.row, m_n, D, BLOCK_D).to(b_q.dtype)
+            b_s = logits(tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION), scores)
+            b_s = tl.where(m_e[:, None] & m_n[None, :], b_s, -float("inf"))
+            b_v = load_rows(p_value, o_n, prefix_value.row, m_n, DV, BLOCK_DV).to(b_q.dtype)
+            b_m, b_l, b_acc = softmax_step(b_s, b_m, b_l, b_acc, b_v, None, scores, True, PRECISION)
+
+    b_out, b_lse = finish(b_m, b_l, b_acc, None)
+    o_row = i_split * B * (HKV * G) * S + (o_b * (HKV * G) + o_h) * S + o_s
+    o_d = tl.arange(0, BLOCK_DV)
+    tl.store(slots_out + o_row[:, None] * DV + o_d[None, :], b_out, mask=m_row[:, None] & (o_d < DV)[None, :])
+    tl.store(slots_lse + o_row, b_lse, mask=m_row)

@@ -1,0 +1,400 @@
+"""Backward of the sequence part and of the query, from the saved global lse.
+
+    p[i, j] = exp(logit[i, j] - lse[i])              the share of key j in the whole softmax, whatever its source
+    ds[i, j] = p[i, j] (dout[i] . v[j] - delta[i]),  delta[i] = dout[i] . out[i] - dlse[i]
+    dq[i] = sum_j ds[i, j] k[j],   dk[j] = sum_i ds[i, j] q[i],   dv[j] = sum_i p[i, j] dout[i]
+
+With the global lse every p is final, so the sources need no merge and their gradients simply add. Two kernels, seven
+products, instead of one with five: there dq would have to be added to by many programs, which is slow in a fixed order
+and not repeatable in any other. ``_grad_query`` owns BLOCK_M queries and walks keys as forward does; ``_grad_sequence``
+owns BLOCK_N keys of a key head and walks the queries of all its heads.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from prefix_attn.backends.triton.attend import program, sequence_range
+from prefix_attn.backends.triton.tiles import (
+    LOG2E,
+    SIZES,
+    add_bias,
+    entry_of,
+    grad_product,
+    kept,
+    length_of,
+    load_full,
+    load_rows,
+    logits,
+    prefix_of,
+    store_rows,
+    visible,
+)
+
+
+@triton.jit(do_not_specialize=["HQ", "S"])
+def _delta(
+    out,
+    grad_out,
+    grad_lse,  # (B, Hq, S) float32 or None
+    delta,  # (B, Hq, S) float32
+    HQ,
+    S,
+    DV: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+):
+    """delta = rowsum(dout * out) - dlse, for BLOCK_M queries of one head."""
+    num = tl.cdiv(S, BLOCK_M)
+    i_bh = (tl.program_id(0) // num).to(tl.int64)
+    o_m = tl.program_id(0) % num * BLOCK_M + tl.arange(0, BLOCK_M)
+    m_m = o_m < S
+    i_b = i_bh // HQ
+    i_h = i_bh % HQ
+    b_out = load_rows(out.data + i_b * out.batch + i_h * out.head, o_m, out.row, m_m, DV, BLOCK_DV)
+    b_do = load_rows(grad_out.data + i_b * grad_out.batch + i_h * grad_out.head, o_m, grad_out.row, m_m, DV, BLOCK_DV)
+    b_delta = tl.sum(b_out.to(tl.float32) * b_do.to(tl.float32), 1)
+    if grad_lse is not None:
+        b_delta -= tl.load(grad_lse + i_bh * S + o_m, mask=m_m, other=0.0)
+    tl.store(delta + i_bh * S + o_m, b_delta, mask=m_m)
+
+
+@triton.jit
+def load_lse(lse, o_m, m_m):
+    """The lse in units of log 2. +inf for rows that see nothing or do not exist: each of their p is then an exact 0."""
+    b_lse = tl.load(lse + o_m, mask=m_m, other=float("inf"))
+    return tl.where(b_lse == -float("inf"), float("inf"), b_lse * LOG2E)
+
+
+@triton.jit
+def _query_tile(
+    b_k,
+    b_v,
+    b_q,
+    b_do,
+    b_lse,
+    b_delta,
+    b_dq,
+    b_share,
+    m_mn,
+    bias,
+    b_row,
+    b_column,
+    i_bh,
+    offset,
+    scores,
+    PRECISION: tl.constexpr,
+):
+    """Adds what one tile of keys gives to dq, and sum_j p dp to the rows' share; ``m_mn`` None = all visible."""
+    # [BLOCK_M, BLOCK_N]
+    b_s = logits(tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION), scores)
+    b_x = b_s
+    if bias is not None:
+        b_x = add_bias(b_s, bias, b_row, b_column, m_mn, scores)
+    b_p = tl.exp2(b_x - b_lse[:, None])
+    if m_mn is not None:
+        b_p = tl.where(m_mn, b_p, 0.0)
+    b_dp = tl.dot(b_do, tl.trans(b_v), input_precision=PRECISION)
+    if scores.seed is not None:
+        b_dp = tl.where(kept(i_bh, b_row, offset + b_column, scores), b_dp * (1 / (1 - scores.dropout)), 0.0)
+    if b_share is not None:
+        b_share += tl.sum(b_p * b_dp, 1)
+    b_ds = grad_product(b_p * (b_dp - b_delta[:, None]), b_s, scores)
+    b_dq = tl.dot(b_ds.to(b_k.dtype), b_k, b_dq, input_precision=PRECISION)
+    return b_dq, b_share
+
+
+@triton.jit
+def _query_sequence_tile(
+    n,
+    b_q,
+    b_do,
+    b_lse,
+    b_delta,
+    b_dq,
+    b_share,
+    p_key,
+    key_row,
+    p_value,
+    value_row,
+    row_mask,
+    bias,
+    o_m,
+    i_bh,
+    length,
+    S,
+    P,
+    scores,
+    D: tl.constexpr,
+    DV: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    MASKED: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+):
+    """``_query_tile`` for keys n..n + BLOCK_N of the sequence."""
+    o_n = n + tl.arange(0, BLOCK_N)
+    m_n = o_n < length
+    m_mn = None
+    if MASKED:
+        b_k = load_rows(p_key, o_n, key_row, m_n, D, BLOCK_D)
+        b_v = load_rows(p_value, o_n, value_row, m_n, DV, BLOCK_DV)
+        m_mn = visible((length - S + o_m)[:, None], o_n[None, :], length, row_mask, scores, CAUSAL)
+        m_mn = m_mn & (o_m < S)[:, None]
+    else:
+        b_k = load_full(p_key, o_n, key_row, D, BLOCK_D)
+        b_v = load_full(p_value, o_n, value_row, DV, BLOCK_DV)
+    return _query_tile(
+        b_k, b_v, b_q, b_do, b_lse, b_delta, b_dq, b_share, m_mn, bias, o_m[:, None], o_n[None, :], i_bh, P, scores,
+        PRECISION,
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=SIZES)
+def _grad_query(
+    query,
+    key,
+    value,
+    prefix_key,
+    prefix_value,
+    rows,
+    scores,
+    grad_out,
+    lse,
+    delta,
+    grad_query,
+    share,  # (B, Hq, S) float32 or None: sum_j p dp, for the gradient of the sinks
+    scale,
+    B,
+    HKV,
+    G,
+    S,
+    T,
+    P,
+    N,
+    D: tl.constexpr,
+    DV: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+):
+    i_b, i_kv, i_h, first = program(B, HKV, G, S, BLOCK_M, CAUSAL)
+    i_bh = i_b * (HKV * G) + i_h
+    length = length_of(i_b, T, rows)
+    o_m = first + tl.arange(0, BLOCK_M)
+    m_m = o_m < S
+    b_q = load_rows(query.data + i_b * query.batch + i_h * query.head, o_m, query.row, m_m, D, BLOCK_D)
+    b_do = load_rows(grad_out.data + i_b * grad_out.batch + i_h * grad_out.head, o_m, grad_out.row, m_m, DV, BLOCK_DV)
+    b_lse = load_lse(lse + i_bh * S, o_m, m_m)
+    b_delta = tl.load(delta + i_bh * S + o_m, mask=m_m, other=0.0)
+    # [BLOCK_M, BLOCK_D]
+    b_dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    b_share = None
+    if share is not None:
+        b_share = tl.zeros([BLOCK_M], tl.float32)
+
+    if prefix_key is not None:
+        entry = entry_of(i_b, N, rows)
+        prefix = prefix_of(entry, P, rows)
+        i_n = tl.maximum(entry, 0).to(tl.int64)
+        p_key = prefix_key.data + i_n * prefix_key.batch + i_kv * prefix_key.head
+        p_value = prefix_value.data + i_n * prefix_value.batch + i_kv * prefix_value.head
+        if rows.prefix_start is not None:
+            start = tl.load(rows.prefix_start + i_b) - (length - S)
+            prefix = tl.where(first + BLOCK_M > start, prefix, 0)
+        for n in range(0, prefix, BLOCK_N):
+            o_n = n + tl.arange(0, BLOCK_N)
+            m_n = o_n < prefix
+            b_k = load_rows(p_key, o_n, prefix_key.row, m_n, D, BLOCK_D).to(b_q.dtype)
+            b_v = load_rows(p_value, o_n, prefix_value.row, m_n, DV, BLOCK_DV).to(b_q.dtype)
+            m_mn = m_n[None, :]
+            if rows.prefix_start is not None:
+                m_mn = m_mn & (o_m >= start)[:, None]
+            b_dq, b_share = _query_tile(
+                b_k, b_v, b_q, b_do, b_lse, b_delta, b_dq, b_share, m_mn, None, o_m[:, None], o_n[None, :], i_bh, 0,
+                scores, PRECISION,
+            )  # fmt: skip
+
+    p_key = key.data + i_b * key.batch + i_kv * key.head
+    p_value = value.data + i_b * value.batch + i_kv * value.head
+    row_mask = rows.key_mask
+    if rows.key_mask is not None:
+        row_mask += i_b * T
+    bias = scores.bias
+    if scores.bias is not None:
+        bias += i_b * scores.bias_batch + i_h * scores.bias_head
+    lo, full_lo, full_hi, hi = sequence_range(first, length, S, scores, CAUSAL, BLOCK_M, BLOCK_N)
+    if rows.tiles is not None:
+        num = tl.cdiv(T, BLOCK_N)
+        before = rows.before + i_b * (num + 1)
+        for i in range(tl.load(before + lo // BLOCK_N), tl.load(before + tl.cdiv(hi, BLOCK_N))):
+            n = tl.load(rows.tiles + i_b * num + i) * BLOCK_N
+            b_dq, b_share = _query_sequence_tile(
+                n, b_q, b_do, b_lse, b_delta, b_dq, b_share, p_key, key.row, p_value, value.row, row_mask, bias, o_m,
+                i_bh, length, S, P, scores, D, DV, CAUSAL, True, PRECISION, BLOCK_N, BLOCK_D, BLOCK_DV,
+            )  # fmt: skip
+    else:
+        if scores.bias is not None:
+            full_lo = lo
+            full_hi = lo
+        if scores.window is not None:
+            for n in range(lo, full_lo, BLOCK_N):
+                b_dq, b_share = _query_sequence_tile(
+                    n, b_q, b_do, b_lse, b_delta, b_dq, b_share, p_key, key.row, p_value, value.row, row_mask, bias,
+                    o_m, i_bh, length, S, P, scores, D, DV, CAUSAL, True, PRECISION, BLOCK_N, BLOCK_D, BLOCK_DV,
+                )  # fmt: skip
+        if scores.bias is None:
+            for n in range(full_lo, full_hi, BLOCK_N):
+                b_dq, b_share = _query_sequence_tile(
+                    n, b_q, b_do, b_lse, b_delta, b_dq, b_share, p_key, key.row, p_value, value.row, row_mask, bias,
+                    o_m, i_bh, length, S, P, scores, D, DV, CAUSAL, False, PRECISION, BLOCK_N, BLOCK_D, BLOCK_DV,
+                )  # fmt: skip
+        for n in range(full_hi, hi, BLOCK_N):
+            b_dq, b_share = _query_sequence_tile(
+                n, b_q, b_do, b_lse, b_delta, b_dq, b_share, p_key, key.row, p_value, value.row, row_mask, bias, o_m,
+                i_bh, length, S, P, scores, D, DV, CAUSAL, True, PRECISION, BLOCK_N, BLOCK_D, BLOCK_DV,
+            )  # fmt: skip
+
+    if grad_query is not None:
+        p_dq = grad_query.data + i_b * grad_query.batch + i_h * grad_query.head
+        store_rows(p_dq, o_m, grad_query.row, m_m, b_dq * scale, D, BLOCK_D)
+    if share is not None:
+        tl.store(share + i_bh * S + o_m, b_share, mask=m_m)
+
+
+@triton.jit
+def key_tile(
+    b_k,
+    b_v,
+    b_q,
+    b_do,
+    b_lse,
+    b_delta,
+    b_dk,
+    b_dv,
+    m_nm,
+    bias,
+    b_row,
+    b_column,
+    i_bh,
+    offset,
+    scores,
+    PRECISION: tl.constexpr,
+):
+    """Adds what one tile of queries gives to dk and dv; everything lies transposed, [BLOCK_N, BLOCK_M]."""
+    b_s = logits(tl.dot(b_k, tl.trans(b_q), input_precision=PRECISION), scores)
+    b_x = b_s
+    if bias is not None:
+        b_x = add_bias(b_s, bias, b_row, b_column, m_nm, scores)
+    b_p = tl.exp2(b_x - b_lse[None, :])
+    if m_nm is not None:
+        b_p = tl.where(m_nm, b_p, 0.0)
+    b_dp = tl.dot(b_v, tl.trans(b_do), input_precision=PRECISION)
+    b_used = b_p
+    if scores.seed is not None:
+        m_keep = kept(i_bh, b_row, offset + b_column, scores)
+        b_used = tl.where(m_keep, b_p * (1 / (1 - scores.dropout)), 0.0)
+        b_dp = tl.where(m_keep, b_dp * (1 / (1 - scores.dropout)), 0.0)
+    b_dv = tl.dot(b_used.to(b_do.dtype), b_do, b_dv, input_precision=PRECISION)
+    b_ds = grad_product(b_p * (b_dp - b_delta[None, :]), b_s, scores)
+    b_dk = tl.dot(b_ds.to(b_q.dtype), b_q, b_dk, input_precision=PRECISION)
+    return b_dk, b_dv
+
+
+@triton.jit
+def load_queries(m, S, p_q, q_row, p_do, do_row, p_lse, p_delta, D: tl.constexpr, DV: tl.constexpr,
+                 BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr):  # fmt: skip
+    """(offsets, q, dout, lse, delta) of queries m..m + BLOCK_M of one head."""
+    o_m = m + tl.arange(0, BLOCK_M)
+    m_m = o_m < S
+    b_q = load_rows(p_q, o_m, q_row, m_m, D, BLOCK_D)
+    b_do = load_rows(p_do, o_m, do_row, m_m, DV, BLOCK_DV)
+    return o_m, b_q, b_do, load_lse(p_lse, o_m, m_m), tl.load(p_delta + o_m, mask=m_m, other=0.0)
+
+
+@triton.jit(do_not_specialize=SIZES)
+def _grad_sequence(
+    query,
+    key,
+    value,
+    rows,
+    scores,
+    grad_out,
+    lse,
+    delta,
+    grad_key,
+    grad_value,
+    scale,
+    B,
+    HKV,
+    G,
+    S,
+    T,
+    P,
+    D: tl.constexpr,
+    DV: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+):
+    num = tl.cdiv(T, BLOCK_N)
+    n = tl.program_id(0) % num * BLOCK_N
+    i_kv = (tl.program_id(0) // num % HKV).to(tl.int64)
+    i_b = (tl.program_id(0) // num // HKV).to(tl.int64)
+    length = length_of(i_b, T, rows)
+    o_n = n + tl.arange(0, BLOCK_N)
+    m_n = o_n < length
+    # [BLOCK_N, BLOCK_D] and [BLOCK_N, BLOCK_DV]
+    b_k = load_rows(key.data + i_b * key.batch + i_kv * key.head, o_n, key.row, m_n, D, BLOCK_D)
+    b_v = load_rows(value.data + i_b * value.batch + i_kv * value.head, o_n, value.row, m_n, DV, BLOCK_DV)
+    b_dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    b_dv = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
+
+    # Queries lo..hi see some key of the tile. One loop with masks: apart from whole tiles they cost little beside four
+    # products, and a second loop costs the registers that make the tile spill.
+    shift = length - S  # position of query 0
+    lo = 0
+    hi = tl.where(n < length, S, 0)
+    if CAUSAL:
+        lo = tl.minimum(tl.maximum(n - shift, 0), S) // BLOCK_M * BLOCK_M
+    if scores.window is not None:
+        hi = tl.minimum(hi, tl.maximum(n + BLOCK_N - 1 + scores.window - shift, 0))
+    row_mask = rows.key_mask
+    if rows.key_mask is not None:
+        row_mask += i_b * T
+        hi = tl.where(tl.max(tl.load(row_mask + o_n, mask=m_n, other=0).to(tl.int32)) > 0, hi, 0)
+
+    # One loop over query tiles and the heads of the group, so that loads run ahead across heads too.
+    for u in range(tl.cdiv(tl.maximum(hi - lo, 0), BLOCK_M) * G):
+        i_h = i_kv * G + u % G
+        i_bh = i_b * (HKV * G) + i_h
+        o_m, b_q, b_do, b_lse, b_delta = load_queries(
+            lo + u // G * BLOCK_M, S,
+            query.data + i_b * query.batch + i_h * query.head, query.row,
+            grad_out.data + i_b * grad_out.batch + i_h * grad_out.head, grad_out.row,
+            lse + i_bh * S, delta + i_bh * S, D, DV, BLOCK_M, BLOCK_D, BLOCK_DV,
+        )  # fmt: skip
+        m_nm = visible((shift + o_m)[None, :], o_n[:, None], length, row_mask, scores, CAUSAL)
+        bias = scores.bias
+        if scores.bias is not None:
+            bias += i_b * scores.bias_batch + i_h * scores.bias_head
+            m_nm = m_nm & (o_m < S)[None, :]
+        b_dk, b_dv = key_tile(
+            b_k, b_v, b_q, b_do, b_lse, b_delta, b_dk, b_dv, m_nm, bias, o_m[None, :], o_n[:, None], i_bh, P, scores,
+            PRECISION,
+        )  # fmt: skip
+
+    m_t = o_n < T  # keys from length on get an exact 0
+    p_dk = grad_key.data + i_b * grad_key.batch + i_kv * grad_key.head
+    p_dv = grad_value.data + i_b * grad_value.batch + i_kv * grad_value.head
+    store_rows(p_dk, o_n, grad_key.row, m_t, b_dk * scale, D, BLOCK_D)
+    store_rows(p_dv, o_n, grad_value.row, m_t, b_dv, DV, BLOCK_DV)

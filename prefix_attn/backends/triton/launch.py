@@ -1,0 +1,334 @@
+"""From a Call to launches: strides, tiles, buffers. No value of a tensor is read here, so CUDA graphs can replay it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from prefix_attn.backends.triton import interpreter
+from prefix_attn.backends.triton.attend import _forward
+from prefix_attn.backends.triton.decode import _fold_prefix, _split_keys
+from prefix_attn.backends.triton.gradients import _delta, _grad_query, _grad_sequence
+from prefix_attn.backends.triton.prefix_grad import _grad_prefix, _sum_splits
+from prefix_attn.backends.triton.table import architecture, processors, table, tile
+from prefix_attn.backends.triton.tiles import Array, Rows, Scores, _list_tiles
+from prefix_attn.call import Call
+
+if interpreter.ACTIVE:
+    interpreter.repair()
+
+# Options that take registers: a call with one of them runs with smaller tiles, the table's "+" entries.
+_PLUS = ("bias", "prefix_ids", "prefix_start", "key_lengths", "key_mask", "seed", "window", "softcap")
+MAX_DECODE_QUERIES = 16  # per head; more fill a tile of their own, and causal skipping pays
+MAX_DECODE_ROWS = 64  # queries times heads of a group: what one program holds
+
+
+def forward(call: Call) -> tuple[Tensor, Tensor]:
+    """(out, lse) by ``_forward``, or by the decode kernels where each row has few queries."""
+    B, Hq, S, _ = call.query.shape
+    out = _empty(B, Hq, S, call.value.shape[-1], call.query)
+    lse = torch.empty(B, Hq, S, dtype=torch.float32, device=out.device)
+    if not out.numel() and not lse.numel():
+        return out, lse
+    decode = S <= MAX_DECODE_QUERIES and S * (Hq // call.key.shape[1]) <= MAX_DECODE_ROWS
+    if decode and call.bias is None and call.seed is None:
+        _decode(call, out, lse)
+    else:
+        options = _options(call, "forward")
+        num = triton.cdiv(S, options["BLOCK_M"])
+        _forward[(B * Hq * num,)](
+            *_arrays(call),
+            _sinks(call),
+            _rows(call, options["BLOCK_N"]),
+            _scores(call),
+            _array(out),
+            lse,
+            *_sizes(call),
+            CAUSAL=call.is_causal,
+            **options,
+        )
+    return out, lse
+
+
+def backward(
+    call: Call, out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: Tensor | None, needs: list[bool]
+) -> list[Tensor | None]:
+    """The gradients that ``needs`` asks for, each by the kernels that make it and no other."""
+    B, Hq, S, D = call.query.shape
+    Hkv, T, Dv = call.value.shape[1:]
+    if grad_out.stride(-1) != 1:
+        grad_out = grad_out.contiguous()
+    grads: list[Tensor | None] = [None] * 7
+    if not lse.numel():
+        return [torch.zeros_like(t) if isinstance(t, Tensor) and needed else None for t, needed in zip(call, needs)]
+    delta = torch.empty_like(lse)
+    options = _blocks(call)
+    _delta[(B * Hq * triton.cdiv(S, 64),)](
+        _array(out),
+        _array(grad_out),
+        None if grad_lse is None else grad_lse.float().contiguous(),
+        delta,
+        Hq,
+        S,
+        DV=Dv,
+        BLOCK_M=64,
+        BLOCK_DV=options["BLOCK_DV"],
+    )
+    arrays, scores, sizes = _arrays(call), _scores(call), _sizes(call)
+    saved = (_array(grad_out), lse, delta)
+    if needs[0] or needs[5]:
+        grads[0] = _empty(B, Hq, S, D, call.query) if needs[0] else None
+        share = torch.empty_like(lse) if needs[5] else None
+        options = _options(call, "grad_query")
+        num = triton.cdiv(S, options["BLOCK_M"])
+        _grad_query[(B * Hq * num,)](
+            *arrays,
+            _rows(call, options["BLOCK_N"]),
+            scores,
+            *saved,
+            _array(grads[0]),
+            share,
+            call.scale,
+            *sizes,
+            CAUSAL=call.is_causal,
+            **options,
+        )
+        if share is not None and call.sinks is not None:
+            grads[5] = _grad_sinks(call.sinks, lse, share, grad_lse)
+    if needs[1] or needs[2]:
+        grads[1], grads[2] = _empty(B, Hkv, T, D, call.key), _empty(B, Hkv, T, Dv, call.value)
+        if T:
+            options = _options(call, "grad_sequence")
+            _grad_sequence[(triton.cdiv(T, options["BLOCK_N"]) * Hkv * B,)](
+                *arrays[:3],
+                _rows(call, None),
+                scores,
+                *saved,
+                _array(grads[1]),
+                _array(grads[2]),
+                call.scale,
+                *sizes[:-1],
+                CAUSAL=call.is_causal,
+                **options,
+            )
+    if needs[3] or needs[4]:
+        grads[3], grads[4] = _grad_of_prefix(call, saved)
+    return [grad if needed else None for grad, needed in zip(grads, needs)]
+
+
+def _decode(call: Call, out: Tensor, lse: Tensor) -> None:
+    B, Hq, S, _ = call.query.shape
+    Hkv, T = call.key.shape[1:3]
+    options = _options(call, "split_keys")
+    # The smallest tile that tensor cores take and that holds a row's queries.
+    options["BLOCK_M"] = max(16, triton.next_power_of_2(S * (Hq // Hkv)))
+    query, key, value, prefix_key, prefix_value = _arrays(call)
+    runs = _fold_runs(call)
+    loop = 0 if runs else triton.cdiv(call.prefix_length, options["BLOCK_N"])
+    splits = max(1, min(triton.cdiv(T, options["BLOCK_N"]) + loop, 2 * processors(out.device) // (B * Hkv)))
+    slots_out = slots_lse = arrived = None
+    if runs or splits > 1:
+        slots = (runs + (splits if splits > 1 else 0), B, Hq, S)
+        slots_out = torch.empty(*slots, call.value.shape[-1], dtype=torch.float32, device=out.device)
+        slots_lse = torch.empty(slots, dtype=torch.float32, device=out.device)
+    if splits > 1:
+        arrived = torch.zeros(B, Hkv, dtype=torch.int32, device=out.device)
+    rows, scores, sizes = _rows(call, None), _scores(call), _sizes(call)
+    if runs:
+        folded = _options(call, "fold_prefix")
+        order = None if rows.ids is None else _grouped(call)[0]
+        _fold_prefix[(_fold_tiles(call) * Hkv * runs,)](
+            query, prefix_key, prefix_value, rows, scores, order, slots_out, slots_lse, runs, *sizes, **folded
+        )
+        prefix_key = prefix_value = None
+    _split_keys[(B * Hkv * splits,)](
+        query,
+        key,
+        value,
+        prefix_key,
+        prefix_value,
+        _sinks(call),
+        rows,
+        scores,
+        _array(out),
+        lse,
+        slots_out,
+        slots_lse,
+        arrived,
+        splits,
+        runs,
+        *sizes,
+        CAUSAL=call.is_causal,
+        **options,
+    )
+
+
+def _fold_tiles(call: Call) -> int:
+    """Tiles of the queries of all rows, per key head."""
+    B, Hq, S, _ = call.query.shape
+    return triton.cdiv(B * S * (Hq // call.key.shape[1]), _options(call, "fold_prefix")["BLOCK_M"])
+
+
+def _fold_runs(call: Call) -> int:
+    """Into how many runs a folded prefix is split, so that every processor has one; 0 = the prefix is not folded."""
+    if not _folds(call):
+        return 0
+    tiles = triton.cdiv(call.prefix_length, _options(call, "fold_prefix")["BLOCK_N"])
+    return max(1, min(tiles, processors(call.query.device) // (_fold_tiles(call) * call.key.shape[1])))
+
+
+def _folds(call: Call) -> bool:
+    """Whether decoding reads the prefix once for many rows, for the price of a launch and of slots.
+
+    Unfolded, B * Hkv programs read it from the L2 cache. It pays from the table's ``fold_bytes`` of such reads on.
+    """
+    if call.prefix_key is None or call.prefix_value is None:
+        return False
+    B, Hkv = call.query.shape[0], call.key.shape[1]
+    if call.has_bank and call.prefix_ids is None and call.prefix_key.shape[0] > 1:
+        return False  # every row has an entry of its own: nothing is shared
+    width = call.prefix_key.shape[-1] + call.prefix_value.shape[-1]
+    read = B * Hkv * call.prefix_length * width * call.prefix_key.element_size()
+    return call.prefix_length > 0 and read >= table()[architecture(call.query.device)]["fold_bytes"]
+
+
+def _grad_of_prefix(call: Call, saved: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
+    assert call.prefix_key is not None and call.prefix_value is not None
+    grads = torch.zeros_like(call.prefix_key), torch.zeros_like(call.prefix_value)
+    if not call.prefix_key.shape[-2] or not call.prefix_key.numel():
+        return grads
+    B, Hq, S, _ = call.query.shape
+    Hkv, P = call.key.shape[1], call.prefix_length
+    N = call.prefix_key.shape[0] if call.has_bank else 1
+    options = _options(call, "grad_prefix")
+    programs = triton.cdiv(P, options["BLOCK_N"]) * Hkv * N
+    units = triton.cdiv(B * triton.cdiv(S, options["BLOCK_M"]) * (Hq // Hkv), N)
+    # Two waves of programs; the last bits of the gradient depend on SPLITS, so on the device, never on the run.
+    splits = max(1, min(units, 2 * processors(call.query.device) // programs))
+    order, bounds = (None, None) if N == 1 and call.prefix_ids is None else _grouped(call)
+    if splits > 1:
+        parts = tuple(torch.empty(splits, N, Hkv, P, t.shape[-1], dtype=torch.float32, device=t.device) for t in grads)
+    else:
+        grads = tuple(torch.empty_like(t, memory_format=torch.contiguous_format) for t in grads)
+        parts = grads
+    _, _, _, prefix_key, prefix_value = _arrays(call)
+    _grad_prefix[(programs * splits,)](
+        _array(call.query),
+        prefix_key,
+        prefix_value,
+        _rows(call, None),
+        _scores(call),
+        order,
+        bounds,
+        *saved,
+        *parts,
+        call.scale,
+        splits,
+        *_sizes(call),
+        **options,
+    )
+    if splits > 1:
+        grads = tuple(torch.empty_like(t, memory_format=torch.contiguous_format) for t in grads)
+        for part, grad in zip(parts, grads):
+            size = grad.numel()
+            _sum_splits[(triton.cdiv(size, 1024),)](part, grad, splits, size, BLOCK=1024)
+    return grads[0], grads[1]
+
+
+def _grouped(call: Call) -> tuple[Tensor, Tensor]:
+    """(rows sorted by bank entry, where each entry's rows begin among them), on the device."""
+    assert call.prefix_key is not None
+    B, N = call.query.shape[0], call.prefix_key.shape[0]
+    device = call.query.device
+    if call.prefix_ids is None:
+        entries = torch.zeros(B, dtype=torch.int64, device=device) if N == 1 else torch.arange(B, device=device)
+    else:
+        entries = torch.where((call.prefix_ids >= 0) & (call.prefix_ids < N), call.prefix_ids.long(), -1)
+    entries, order = torch.sort(entries, stable=True)
+    return order, torch.searchsorted(entries, torch.arange(N + 1, device=device))
+
+
+def _grad_sinks(sinks: Tensor, lse: Tensor, share: Tensor, grad_lse: Tensor | None) -> Tensor:
+    """-sum over rows of exp(sink - lse) (sum_j p dp - dlse): the sink is a key whose value is 0."""
+    share = share if grad_lse is None else share - grad_lse.float()
+    weight = torch.exp(sinks.float()[:, None] - torch.where(lse == -torch.inf, torch.inf, lse))
+    return -(weight * share).sum((0, 2)).to(sinks.dtype)
+
+
+# What kernels take --------------------------------------------------------------------------------------------------
+
+
+def _empty(B: int, H: int, S: int, D: int, like: Tensor) -> Tensor:
+    """(B, H, S, D) with the memory order (B, S, H, D), which models reshape for free."""
+    return like.new_empty(B, S, H, D).transpose(1, 2)
+
+
+def _array(tensor: Tensor | None) -> Array | None:
+    if tensor is None:
+        return None
+    return Array(tensor, *(tensor.stride()[:3] if tensor.dim() == 4 else (0, *tensor.stride()[:2])))
+
+
+def _arrays(call: Call) -> tuple[Array | None, ...]:
+    prefix: tuple[Tensor | None, ...] = (call.prefix_key, call.prefix_value) if call.prefix_length else (None, None)
+    return tuple(_array(t) for t in (call.query, call.key, call.value, *prefix))
+
+
+def _sinks(call: Call) -> Tensor | None:
+    return None if call.sinks is None else call.sinks.contiguous()
+
+
+def _rows(call: Call, block_n: int | None) -> Rows:
+    """``block_n``: of a kernel that walks keys by the list of tiles that hold a visible one."""
+    mask = None if call.key_mask is None else call.key_mask.contiguous()
+    tiles = before = None
+    if mask is not None and block_n is not None:
+        B, T = mask.shape
+        num = triton.cdiv(T, block_n)
+        tiles = torch.empty(B, max(num, 1), dtype=torch.int32, device=mask.device)
+        before = torch.empty(B, num + 1, dtype=torch.int32, device=mask.device)
+        _list_tiles[(B,)](mask, tiles, before, T, BLOCK_N=block_n)
+    ids, lengths, start, keys = (
+        None if t is None else t.contiguous()
+        for t in (call.prefix_ids, call.prefix_lengths, call.prefix_start, call.key_lengths)
+    )
+    return Rows(ids, lengths, start, keys, mask, tiles, before)
+
+
+def _scores(call: Call) -> Scores:
+    scale = call.scale if call.softcap is None else call.scale / call.softcap
+    batch, head, row, column = (0, 0, 0, 0) if call.bias is None else call.bias.stride()
+    if call.bias is not None and call.bias.shape[0] == 1:
+        batch = 0
+    dropout = None if call.seed is None else call.dropout_p
+    return Scores(float(scale), call.softcap, call.window, call.bias, batch, head, row, column, dropout, call.seed)
+
+
+def _sizes(call: Call) -> tuple[int, ...]:
+    """B, HKV, G, S, T, P, N, in the order of the kernels' arguments."""
+    B, Hq, S, _ = call.query.shape
+    Hkv, T = call.key.shape[1:3]
+    N = call.prefix_key.shape[0] if call.prefix_key is not None and call.has_bank else 1
+    return B, Hkv, Hq // Hkv, S, T, call.prefix_length, N
+
+
+def _blocks(call: Call) -> dict[str, Any]:
+    D, Dv = call.query.shape[-1], call.value.shape[-1]
+    return {"BLOCK_D": max(16, triton.next_power_of_2(D)), "BLOCK_DV": max(16, triton.next_power_of_2(Dv))}
+
+
+def _options(call: Call, kernel: str) -> dict[str, Any]:
+    """Everything that the kernel is compiled for: head sizes, precision of dots, tiles, warps and stages."""
+    blocks = _blocks(call)
+    exact = call.query.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision != "tf32"
+    plus = any(getattr(call, name) is not None for name in _PLUS)
+    size = max(blocks["BLOCK_D"], blocks["BLOCK_DV"])
+    options = tile(architecture(call.query.device), kernel, call.query.dtype, size, plus)
+    return (
+        {"D": call.query.shape[-1], "DV": call.value.shape[-1], "PRECISION": "ieee" if exact else "tf32"}
+        | blocks
+        | options
+    )

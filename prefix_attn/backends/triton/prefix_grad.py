@@ -1,0 +1,118 @@
+"""Gradient of the prefix: the one sum over the whole batch.
+
+    dpk[p] = sum over (b, i, g) of ds[b, i, g, p] q[b, i, g],   dpv[p] = sum of p[b, i, g, p] dout[b, i, g]
+
+Every query sees every prefix key, so this is a dense product without masks. A program owns BLOCK_N prefix keys of one
+key head and bank entry, and one of SPLITS equal runs of the (row, query tile, head of the group) units; its sums stay
+in float32 registers. The partials of the runs are added by a second kernel in an order that never changes: float
+atomics would add in the order in which programs finish, and no two runs would agree. Partials are SPLITS * N * Hkv * P
+* (D + Dv) floats, which stay in the L2 cache.
+
+Rows are grouped by bank entry beforehand (``order``, ``bounds``), so each entry's units are a run of their own.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from prefix_attn.backends.triton.gradients import key_tile, load_queries
+from prefix_attn.backends.triton.tiles import SIZES, length_of, load_rows, prefix_of, store_rows
+
+
+@triton.jit(do_not_specialize=[*SIZES, "SPLITS"])
+def _grad_prefix(
+    query,
+    prefix_key,
+    prefix_value,
+    rows,
+    scores,
+    order,  # (B,) rows sorted by entry, or None: as they are
+    bounds,  # (N + 1,) where each entry's rows begin in ``order``, or None: all rows share the one entry
+    grad_out,
+    lse,
+    delta,
+    grad_key,  # (SPLITS, N, Hkv, P, D) float32 partials; the gradient itself when SPLITS = 1
+    grad_value,
+    scale,
+    SPLITS,
+    B,
+    HKV,
+    G,
+    S,
+    T,
+    P,
+    N,
+    D: tl.constexpr,
+    DV: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+):
+    num = tl.cdiv(P, BLOCK_N)
+    i = tl.program_id(0)
+    n = i % num * BLOCK_N
+    i = i // num
+    i_kv = (i % HKV).to(tl.int64)
+    i = i // HKV
+    i_n = (i % N).to(tl.int64)
+    i_split = (i // N).to(tl.int64)
+
+    o_n = n + tl.arange(0, BLOCK_N)
+    m_n = o_n < prefix_of(i_n, P, rows)
+    # [BLOCK_N, BLOCK_D] and [BLOCK_N, BLOCK_DV]
+    p_key = prefix_key.data + i_n * prefix_key.batch + i_kv * prefix_key.head
+    p_value = prefix_value.data + i_n * prefix_value.batch + i_kv * prefix_value.head
+    b_k = load_rows(p_key, o_n, prefix_key.row, m_n, D, BLOCK_D).to(query.data.dtype.element_ty)
+    b_v = load_rows(p_value, o_n, prefix_value.row, m_n, DV, BLOCK_DV).to(query.data.dtype.element_ty)
+    b_dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    b_dv = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
+
+    first = tl.zeros([], tl.int32)
+    last = B
+    if bounds is not None:
+        first = tl.load(bounds + i_n).to(tl.int32)
+        last = tl.load(bounds + i_n + 1).to(tl.int32)
+    per_row = tl.cdiv(S, BLOCK_M) * G
+    units = (last - first).to(tl.int64) * per_row
+    share = tl.cdiv(units, SPLITS)
+    for u in range(i_split * share, tl.minimum((i_split + 1) * share, units)):
+        i_b = first + u // per_row
+        if order is not None:
+            i_b = tl.load(order + i_b)
+        i_b = i_b.to(tl.int64)
+        i_h = i_kv * G + u % G
+        i_bh = i_b * (HKV * G) + i_h
+        o_m, b_q, b_do, b_lse, b_delta = load_queries(
+            (u % per_row // G * BLOCK_M).to(tl.int32), S,
+            query.data + i_b * query.batch + i_h * query.head, query.row,
+            grad_out.data + i_b * grad_out.batch + i_h * grad_out.head, grad_out.row,
+            lse + i_bh * S, delta + i_bh * S, D, DV, BLOCK_M, BLOCK_D, BLOCK_DV,
+        )  # fmt: skip
+        if rows.prefix_start is not None:
+            position = length_of(i_b, T, rows) - S + o_m
+            b_lse = tl.where(position >= tl.load(rows.prefix_start + i_b), b_lse, float("inf"))
+        # Nothing masks the keys past the prefix's end: their rows of dk and dv are not stored.
+        b_dk, b_dv = key_tile(
+            b_k, b_v, b_q, b_do, b_lse, b_delta, b_dk, b_dv, None, None, o_m[None, :], o_n[:, None], i_bh, 0, scores,
+            PRECISION,
+        )  # fmt: skip
+
+    i_out = (i_split * N + i_n) * HKV + i_kv
+    b_dk = tl.where(m_n[:, None], b_dk * scale, 0.0)
+    b_dv = tl.where(m_n[:, None], b_dv, 0.0)
+    store_rows(grad_key + i_out * P * D, o_n, D, o_n < P, b_dk, D, BLOCK_D)
+    store_rows(grad_value + i_out * P * DV, o_n, DV, o_n < P, b_dv, DV, BLOCK_DV)
+
+
+@triton.jit(do_not_specialize=["SPLITS", "SIZE"])
+def _sum_splits(partials, total, SPLITS, SIZE, BLOCK: tl.constexpr):
+    """total[x] = sum over s of partials[s, x], s upwards."""
+    o = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    b_sum = tl.zeros([BLOCK], tl.float32)
+    for _ in range(SPLITS):
+        b_sum += tl.load(partials + o, mask=o < SIZE, other=0.0)
+        partials += SIZE  # moves the pointer: s * SIZE would wrap at 2**31
+    tl.store(total + o, b_sum.to(total.dtype.element_ty), mask=o < SIZE)

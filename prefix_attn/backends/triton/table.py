@@ -1,0 +1,53 @@
+"""Which tile sizes a kernel runs with, and when decoding folds the prefix: the shipped table ``tiles.json``.
+
+The table is made by ``python -m benchmarks.tune``. It is read, never searched, at run time: no autotuning in a user's
+first call, none inside a CUDA graph's capture, and equal results on equal devices.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from importlib import resources
+from typing import Any
+
+import torch
+
+from prefix_attn.backends.triton import interpreter
+
+
+@functools.cache
+def table() -> dict[str, Any]:
+    """The file: per architecture, kernel and ``dtype/head size`` the tile's [BLOCK_M, BLOCK_N, warps, stages]."""
+    return json.loads(resources.files("prefix_attn.backends.triton").joinpath("tiles.json").read_text(encoding="utf-8"))
+
+
+@functools.cache
+def architecture(device: torch.device) -> str:
+    """The table's column for a device: the newest that its shared memory and instructions cover."""
+    if interpreter.ACTIVE:
+        return "interpreter"
+    if torch.version.hip:
+        return "gfx942"
+    major, _ = torch.cuda.get_device_capability(device)
+    # 12.x has mma and shared memory like 8.x, not like 10.0
+    return {9: "sm_90", 10: "sm_100"}.get(major, "sm_80")
+
+
+@functools.cache
+def processors(device: torch.device) -> int:
+    """How many programs run at once; the interpreter pretends 4."""
+    return 4 if interpreter.ACTIVE else torch.cuda.get_device_properties(device).multi_processor_count
+
+
+@functools.cache
+def tile(arch: str, kernel: str, dtype: torch.dtype, size: int, plus: bool) -> dict[str, int]:
+    """Launch options of a kernel for head sizes up to ``size``: BLOCK_M, BLOCK_N, num_warps, num_stages.
+
+    ``plus``: the call has options that need more registers, and has an entry of its own.
+    """
+    name = next(str(limit) for limit in (64, 128, 256) if size <= limit)
+    head = next(limit for limit in (64, 128, 256) if size <= limit)
+    name = f"{'half' if dtype.itemsize == 2 else 'float'}/{head}{'+' if plus else ''}"
+    block_m, block_n, warps, stages = table()[arch][kernel][name]
+    return {"BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": warps, "num_stages": stages}
