@@ -18,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -57,11 +57,13 @@ def main(arguments: list[str] | None = None) -> int:
     """Compile what the command line asks for."""
     parser = argparse.ArgumentParser(prog="benchmarks.compile_kernels", description=__doc__.splitlines()[0])
     parser.add_argument("--arch", choices=ARCHITECTURES, action="append", help="default: all")
+    parser.add_argument("--variant", choices=VARIANTS, action="append", help="default: both")
     parser.add_argument("--check", action="store_true", help="fail on spills, too much memory or missing instructions")
     parser.add_argument("--write", type=Path, help="markdown file for the table")
     parser.add_argument("--jobs", type=int, default=2)
     args = parser.parse_args(arguments)
-    jobs = [(arch, dtype, size) for arch in args.arch or ARCHITECTURES for dtype in DTYPES for size in SIZES]
+    variants = args.variant or list(VARIANTS)
+    jobs = [(arch, dtype, size, variants) for arch in args.arch or ARCHITECTURES for dtype in DTYPES for size in SIZES]
     found: list[Kernel] = []
     context = multiprocessing.get_context("spawn")  # Triton keeps one target per process
     with concurrent.futures.ProcessPoolExecutor(args.jobs, context) as pool:
@@ -114,15 +116,15 @@ def table(kernels: list[Kernel]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def compile_for(arch: str, dtype: str, size: int) -> list[Kernel]:
-    """Every kernel, in both variants, as the shipped table would launch it on ``arch``."""
+def compile_for(arch: str, dtype: str, size: int, variants: Sequence[str]) -> list[Kernel]:
+    """Every kernel as the shipped table would launch it on ``arch``."""
     warnings.simplefilter("ignore")
     from prefix_attn.backends.triton import launch
 
     found: dict[tuple[str, ...], Kernel] = {}
     with target(arch) as compiled:
-        for variant, calls in (("plain", plain(DTYPES[dtype], size)), ("options", options(DTYPES[dtype], size))):
-            for call in calls:
+        for variant in variants:
+            for call in VARIANTS[variant](DTYPES[dtype], size):
                 compiled.clear()
                 out, lse = launch.forward(call)
                 if call.query.shape[2] > launch.MAX_DECODE_QUERIES:
@@ -175,6 +177,9 @@ def _call(dtype: torch.dtype, size: int, S: int, P: int, B: int = 4, N: int = 0,
         zeros(*bank, 2, P, size),
         scale=size**-0.5,
     )
+
+
+VARIANTS = {"plain": plain, "options": options}
 
 
 @contextlib.contextmanager

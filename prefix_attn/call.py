@@ -17,7 +17,7 @@ _INTS = (torch.int32, torch.int64)
 
 
 class Call(NamedTuple):
-    """Arguments of ``prefix_attention``. The first seven tensors may need a gradient, the next six cannot.
+    """Arguments of ``prefix_attention``. The first seven tensors may need a gradient, the next eight cannot.
 
     B batch, Hq query heads, Hkv key/value heads, S queries, T sequence keys, P prefix length, N bank entries,
     D head size of query and key, Dv of value.
@@ -36,6 +36,11 @@ class Call(NamedTuple):
     key_lengths: Tensor | None = None  # (B,)
     key_mask: Tensor | None = None  # (B, T) bool
     seed: Tensor | None = None  # (1,) int64: of a fused backend's dropout, drawn by the operator
+    # Packed sequences, for backends that take them as they lie: query is then (1, Hq, Nq, D), key (1, Hkv, Nk, D).
+    cu_seqlens_q: Tensor | None = None  # (B + 1,)
+    cu_seqlens_k: Tensor | None = None  # (B + 1,)
+    max_seqlen_q: int | None = None
+    max_seqlen_k: int | None = None
     is_causal: bool = True
     window: int | None = None
     scale: float = 1.0
@@ -48,12 +53,17 @@ class Call(NamedTuple):
         return 0 if self.prefix_key is None else self.prefix_key.shape[-2]
 
     @property
+    def batch(self) -> int:
+        """B, the rows of the batch, or of the packed sequences."""
+        return self.query.shape[0] if self.cu_seqlens_q is None else self.cu_seqlens_q.shape[0] - 1
+
+    @property
     def has_bank(self) -> bool:
         """Whether the prefix is a bank of N entries rather than one that all rows share."""
         return self.prefix_key is not None and self.prefix_key.dim() == 4
 
 
-TENSORS = 13  # leading fields of Call that are tensors
+TENSORS = 15  # leading fields of Call that are tensors
 DIFFERENTIABLE = 7  # of these, the ones that may need a gradient
 
 _SHAPES = {
@@ -77,7 +87,7 @@ def check(call: Call) -> None:
     _check_types(call)
     if (call.prefix_key is None) != (call.prefix_value is None):
         raise ValueError("prefix_key and prefix_value must be given together, or both be None")
-    sizes: dict[str, int] = {}
+    sizes = {} if call.cu_seqlens_q is None else {"B": call.batch}
     for name in _SHAPES:
         tensor = getattr(call, name)
         if tensor is not None:
@@ -121,6 +131,8 @@ def check_ids(name: str, tensor: Tensor, low: int, high: int) -> None:
 
 
 def _layout(name: str, call: Call) -> str:
+    if call.cu_seqlens_q is not None and name in ("query", "key", "value"):
+        return _SHAPES[name].replace("B", "1")
     if name.startswith("prefix_") and call.has_bank and name in ("prefix_key", "prefix_value"):
         return "N " + _SHAPES[name]
     if name == "bias" and call.bias is not None and call.bias.dim() == 4 and call.bias.shape[0] == 1:

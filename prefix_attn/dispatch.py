@@ -42,6 +42,12 @@ def select(call: Call, backend: str = "auto") -> ModuleType:
     return BY_NAME[backend]
 
 
+def select_packed(call: Call, backend: str = "auto") -> ModuleType | None:
+    """The backend that takes this call's packed sequences as they lie; None = they must be padded first."""
+    able = (b for b in (AUTO if backend == "auto" else ORDER) if backend in ("auto", b.NAME) and b.PACKED)
+    return next((b for b in able if not list(b.refuse(call))), None)
+
+
 def explain(call: Call) -> Explanation:
     """What ``select(call)`` picks, and why each backend that it would not pick was refused."""
     refused = {b.NAME: tuple(b.refuse(call)) for b in ORDER}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -102,7 +103,10 @@ def prefix_attention(
         softcap=softcap,
         dropout_p=dropout_p,
     )
-    out, lse = _run(call, backend) if prefix_gate is None else _gated(call, prefix_gate, backend)
+    if prefix_gate is None:
+        out, lse = _run(call, dispatch.select(call, backend))
+    else:
+        out, lse = _gated(call, prefix_gate, backend)
     return (out, lse) if return_lse else out
 
 
@@ -154,7 +158,8 @@ def prefix_attention_varlen(
         sinks: see ``prefix_gate``.
         dropout_p: see ``prefix_gate``.
         return_lse: also return the log-sum-exp.
-        backend: see ``prefix_gate``.
+        backend: see ``prefix_gate``. ``triton`` reads the sequences where they lie (but with a gate); the others are
+            given them padded.
 
     Returns:
         (Nq, Hq, Dv) in query's dtype; with ``return_lse`` also (Hq, Nq) float32, natural logarithm.
@@ -166,6 +171,28 @@ def prefix_attention_varlen(
     packed_k = Packed(cu_seqlens_k, max_seqlen_k, key, "k")
     if packed_q.batch != packed_k.batch:
         raise ValueError(f"cu_seqlens_k must be (B + 1,) = ({packed_q.batch + 1},), got ({packed_k.batch + 1},)")
+    if prefix_gate is None:
+        call = _call(
+            *(t.transpose(0, 1)[None] if isinstance(t, Tensor) and t.dim() == 3 else t for t in (query, key, value)),
+            prefix_key,
+            prefix_value,
+            sinks,
+            prefix_ids=prefix_ids,
+            prefix_lengths=prefix_lengths,
+            prefix_start=prefix_start,
+            cu_seqlens_q=cu_seqlens_q,
+            cu_seqlens_k=cu_seqlens_k,
+            max_seqlen_q=max_seqlen_q,
+            max_seqlen_k=max_seqlen_k,
+            is_causal=is_causal,
+            window=window,
+            scale=scale,
+            softcap=softcap,
+            dropout_p=dropout_p,
+        )
+        if (module := dispatch.select_packed(call, backend)) is not None:
+            out, lse = _run(call, module)
+            return (out[0].transpose(0, 1), lse[0]) if return_lse else out[0].transpose(0, 1)
     # Every sequence against the right edge: positions are counted from there, so causality and windows need no change.
     if prefix_start is not None and prefix_start.shape == (packed_k.batch,):
         prefix_start = prefix_start + packed_k.padding
@@ -197,7 +224,7 @@ def explain(*args: Any, **kwargs: Any) -> dispatch.Explanation:
     """Which backend ``auto`` picks for these arguments of ``prefix_attention``, and why each other was refused."""
     bound = inspect.signature(prefix_attention).bind(*args, **kwargs)
     bound.apply_defaults()
-    call = _call(**{name: bound.arguments[name] for name in Call._fields if name != "seed"})
+    call = _call(**{name: bound.arguments[name] for name in Call._fields if name in bound.arguments})
     return dispatch.explain(call)
 
 
@@ -214,8 +241,7 @@ def _call(query: Tensor, key: Tensor, value: Tensor, *rest: Any, **named: Any) -
     return call
 
 
-def _run(call: Call, backend: str) -> tuple[Tensor, Tensor]:
-    module = dispatch.select(call, backend)
+def _run(call: Call, module: ModuleType) -> tuple[Tensor, Tensor]:
     if module is eager:
         return eager.forward(call)
     if call.dropout_p:  # on the device, from its default generator: no synchronisation, and CUDA graphs replay it
@@ -227,10 +253,11 @@ def _gated(call: Call, gate: Tensor, backend: str) -> tuple[Tensor, Tensor]:
     """attention(sequence) + gate * attention(prefix), and the sequence's lse: two calls that no backend tells apart."""
     check_gate(gate, call)
     sequence, prefix = _split(call)
-    out, lse = _run(sequence, backend)
+    out, lse = _run(sequence, dispatch.select(sequence, backend))
     if call.prefix_key is None:
         return out, lse
-    return (out + gate[:, None, None] * _run(prefix, backend)[0]).to(call.query.dtype), lse
+    other, _ = _run(prefix, dispatch.select(prefix, backend))
+    return (out + gate[:, None, None] * other).to(call.query.dtype), lse
 
 
 def _split(call: Call) -> tuple[Call, Call]:

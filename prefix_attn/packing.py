@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cached_property
+
 import torch
 from torch import Tensor
 
@@ -11,8 +13,8 @@ from prefix_attn.call import check_ids
 class Packed:
     """The layout of B sequences in one packed axis of N tokens, and the way to a batch and back.
 
-    ``padding`` (B,): free places left of each sequence; ``present`` (B, length): False there. All on the device, no
-    synchronisation.
+    All on the device without synchronisation, and only when asked for: a backend that takes packed sequences needs none
+    of it.
     """
 
     def __init__(self, cu_seqlens: Tensor, max_seqlen: int, tokens: Tensor, suffix: str) -> None:
@@ -39,18 +41,36 @@ class Packed:
         check_ids(f"last of {name}", cu_seqlens[-1:], N, N)
         self.batch = cu_seqlens.shape[0] - 1
         self.length = max_seqlen if N else 0
-        self.padding = self.length - lengths  # [B]
-        places = torch.arange(self.length, device=tokens.device)
-        self.present = places >= self.padding[:, None]  # [B, length]
+        self._tokens = N
+        self._cu_seqlens = cu_seqlens
+
+    @cached_property
+    def padding(self) -> Tensor:
+        """(B,): free places left of each sequence."""
+        return self.length - self._cu_seqlens.diff()
+
+    @cached_property
+    def present(self) -> Tensor:
+        """(B, length): False in free places."""
+        return self._places >= self.padding[:, None]
+
+    @cached_property
+    def _places(self) -> Tensor:
+        return torch.arange(self.length, device=self._cu_seqlens.device)
+
+    @cached_property
+    def _source(self) -> Tensor:
         # Free places read token 0: a real one, so that what they hold is finite. It is masked, and gets no gradient.
-        token = cu_seqlens[:-1, None] + places - self.padding[:, None]
-        self._source = torch.where(self.present, token, 0).flatten()
-        tokens_of = torch.arange(N, device=tokens.device)
-        row = torch.searchsorted(cu_seqlens[1:], tokens_of, right=True).clamp(max=max(self.batch - 1, 0))
-        if N:
-            self._target = row * self.length + self.padding[row] + tokens_of - cu_seqlens[row]
-        else:
-            self._target = tokens_of
+        token = self._cu_seqlens[:-1, None] + self._places - self.padding[:, None]
+        return torch.where(self.present, token, 0).flatten()
+
+    @cached_property
+    def _target(self) -> Tensor:
+        token = torch.arange(self._tokens, device=self._cu_seqlens.device)
+        if not self._tokens:
+            return token
+        row = torch.searchsorted(self._cu_seqlens[1:], token, right=True).clamp(max=self.batch - 1)
+        return row * self.length + self.padding[row] + token - self._cu_seqlens[row]
 
     def pad(self, tokens: Tensor) -> Tensor:
         """(N, H, D) -> (B, H, length, D), a view of (B, length, H, D)."""

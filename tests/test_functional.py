@@ -210,7 +210,7 @@ VARLEN = {
 }
 
 
-@pytest.mark.parametrize("backend", ["eager", "composed"])
+@pytest.mark.parametrize("backend", ["eager", "composed", "triton"])
 @pytest.mark.parametrize("options", VARLEN.values(), ids=VARLEN)
 def test_varlen_equals_one_call_per_sequence(options: dict[str, Any], backend: str) -> None:
     """Lengths of queries and keys differ, one sequence has no query and one no key; gradients too."""

@@ -3,6 +3,7 @@
 Each has
 
 * ``NAME``: what ``backend=`` selects;
+* ``PACKED``: whether it takes packed sequences (``cu_seqlens_q``); the others are given them padded;
 * ``refuse(call)``: yields every reason why this backend cannot run the call; nothing means that it can;
 * ``forward(call) -> (out, lse)``: out (B, Hq, S, Dv) in the query's dtype, lse (B, Hq, S) natural logarithm, float32
   (float64 for float64 queries);

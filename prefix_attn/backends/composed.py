@@ -22,6 +22,7 @@ from prefix_attn.backends import visibility
 from prefix_attn.call import Call
 
 NAME = "composed"
+PACKED = False
 
 _forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 _backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default

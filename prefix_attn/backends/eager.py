@@ -17,6 +17,7 @@ from prefix_attn.backends import visibility
 from prefix_attn.call import Call
 
 NAME = "eager"
+PACKED = False
 
 
 def refuse(call: Call) -> Iterator[str]:

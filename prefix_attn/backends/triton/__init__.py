@@ -6,7 +6,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from importlib.util import find_spec
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,17 +17,15 @@ from prefix_attn.backends.triton import interpreter
 from prefix_attn.call import Call
 
 NAME = "triton"
+PACKED = True
 
 
 INSTALLED = find_spec("triton") is not None
 
 
-@torch.compiler.assume_constant_result  # torch.compile need not trace the question
-def _too_old(device: torch.device) -> str | None:
-    if torch.version.hip:
-        return None
-    major, minor = torch.cuda.get_device_capability(device)
-    return None if major >= 8 else f"the GPU is sm_{major}{minor}; the kernels are made for sm_80 and newer"
+def _current(device: torch.device) -> AbstractContextManager[Any]:
+    """Triton launches on the current device, which need not be the tensors'."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def refuse(call: Call) -> Iterator[str]:
@@ -33,8 +33,10 @@ def refuse(call: Call) -> Iterator[str]:
     if not INSTALLED:
         yield "triton is not installed: pip install 'prefix-attn[triton]'"
     if call.query.device.type == "cuda":
-        if reason := _too_old(call.query.device):
-            yield reason
+        # torch.compile need not trace the question.
+        major, minor = (8, 0) if torch.compiler.is_compiling() else torch.cuda.get_device_capability(call.query.device)
+        if major < 8 and not torch.version.hip:
+            yield f"the GPU is sm_{major}{minor}; the kernels are made for sm_80 and newer"
     elif not (interpreter.ACTIVE and call.query.device.type == "cpu"):
         yield f"tensors are on {call.query.device.type}; the kernels need a GPU (or TRITON_INTERPRET=1)"
     if call.query.dtype == torch.float64:
@@ -47,7 +49,8 @@ def forward(call: Call) -> tuple[Tensor, Tensor]:
     """(out, lse) of the call."""
     from prefix_attn.backends.triton import launch
 
-    return launch.forward(call)
+    with _current(call.query.device):
+        return launch.forward(call)
 
 
 def backward(
@@ -56,4 +59,5 @@ def backward(
     """Gradients of query, key, value, prefix_key, prefix_value, sinks and bias, where needed."""
     from prefix_attn.backends.triton import launch
 
-    return launch.backward(call, out, lse, grad_out, grad_lse, needs)
+    with _current(call.query.device):
+        return launch.backward(call, out, lse, grad_out, grad_lse, needs)

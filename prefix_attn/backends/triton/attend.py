@@ -23,11 +23,12 @@ from prefix_attn.backends.triton.tiles import (
     entry_of,
     finish,
     kept,
-    length_of,
+    keys_of,
     load_full,
     load_rows,
     logits,
     prefix_of,
+    queries_of,
     softmax_step,
     store_rows,
     visible,
@@ -36,7 +37,7 @@ from prefix_attn.backends.triton.tiles import (
 
 @triton.jit
 def program(B, HKV, G, S, BLOCK_M: tl.constexpr, CAUSAL: tl.constexpr):
-    """(row of the batch, key head, query head, first query) of this program.
+    """(row of the batch, key head, query head, first query) of this program; S: the most queries that a row has.
 
     The heads of a group are neighbours, since they read the same keys; of a causal head the long rows come first.
     """
@@ -159,11 +160,13 @@ def _forward(
 ):
     i_b, i_kv, i_h, first = program(B, HKV, G, S, BLOCK_M, CAUSAL)
     i_bh = i_b * (HKV * G) + i_h
-    length = length_of(i_b, T, rows)
+    r_q, S, i_lse = queries_of(i_b, i_h, HKV * G, S, rows)
+    r_k, _, length = keys_of(i_b, T, rows)
     o_m = first + tl.arange(0, BLOCK_M)
     m_m = o_m < S
     # [BLOCK_M, BLOCK_D]
-    b_q = load_rows(query.data + i_b * query.batch + i_h * query.head, o_m, query.row, m_m, D, BLOCK_D)
+    p_q = query.data + i_b * query.batch + i_h * query.head + r_q * query.row
+    b_q = load_rows(p_q, o_m, query.row, m_m, D, BLOCK_D)
     b_m = tl.full([BLOCK_M], -float("inf"), tl.float32)
     b_l = tl.zeros([BLOCK_M], tl.float32)
     # [BLOCK_M, BLOCK_DV]
@@ -193,8 +196,8 @@ def _forward(
             b_v = load_rows(p_value, o_n, prefix_value.row, m_n, DV, BLOCK_DV).to(b_q.dtype)
             b_m, b_l, b_acc = softmax_step(b_s, b_m, b_l, b_acc, b_v, b_keep, scores, True, PRECISION)
 
-    p_key = key.data + i_b * key.batch + i_kv * key.head
-    p_value = value.data + i_b * value.batch + i_kv * value.head
+    p_key = key.data + i_b * key.batch + i_kv * key.head + r_k * key.row
+    p_value = value.data + i_b * value.batch + i_kv * value.head + r_k * value.row
     row_mask = rows.key_mask
     if rows.key_mask is not None:
         row_mask += i_b * T
@@ -237,5 +240,6 @@ def _forward(
     if sinks is not None:
         b_sink = tl.load(sinks + i_h).to(tl.float32) * LOG2E
     b_out, b_lse = finish(b_m, b_l, b_acc, b_sink)
-    store_rows(out.data + i_b * out.batch + i_h * out.head, o_m, out.row, m_m, b_out, DV, BLOCK_DV)
-    tl.store(lse + i_bh * S + o_m, b_lse, mask=m_m)
+    p_out = out.data + i_b * out.batch + i_h * out.head + r_q * out.row
+    store_rows(p_out, o_m, out.row, m_m, b_out, DV, BLOCK_DV)
+    tl.store(lse + i_lse + o_m, b_lse, mask=m_m)

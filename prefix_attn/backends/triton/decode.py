@@ -23,7 +23,7 @@ from prefix_attn.backends.triton.tiles import (
     SIZES,
     entry_of,
     finish,
-    length_of,
+    keys_of,
     load_rows,
     logits,
     prefix_of,
@@ -98,7 +98,7 @@ def _split_keys(
     i_kv = (i % HKV).to(tl.int64)
     i_b = (i // HKV).to(tl.int64)
     HQ = HKV * G
-    length = length_of(i_b, T, rows)
+    _, _, length = keys_of(i_b, T, rows)
     o_q = tl.arange(0, BLOCK_M)
     m_row = o_q < S * G
     o_s = o_q // G

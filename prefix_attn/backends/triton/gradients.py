@@ -23,11 +23,12 @@ from prefix_attn.backends.triton.tiles import (
     entry_of,
     grad_product,
     kept,
-    length_of,
+    keys_of,
     load_full,
     load_rows,
     logits,
     prefix_of,
+    queries_of,
     store_rows,
     visible,
 )
@@ -186,13 +187,14 @@ def _grad_query(
 ):
     i_b, i_kv, i_h, first = program(B, HKV, G, S, BLOCK_M, CAUSAL)
     i_bh = i_b * (HKV * G) + i_h
-    length = length_of(i_b, T, rows)
-    o_m = first + tl.arange(0, BLOCK_M)
-    m_m = o_m < S
-    b_q = load_rows(query.data + i_b * query.batch + i_h * query.head, o_m, query.row, m_m, D, BLOCK_D)
-    b_do = load_rows(grad_out.data + i_b * grad_out.batch + i_h * grad_out.head, o_m, grad_out.row, m_m, DV, BLOCK_DV)
-    b_lse = load_lse(lse + i_bh * S, o_m, m_m)
-    b_delta = tl.load(delta + i_bh * S + o_m, mask=m_m, other=0.0)
+    r_q, S, i_lse = queries_of(i_b, i_h, HKV * G, S, rows)
+    r_k, _, length = keys_of(i_b, T, rows)
+    p_q = query.data + i_b * query.batch + i_h * query.head + r_q * query.row
+    p_do = grad_out.data + i_b * grad_out.batch + i_h * grad_out.head + r_q * grad_out.row
+    m_m = first + tl.arange(0, BLOCK_M) < S
+    o_m, b_q, b_do, b_lse, b_delta = load_queries(
+        first, S, p_q, query.row, p_do, grad_out.row, lse + i_lse, delta + i_lse, D, DV, BLOCK_M, BLOCK_D, BLOCK_DV
+    )
     # [BLOCK_M, BLOCK_D]
     b_dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     b_share = None
@@ -221,8 +223,8 @@ def _grad_query(
                 scores, PRECISION,
             )  # fmt: skip
 
-    p_key = key.data + i_b * key.batch + i_kv * key.head
-    p_value = value.data + i_b * value.batch + i_kv * value.head
+    p_key = key.data + i_b * key.batch + i_kv * key.head + r_k * key.row
+    p_value = value.data + i_b * value.batch + i_kv * value.head + r_k * value.row
     row_mask = rows.key_mask
     if rows.key_mask is not None:
         row_mask += i_b * T
@@ -262,10 +264,10 @@ def _grad_query(
             )  # fmt: skip
 
     if grad_query is not None:
-        p_dq = grad_query.data + i_b * grad_query.batch + i_h * grad_query.head
+        p_dq = grad_query.data + i_b * grad_query.batch + i_h * grad_query.head + r_q * grad_query.row
         store_rows(p_dq, o_m, grad_query.row, m_m, b_dq * scale, D, BLOCK_D)
     if share is not None:
-        tl.store(share + i_bh * S + o_m, b_share, mask=m_m)
+        tl.store(share + i_lse + o_m, b_share, mask=m_m)
 
 
 @triton.jit
@@ -350,22 +352,25 @@ def _grad_sequence(
     n = tl.program_id(0) % num * BLOCK_N
     i_kv = (tl.program_id(0) // num % HKV).to(tl.int64)
     i_b = (tl.program_id(0) // num // HKV).to(tl.int64)
-    length = length_of(i_b, T, rows)
+    r_k, count, length = keys_of(i_b, T, rows)
     o_n = n + tl.arange(0, BLOCK_N)
     m_n = o_n < length
     # [BLOCK_N, BLOCK_D] and [BLOCK_N, BLOCK_DV]
-    b_k = load_rows(key.data + i_b * key.batch + i_kv * key.head, o_n, key.row, m_n, D, BLOCK_D)
-    b_v = load_rows(value.data + i_b * value.batch + i_kv * value.head, o_n, value.row, m_n, DV, BLOCK_DV)
+    p_key = key.data + i_b * key.batch + i_kv * key.head + r_k * key.row
+    p_value = value.data + i_b * value.batch + i_kv * value.head + r_k * value.row
+    b_k = load_rows(p_key, o_n, key.row, m_n, D, BLOCK_D)
+    b_v = load_rows(p_value, o_n, value.row, m_n, DV, BLOCK_DV)
     b_dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     b_dv = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
 
     # Queries lo..hi see some key of the tile. One loop with masks: apart from whole tiles they cost little beside four
     # products, and a second loop costs the registers that make the tile spill.
-    shift = length - S  # position of query 0
+    r_q, count_q, _ = queries_of(i_b, i_kv * G, HKV * G, S, rows)
+    shift = length - count_q  # position of query 0
     lo = 0
-    hi = tl.where(n < length, S, 0)
+    hi = tl.where(n < length, count_q, 0)
     if CAUSAL:
-        lo = tl.minimum(tl.maximum(n - shift, 0), S) // BLOCK_M * BLOCK_M
+        lo = tl.minimum(tl.maximum(n - shift, 0), count_q) // BLOCK_M * BLOCK_M
     if scores.window is not None:
         hi = tl.minimum(hi, tl.maximum(n + BLOCK_N - 1 + scores.window - shift, 0))
     row_mask = rows.key_mask
@@ -377,24 +382,25 @@ def _grad_sequence(
     for u in range(tl.cdiv(tl.maximum(hi - lo, 0), BLOCK_M) * G):
         i_h = i_kv * G + u % G
         i_bh = i_b * (HKV * G) + i_h
+        _, _, i_lse = queries_of(i_b, i_h, HKV * G, S, rows)
         o_m, b_q, b_do, b_lse, b_delta = load_queries(
-            lo + u // G * BLOCK_M, S,
-            query.data + i_b * query.batch + i_h * query.head, query.row,
-            grad_out.data + i_b * grad_out.batch + i_h * grad_out.head, grad_out.row,
-            lse + i_bh * S, delta + i_bh * S, D, DV, BLOCK_M, BLOCK_D, BLOCK_DV,
+            lo + u // G * BLOCK_M, count_q,
+            query.data + i_b * query.batch + i_h * query.head + r_q * query.row, query.row,
+            grad_out.data + i_b * grad_out.batch + i_h * grad_out.head + r_q * grad_out.row, grad_out.row,
+            lse + i_lse, delta + i_lse, D, DV, BLOCK_M, BLOCK_D, BLOCK_DV,
         )  # fmt: skip
         m_nm = visible((shift + o_m)[None, :], o_n[:, None], length, row_mask, scores, CAUSAL)
         bias = scores.bias
         if scores.bias is not None:
             bias += i_b * scores.bias_batch + i_h * scores.bias_head
-            m_nm = m_nm & (o_m < S)[None, :]
+            m_nm = m_nm & (o_m < count_q)[None, :]
         b_dk, b_dv = key_tile(
             b_k, b_v, b_q, b_do, b_lse, b_delta, b_dk, b_dv, m_nm, bias, o_m[None, :], o_n[:, None], i_bh, P, scores,
             PRECISION,
         )  # fmt: skip
 
-    m_t = o_n < T  # keys from length on get an exact 0
-    p_dk = grad_key.data + i_b * grad_key.batch + i_kv * grad_key.head
-    p_dv = grad_value.data + i_b * grad_value.batch + i_kv * grad_value.head
+    m_t = o_n < count  # keys from length on get an exact 0
+    p_dk = grad_key.data + i_b * grad_key.batch + i_kv * grad_key.head + r_k * grad_key.row
+    p_dv = grad_value.data + i_b * grad_value.batch + i_kv * grad_value.head + r_k * grad_value.row
     store_rows(p_dk, o_n, grad_key.row, m_t, b_dk * scale, D, BLOCK_D)
     store_rows(p_dv, o_n, grad_value.row, m_t, b_dv, DV, BLOCK_DV)

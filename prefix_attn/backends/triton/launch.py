@@ -21,32 +21,32 @@ if interpreter.ACTIVE:
     interpreter.repair()
 
 # Options that take registers: a call with one of them runs with smaller tiles, the table's "+" entries.
-_PLUS = ("bias", "prefix_ids", "prefix_start", "key_lengths", "key_mask", "seed", "window", "softcap")
+_PLUS = ("bias", "cu_seqlens_q", "prefix_ids", "prefix_start", "key_lengths", "key_mask", "seed", "window", "softcap")
 MAX_DECODE_QUERIES = 16  # per head; more fill a tile of their own, and causal skipping pays
 MAX_DECODE_ROWS = 64  # queries times heads of a group: what one program holds
 
 
 def forward(call: Call) -> tuple[Tensor, Tensor]:
     """(out, lse) by ``_forward``, or by the decode kernels where each row has few queries."""
-    B, Hq, S, _ = call.query.shape
-    out = _empty(B, Hq, S, call.value.shape[-1], call.query)
-    lse = torch.empty(B, Hq, S, dtype=torch.float32, device=out.device)
-    if not out.numel() and not lse.numel():
+    out = _empty(call, call.query, call.value.shape[-1])
+    lse = torch.empty(call.query.shape[:3], dtype=torch.float32, device=out.device)
+    if not lse.numel():
         return out, lse
-    decode = S <= MAX_DECODE_QUERIES and S * (Hq // call.key.shape[1]) <= MAX_DECODE_ROWS
+    B, Hkv, G, S, *_ = sizes = _sizes(call)
+    decode = S <= MAX_DECODE_QUERIES and S * G <= MAX_DECODE_ROWS and call.cu_seqlens_q is None
     if decode and call.bias is None and call.seed is None:
         _decode(call, out, lse)
     else:
         options = _options(call, "forward")
         num = triton.cdiv(S, options["BLOCK_M"])
-        _forward[(B * Hq * num,)](
+        _forward[(B * Hkv * G * num,)](
             *_arrays(call),
             _sinks(call),
             _rows(call, options["BLOCK_N"]),
             _scores(call),
             _array(out),
             lse,
-            *_sizes(call),
+            *sizes,
             CAUSAL=call.is_causal,
             **options,
         )
@@ -57,8 +57,8 @@ def backward(
     call: Call, out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: Tensor | None, needs: list[bool]
 ) -> list[Tensor | None]:
     """The gradients that ``needs`` asks for, each by the kernels that make it and no other."""
-    B, Hq, S, D = call.query.shape
-    Hkv, T, Dv = call.value.shape[1:]
+    B, Hkv, G, S, T, *_ = sizes = _sizes(call)
+    Dv = call.value.shape[-1]
     if grad_out.stride(-1) != 1:
         grad_out = grad_out.contiguous()
     grads: list[Tensor | None] = [None] * 7
@@ -66,25 +66,25 @@ def backward(
         return [torch.zeros_like(t) if isinstance(t, Tensor) and needed else None for t, needed in zip(call, needs)]
     delta = torch.empty_like(lse)
     options = _blocks(call)
-    _delta[(B * Hq * triton.cdiv(S, 64),)](
+    _delta[(lse.shape[0] * lse.shape[1] * triton.cdiv(lse.shape[2], 64),)](
         _array(out),
         _array(grad_out),
         None if grad_lse is None else grad_lse.float().contiguous(),
         delta,
-        Hq,
-        S,
+        lse.shape[1],
+        lse.shape[2],
         DV=Dv,
         BLOCK_M=64,
         BLOCK_DV=options["BLOCK_DV"],
     )
-    arrays, scores, sizes = _arrays(call), _scores(call), _sizes(call)
+    arrays, scores = _arrays(call), _scores(call)
     saved = (_array(grad_out), lse, delta)
     if needs[0] or needs[5]:
-        grads[0] = _empty(B, Hq, S, D, call.query) if needs[0] else None
+        grads[0] = _empty(call, call.query, call.query.shape[-1]) if needs[0] else None
         share = torch.empty_like(lse) if needs[5] else None
         options = _options(call, "grad_query")
         num = triton.cdiv(S, options["BLOCK_M"])
-        _grad_query[(B * Hq * num,)](
+        _grad_query[(B * Hkv * G * num,)](
             *arrays,
             _rows(call, options["BLOCK_N"]),
             scores,
@@ -99,7 +99,7 @@ def backward(
         if share is not None and call.sinks is not None:
             grads[5] = _grad_sinks(call.sinks, lse, share, grad_lse)
     if needs[1] or needs[2]:
-        grads[1], grads[2] = _empty(B, Hkv, T, D, call.key), _empty(B, Hkv, T, Dv, call.value)
+        grads[1], grads[2] = (_empty(call, t, t.shape[-1]) for t in (call.key, call.value))
         if T:
             options = _options(call, "grad_sequence")
             _grad_sequence[(triton.cdiv(T, options["BLOCK_N"]) * Hkv * B,)](
@@ -200,12 +200,10 @@ def _grad_of_prefix(call: Call, saved: tuple[Any, ...]) -> tuple[Tensor, Tensor]
     grads = torch.zeros_like(call.prefix_key), torch.zeros_like(call.prefix_value)
     if not call.prefix_key.shape[-2] or not call.prefix_key.numel():
         return grads
-    B, Hq, S, _ = call.query.shape
-    Hkv, P = call.key.shape[1], call.prefix_length
-    N = call.prefix_key.shape[0] if call.has_bank else 1
+    B, Hkv, G, S, _, P, N = sizes = _sizes(call)
     options = _options(call, "grad_prefix")
     programs = triton.cdiv(P, options["BLOCK_N"]) * Hkv * N
-    units = triton.cdiv(B * triton.cdiv(S, options["BLOCK_M"]) * (Hq // Hkv), N)
+    units = triton.cdiv(B * triton.cdiv(S, options["BLOCK_M"]) * G, N)
     # Two waves of programs; the last bits of the gradient depend on SPLITS, so on the device, never on the run.
     splits = max(1, min(units, 2 * processors(call.query.device) // programs))
     order, bounds = (None, None) if N == 1 and call.prefix_ids is None else _grouped(call)
@@ -227,7 +225,7 @@ def _grad_of_prefix(call: Call, saved: tuple[Any, ...]) -> tuple[Tensor, Tensor]
         *parts,
         call.scale,
         splits,
-        *_sizes(call),
+        *sizes,
         **options,
     )
     if splits > 1:
@@ -241,7 +239,7 @@ def _grad_of_prefix(call: Call, saved: tuple[Any, ...]) -> tuple[Tensor, Tensor]
 def _grouped(call: Call) -> tuple[Tensor, Tensor]:
     """(rows sorted by bank entry, where each entry's rows begin among them), on the device."""
     assert call.prefix_key is not None
-    B, N = call.query.shape[0], call.prefix_key.shape[0]
+    B, N = call.batch, call.prefix_key.shape[0]
     device = call.query.device
     if call.prefix_ids is None:
         entries = torch.zeros(B, dtype=torch.int64, device=device) if N == 1 else torch.arange(B, device=device)
@@ -261,15 +259,22 @@ def _grad_sinks(sinks: Tensor, lse: Tensor, share: Tensor, grad_lse: Tensor | No
 # What kernels take --------------------------------------------------------------------------------------------------
 
 
-def _empty(B: int, H: int, S: int, D: int, like: Tensor) -> Tensor:
-    """(B, H, S, D) with the memory order (B, S, H, D), which models reshape for free."""
-    return like.new_empty(B, S, H, D).transpose(1, 2)
+def _empty(call: Call, like: Tensor, size: int) -> Tensor:
+    """``like`` but for its last dimension, with the memory order (B, S, H, D), which models reshape for free.
+
+    Zeros where sequences are packed: nobody writes the tokens of a ``cu_seqlens`` that ends too early.
+    """
+    B, H, S, _ = like.shape
+    make = like.new_empty if call.cu_seqlens_q is None else like.new_zeros
+    return make(B, S, H, size).transpose(1, 2)
 
 
 def _array(tensor: Tensor | None) -> Array | None:
     if tensor is None:
         return None
-    return Array(tensor, *(tensor.stride()[:3] if tensor.dim() == 4 else (0, *tensor.stride()[:2])))
+    batch, head, row = tensor.stride()[:3] if tensor.dim() == 4 else (0, *tensor.stride()[:2])
+    # The one row of a packed tensor has a batch index of its own, but no stride of its own.
+    return Array(tensor, 0 if tensor.dim() == 4 and tensor.shape[0] == 1 else batch, head, row)
 
 
 def _arrays(call: Call) -> tuple[Array | None, ...]:
@@ -295,7 +300,11 @@ def _rows(call: Call, block_n: int | None) -> Rows:
         None if t is None else t.contiguous()
         for t in (call.prefix_ids, call.prefix_lengths, call.prefix_start, call.key_lengths)
     )
-    return Rows(ids, lengths, start, keys, mask, tiles, before)
+    if call.cu_seqlens_q is None or call.cu_seqlens_k is None:
+        return Rows(ids, lengths, start, keys, mask, tiles, before, None, None, None, None)
+    cu_q, cu_k = call.cu_seqlens_q.contiguous(), call.cu_seqlens_k.contiguous()
+    total_q, total_k = call.query.shape[2], call.key.shape[2]
+    return Rows(ids, lengths, start, keys, mask, tiles, before, cu_q, cu_k, total_q, total_k)
 
 
 def _scores(call: Call) -> Scores:
@@ -308,11 +317,13 @@ def _scores(call: Call) -> Scores:
 
 
 def _sizes(call: Call) -> tuple[int, ...]:
-    """B, HKV, G, S, T, P, N, in the order of the kernels' arguments."""
-    B, Hq, S, _ = call.query.shape
+    """B, HKV, G, S, T, P, N, in the order of the kernels' arguments; S and T the largest of packed sequences."""
+    Hq, S, _ = call.query.shape[1:]
     Hkv, T = call.key.shape[1:3]
+    if call.max_seqlen_q is not None and call.max_seqlen_k is not None:
+        S, T = call.max_seqlen_q, call.max_seqlen_k
     N = call.prefix_key.shape[0] if call.prefix_key is not None and call.has_bank else 1
-    return B, Hkv, Hq // Hkv, S, T, call.prefix_length, N
+    return call.batch, Hkv, Hq // Hkv, S, T, call.prefix_length, N
 
 
 def _blocks(call: Call) -> dict[str, Any]:

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 
 from prefix_attn.backends.triton.gradients import key_tile, load_queries
-from prefix_attn.backends.triton.tiles import SIZES, length_of, load_rows, prefix_of, store_rows
+from prefix_attn.backends.triton.tiles import SIZES, keys_of, load_rows, prefix_of, queries_of, store_rows
 
 
 @triton.jit(do_not_specialize=[*SIZES, "SPLITS"])
@@ -85,14 +85,16 @@ def _grad_prefix(
         i_b = i_b.to(tl.int64)
         i_h = i_kv * G + u % G
         i_bh = i_b * (HKV * G) + i_h
+        r_q, count, i_lse = queries_of(i_b, i_h, HKV * G, S, rows)
         o_m, b_q, b_do, b_lse, b_delta = load_queries(
-            (u % per_row // G * BLOCK_M).to(tl.int32), S,
-            query.data + i_b * query.batch + i_h * query.head, query.row,
-            grad_out.data + i_b * grad_out.batch + i_h * grad_out.head, grad_out.row,
-            lse + i_bh * S, delta + i_bh * S, D, DV, BLOCK_M, BLOCK_D, BLOCK_DV,
+            (u % per_row // G * BLOCK_M).to(tl.int32), count,
+            query.data + i_b * query.batch + i_h * query.head + r_q * query.row, query.row,
+            grad_out.data + i_b * grad_out.batch + i_h * grad_out.head + r_q * grad_out.row, grad_out.row,
+            lse + i_lse, delta + i_lse, D, DV, BLOCK_M, BLOCK_D, BLOCK_DV,
         )  # fmt: skip
         if rows.prefix_start is not None:
-            position = length_of(i_b, T, rows) - S + o_m
+            _, _, length = keys_of(i_b, T, rows)
+            position = length - count + o_m
             b_lse = tl.where(position >= tl.load(rows.prefix_start + i_b), b_lse, float("inf"))
         # Nothing masks the keys past the prefix's end: their rows of dk and dv are not stored.
         b_dk, b_dv = key_tile(

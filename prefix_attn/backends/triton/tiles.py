@@ -37,6 +37,10 @@ class Rows(NamedTuple):
     key_mask: Any  # (B, T) bool, contiguous
     tiles: Any  # (B, ceil(T / BLOCK_N)) int32: which tiles have a visible key, see _list_tiles
     before: Any  # (B, ceil(T / BLOCK_N) + 1) int32: how many of these come before each tile
+    cu_q: Any  # (B + 1,): packed sequences, whose query i of row b is row cu_q[b] + i of the one matrix of a head
+    cu_k: Any  # (B + 1,)
+    total_q: Any  # Nq, Nk
+    total_k: Any
 
 
 class Scores(NamedTuple):
@@ -59,12 +63,37 @@ SIZES = ["B", "HKV", "G", "S", "T", "P", "N"]
 
 
 @triton.jit
-def length_of(i_b, T, rows):
-    """Sequence keys of row i_b, clamped: a length out of range reads nothing out of bounds."""
-    length = T
+def queries_of(i_b, i_h, HQ, S, rows):
+    """(first row, number) of the queries of row i_b, and where their lse begins, for head i_h; S: the largest number.
+
+    Clamped, as everything that is read from memory: a length out of range reads nothing out of bounds.
+    """
+    first = i_b * 0
+    count = S
+    place = (i_b * HQ + i_h) * S
+    if rows.cu_q is not None:
+        first = tl.load(rows.cu_q + i_b).to(tl.int64)
+        count = tl.load(rows.cu_q + i_b + 1).to(tl.int64) - first
+        count = tl.minimum(tl.maximum(count, 0), S).to(tl.int32)
+        first = tl.minimum(tl.maximum(first, 0), rows.total_q - count)
+        place = i_h * rows.total_q + first
+    return first, count, place
+
+
+@triton.jit
+def keys_of(i_b, T, rows):
+    """(first row, number, visible number) of the keys of row i_b; T: the largest number."""
+    first = i_b * 0
+    count = T
+    if rows.cu_k is not None:
+        first = tl.load(rows.cu_k + i_b).to(tl.int64)
+        count = tl.load(rows.cu_k + i_b + 1).to(tl.int64) - first
+        count = tl.minimum(tl.maximum(count, 0), T).to(tl.int32)
+        first = tl.minimum(tl.maximum(first, 0), rows.total_k - count)
+    length = count
     if rows.key_lengths is not None:
         length = tl.minimum(tl.maximum(tl.load(rows.key_lengths + i_b), 0), T).to(tl.int32)
-    return length
+    return first, count, length
 
 
 @triton.jit

@@ -1,0 +1,77 @@
+"""Every shipped kernel compiles for every architecture of the table, spills nothing and fits; no GPU is needed.
+
+In processes of their own: Triton decides at its import whether it interprets, and this test process does.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks.compile_kernels import ARCHITECTURES, SHARED, Kernel, problems
+
+ROOT = Path(__file__).resolve().parents[2]
+KERNELS = {"forward", "grad_query", "grad_sequence", "grad_prefix", "split_keys", "fold_prefix"}
+
+
+def python(*arguments: str) -> subprocess.CompletedProcess[str]:
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    return subprocess.run([sys.executable, *arguments], cwd=ROOT, env=env, capture_output=True, text=True)
+
+
+@pytest.mark.slow
+def test_everything_shipped_compiles(tmp_path: Path) -> None:
+    """Each tile of the table, in the call that reaches it: no spills, memory within the limit, matrix instructions."""
+    table = tmp_path / "table.md"
+    done = python("-m", "benchmarks.compile_kernels", "--check", "--variant", "plain", "--write", str(table))
+    assert done.returncode == 0, done.stderr[-4000:]
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.read_text().splitlines() if " w" in line]
+    found = {(arch, kernel, dtype, size) for arch, kernel, dtype, size, *_ in rows}
+    expected = {
+        (arch, kernel, dtype, size)
+        for arch in ARCHITECTURES
+        for kernel in KERNELS
+        for dtype in ("half", "float")
+        for size in ("64", "128", "256")
+    }
+    assert found == expected
+
+
+@pytest.mark.slow
+def test_all_options_at_once_compile() -> None:
+    """Masks, window, softcap, sinks, dropout, bias and a ragged bank in one call, for one architecture."""
+    done = python("-m", "benchmarks.compile_kernels", "--check", "--variant", "options", "--arch", "sm_90")
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert done.stdout.count("| options |") >= len(KERNELS) * 6
+
+
+def test_a_spill_is_seen() -> None:
+    """A tile far too large for its registers: if this compiled without a spill, the check above would see none."""
+    code = (
+        "from benchmarks import tune;"
+        "(kernel,) = tune.compiled('sm_90', 'forward', 'half', 128, '', [128, 128, 4, 2]);"
+        "print(kernel.spills)"
+    )
+    done = python("-c", code)
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert int(done.stdout) > 0
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({}, []),
+        ({"spills": 8}, ["8 bytes spilled"]),
+        ({"shared": SHARED["sm_90"] + 1}, ["bytes of shared memory"]),
+        ({"matrix": False}, ["no matrix instruction"]),
+    ],
+)
+def test_problems(change: dict[str, int], said: list[str]) -> None:
+    kernel = Kernel("sm_90", "forward", "half", 128, "plain", "128x64 w8 s3", 200, 0, 131072, True)
+    found = problems(kernel._replace(**change))
+    assert len(found) == len(said)
+    assert all(part in problem for part, problem in zip(said, found))
