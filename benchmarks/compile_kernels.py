@@ -32,10 +32,13 @@ SHARED = {"sm_80": 101376, "sm_90": 232448, "sm_100": 232448, "gfx942": 65536}
 ARCHITECTURES = tuple(SHARED)
 DTYPES = {"half": torch.bfloat16, "float": torch.float32}
 SIZES = (64, 128, 256)
-# What the products of half-precision tiles must compile to.
-MATRIX = {"sm_80": "mma.sync", "sm_90": "wgmma.mma_async", "sm_100": "tcgen05.mma", "gfx942": "v_mfma"}
-# Tiles of 16 queries are too small for these two architectures' big instructions, which take 64 or 128 rows.
-SMALL_MATRIX = {"sm_90": "mma.sync", "sm_100": "mma.sync"}
+# Instructions that products of tiles become, the best first. Those of sm_90 and sm_100 take 64 rows or more.
+PRODUCTS = {
+    "sm_80": ("mma.sync",),
+    "sm_90": ("wgmma.mma_async", "mma.sync"),
+    "sm_100": ("tcgen05.mma", "mma.sync"),
+    "gfx942": ("v_mfma",),
+}
 
 
 class Kernel(NamedTuple):
@@ -50,7 +53,7 @@ class Kernel(NamedTuple):
     registers: int
     spills: int  # bytes, stores and loads
     shared: int  # bytes
-    matrix: bool
+    product: str  # instruction of its products; fma for float32, which is multiplied exactly
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -88,8 +91,10 @@ def problems(kernel: Kernel) -> list[str]:
         found.append(f"{name}: {kernel.spills} bytes spilled")
     if kernel.shared > SHARED[kernel.arch]:
         found.append(f"{name}: {kernel.shared} bytes of shared memory, {SHARED[kernel.arch]} allowed")
-    if not kernel.matrix:
-        found.append(f"{name}: no matrix instruction")
+    rows = int(kernel.tile.split("x")[0]) if kernel.kernel in ("forward", "grad_query") else 0
+    wanted = PRODUCTS[kernel.arch][:1] if rows >= 64 else PRODUCTS[kernel.arch]
+    if kernel.dtype == "half" and kernel.product not in wanted:
+        found.append(f"{name}: its products are {kernel.product}, not {wanted[0]}")
     return found
 
 
@@ -105,12 +110,12 @@ def table(kernels: list[Kernel]) -> str:
         "*plain* is causal with a shared prefix; *options* has window, key mask, bias, softcap, sinks, dropout and a "
         "ragged bank at once.",
         "",
-        "| architecture | kernel | dtype | D | variant | tile | registers | spilled bytes | shared KiB |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| architecture | kernel | dtype | D | variant | tile | registers | spilled bytes | shared KiB | products |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     lines += [
         f"| {k.arch} | {k.kernel} | {k.dtype} | {k.size} | {k.variant} | {k.tile} | {k.registers} | {k.spills} | "
-        f"{k.shared / 1024:.1f} |"
+        f"{k.shared / 1024:.1f} | {k.product} |"
         for k in kernels
     ]
     return "\n".join(lines) + "\n"
@@ -130,14 +135,15 @@ def compile_for(arch: str, dtype: str, size: int, variants: Sequence[str]) -> li
                 if call.query.shape[2] > launch.MAX_DECODE_QUERIES:
                     launch.backward(call, out, lse, out, None, [True] * 6 + [False])
                 for name, kernel, tile in compiled:
-                    row = Kernel(arch, name, dtype, size, variant, tile, *resources(kernel, arch, dtype))
+                    row = Kernel(arch, name, dtype, size, variant, tile, *resources(kernel, arch))
                     found.setdefault(row[:6], row)
     return list(found.values())
 
 
 def plain(dtype: torch.dtype, size: int) -> list[Call]:
-    """A training call; decode calls that split keys, with one and 16 queries and with a folded prefix."""
-    decode = [_call(dtype, size, S=S, P=P, B=B) for S, P, B in ((1, 64, 4), (16, 64, 4), (1, 4096, 64))]
+    """A training call; decode calls that split keys, with one and the most queries and with a folded prefix."""
+    most = 16 if size <= 128 else 4
+    decode = [_call(dtype, size, S=S, P=P, B=B) for S, P, B in ((1, 64, 4), (most, 64, 4), (1, 4096, 64))]
     return [_call(dtype, size, S=512, P=64), *decode]
 
 
@@ -237,20 +243,18 @@ class _Offline:
         return 0
 
 
-def resources(kernel: Any, arch: str, dtype: str) -> tuple[int, int, int, bool]:
-    """(registers, bytes spilled, bytes of shared memory, whether its products are matrix instructions)."""
+def resources(kernel: Any, arch: str) -> tuple[int, int, int, str]:
+    """(registers, bytes spilled, bytes of shared memory, the instruction of its products)."""
     shared = kernel.metadata.shared
+    text = kernel.asm["amdgcn" if arch.startswith("gfx") else "ptx"]
+    product = next((name for name in PRODUCTS[arch] if name in text), "fma")
     if arch.startswith("gfx"):
-        text = kernel.asm["amdgcn"]
         # A spilled register is four bytes in each of 64 lanes; what counts here is that there is none.
         spilled = 4 * (_number(r"\.vgpr_spill_count:\s+(\d+)", text) + _number(r"\.sgpr_spill_count:\s+(\d+)", text))
-        return _number(r"\.vgpr_count:\s+(\d+)", text), spilled, shared, MATRIX[arch] in text
-    ptx = kernel.asm["ptx"]
-    log = _assemble(ptx, arch)
+        return _number(r"\.vgpr_count:\s+(\d+)", text), spilled, shared, product
+    log = _assemble(text, arch)
     spilled = _number(r"(\d+) bytes spill stores", log) + _number(r"(\d+) bytes spill loads", log)
-    # float32 is multiplied exactly, for which there is no matrix instruction.
-    matrix = dtype == "float" or MATRIX[arch] in ptx or SMALL_MATRIX.get(arch, MATRIX[arch]) in ptx
-    return _number(r"Used (\d+) registers", log), spilled, shared, matrix
+    return _number(r"Used (\d+) registers", log), spilled, shared, product
 
 
 def _assemble(ptx: str, arch: str) -> str:

@@ -165,10 +165,7 @@ def compiled(arch: str, kernel: str, dtype: str, size: int, plus: str, tile: lis
                         launch.backward(call, out, lse, out, None, [True] * 6 + [False])
     finally:
         launch.tile = before
-    return [
-        offline.Kernel(arch, name, dtype, size, plus, text, *offline.resources(k, arch, dtype))
-        for name, k, text in found
-    ]
+    return [offline.Kernel(arch, name, dtype, size, plus, text, *offline.resources(k, arch)) for name, k, text in found]
 
 
 def _measured(device: str) -> dict[str, Any]:

@@ -28,7 +28,8 @@ def test_equals_torch_on_the_concatenation(backend: str) -> None:
 @pytest.mark.parametrize(("backend", "threads"), [("composed", 1), ("composed", 2), ("triton", 1)])
 @pytest.mark.parametrize("layout", ["bhsd", "bshd"])
 def test_bitwise_repeatable(backend: str, threads: int, layout: str) -> None:
-    arguments = Case(B=3, S=70, T=70, P=33, layout=layout).arguments(torch.float32)
+    length = 70 if backend == "composed" else 40  # the interpreter takes a second for each
+    arguments = Case(B=3, S=length, T=length, P=33, layout=layout).arguments(torch.float32)
     results = []
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
@@ -84,8 +85,7 @@ def test_empty_rows_are_zero_and_pass_no_gradient(backend: str) -> None:
     assert all(torch.equal(leaf.grad, torch.zeros_like(leaf)) for leaf in leaves.values())
 
 
-@pytest.mark.parametrize("layout", ["bhsd", "bshd"])
-@pytest.mark.parametrize("backend", ["composed", "triton"])
+@pytest.mark.parametrize(("backend", "layout"), [("composed", "bhsd"), ("composed", "bshd"), ("triton", "bshd")])
 def test_no_memory_grows_with_batch_times_prefix(backend: str, layout: str) -> None:
     """Forward and backward at B = 16, P = 512: no tensor of B * P rows is ever made, and no [S, P] scores."""
     B, Hq, S, P, D = 16, 2, 4, 512, 8

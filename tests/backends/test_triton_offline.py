@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -67,11 +68,14 @@ def test_a_spill_is_seen() -> None:
         ({}, []),
         ({"spills": 8}, ["8 bytes spilled"]),
         ({"shared": SHARED["sm_90"] + 1}, ["bytes of shared memory"]),
-        ({"matrix": False}, ["no matrix instruction"]),
+        ({"product": "mma.sync"}, ["its products are mma.sync, not wgmma.mma_async"]),
+        ({"product": "mma.sync", "kernel": "split_keys"}, []),
+        ({"product": "fma", "kernel": "split_keys"}, ["its products are fma"]),
+        ({"product": "fma", "dtype": "float"}, []),
     ],
 )
-def test_problems(change: dict[str, int], said: list[str]) -> None:
-    kernel = Kernel("sm_90", "forward", "half", 128, "plain", "128x64 w8 s3", 200, 0, 131072, True)
+def test_problems(change: dict[str, Any], said: list[str]) -> None:
+    kernel = Kernel("sm_90", "forward", "half", 128, "plain", "128x64 w8 s3", 200, 0, 131072, "wgmma.mma_async")
     found = problems(kernel._replace(**change))
     assert len(found) == len(said)
     assert all(part in problem for part, problem in zip(said, found))

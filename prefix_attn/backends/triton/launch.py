@@ -23,7 +23,7 @@ if interpreter.ACTIVE:
 # Options that take registers: a call with one of them runs with smaller tiles, the table's "+" entries.
 _PLUS = ("bias", "cu_seqlens_q", "prefix_ids", "prefix_start", "key_lengths", "key_mask", "seed", "window", "softcap")
 MAX_DECODE_QUERIES = 16  # per head; more fill a tile of their own, and causal skipping pays
-MAX_DECODE_ROWS = 64  # queries times heads of a group: what one program holds
+MAX_DECODE_ROWS = {128: 64, 256: 16}  # per head size: queries times heads of a group, what one program holds
 
 
 def forward(call: Call) -> tuple[Tensor, Tensor]:
@@ -33,7 +33,9 @@ def forward(call: Call) -> tuple[Tensor, Tensor]:
     if not lse.numel():
         return out, lse
     B, Hkv, G, S, *_ = sizes = _sizes(call)
-    decode = S <= MAX_DECODE_QUERIES and S * G <= MAX_DECODE_ROWS and call.cu_seqlens_q is None
+    size = max(call.query.shape[-1], call.value.shape[-1])
+    fits = S <= MAX_DECODE_QUERIES and MAX_DECODE_ROWS[128 if size <= 128 else 256] >= S * G
+    decode = fits and call.cu_seqlens_q is None
     if decode and call.bias is None and call.seed is None:
         _decode(call, out, lse)
     else:
