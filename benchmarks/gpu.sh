@@ -1,19 +1,67 @@
 #!/usr/bin/env bash
-# On a machine with a GPU: correctness first, then the benchmarks. OUT names the folder of the results.
-set -euo pipefail
+# On a machine with a GPU, from a bare checkout: correctness, then the sweeps. Nothing is installed.
+#
+#   benchmarks/gpu.sh                          the default set, together under 10 minutes
+#   benchmarks/gpu.sh decode memory            only these
+#
+# Stages: device correctness forward backward decode memory overhead (the default set), sanitizer train_step tune.
+# OUT names the folder of the results, PYTHON the interpreter. A stage that fails or runs out of its time is reported at
+# the end, with a status that is not 0; the others still run.
+set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 python="${PYTHON:-python3}"
 out="${OUT:-benchmarks/results/gpu}"
+export PYTHONPATH=. HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false CUBLAS_WORKSPACE_CONFIG=:4096:8
 mkdir -p "$out"
+failed=()
 
-"$python" -c 'import torch; assert torch.cuda.is_available(), "no CUDA device"; print(torch.cuda.get_device_name(), torch.__version__)'
-status=0
-"$python" -m pytest -m gpu -q 2>&1 | tee "$out/pytest.txt" || status=$?
-# Exit status 5: no test is marked gpu. Measuring goes on, and says so.
-if [[ $status -eq 5 ]]; then
-    echo "no test is marked gpu: the benchmarks' own comparison is the only check of correctness"
-elif [[ $status -ne 0 ]]; then
-    exit "$status"
+# stage NAME SECONDS COMMAND...: its output goes to the screen and to $out/NAME.txt
+stage() {
+    local name="$1" limit="$2" start="$SECONDS" status
+    shift 2
+    echo "== $name"
+    timeout "$limit" "$@" 2>&1 | tee "$out/$name.txt"
+    status="${PIPESTATUS[0]}"
+    [[ $status -eq 0 ]] || failed+=("$name: status $status")
+    echo "== $name: $((SECONDS - start)) s, status $status"
+}
+
+run_stage() {
+    case "$1" in
+        device) stage device 60 "$python" -c '
+import platform, torch, triton
+assert torch.cuda.is_available(), "no CUDA device"
+print(torch.cuda.get_device_name(), "python", platform.python_version(), "torch", torch.__version__, "triton", triton.__version__)' ;;
+        correctness) stage correctness 200 "$python" -m tests.test_gpu ;;
+        forward) stage forward 110 "$python" -m benchmarks.attention --pass forward --out "$out/forward.jsonl" ;;
+        backward) stage backward 130 "$python" -m benchmarks.attention --pass backward --out "$out/backward.jsonl" ;;
+        decode) stage decode 130 "$python" -m benchmarks.decode --out "$out/decode.jsonl" ;;
+        memory) stage memory 60 "$python" -m benchmarks.memory --out "$out/memory.jsonl" ;;
+        overhead) stage overhead 60 "$python" -m benchmarks.overhead --device cuda --out "$out/overhead.jsonl" ;;
+        train_step) stage train_step 300 "$python" -m benchmarks.train_step --device cuda --steps 20 --out "$out/train_step.jsonl" ;;
+        tune) stage tune 560 "$python" -m benchmarks.tune --device cuda --out "$out/tiles.json" ;;
+        sanitizer)
+            if ! command -v compute-sanitizer >/dev/null; then
+                echo "compute-sanitizer is not installed: nothing checked"
+                failed+=("sanitizer: not installed")
+                return
+            fi
+            for tool in memcheck racecheck; do
+                stage "$tool" 250 compute-sanitizer --tool "$tool" --error-exitcode 9 "$python" -m tests.test_gpu "random 1"
+            done ;;
+        *)
+            echo "no stage is named '$1'; see the head of this file" >&2
+            failed+=("$1: unknown") ;;
+    esac
+}
+
+if [[ $# -eq 0 ]]; then
+    set -- device correctness forward backward decode memory overhead
 fi
-"$python" -m benchmarks.overhead --device cuda --out "$out/overhead.jsonl" | tee "$out/overhead.txt"
-"$python" -m benchmarks.train_step --device cuda --steps 20 --out "$out/train_step.jsonl" | tee "$out/train_step.txt"
+for name in "$@"; do
+    run_stage "$name"
+done
+if [[ ${#failed[@]} -gt 0 ]]; then
+    printf 'failed: %s\n' "${failed[@]}"
+    exit 1
+fi

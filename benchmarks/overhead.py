@@ -18,8 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.measure import interleave, summarise, table, write
-from prefix_attn import prefix_attention
-from prefix_attn.dispatch import BY_NAME
+from prefix_attn import explain, prefix_attention
+from prefix_attn.dispatch import AUTO
 
 CASE = {"B": 1, "H": 2, "S": 1, "T": 8, "P": 4, "D": 16}
 REFERENCE = "sdpa, concatenated before"
@@ -38,6 +38,12 @@ def concatenate(key: Tensor, prefix: Tensor) -> Tensor:
     return torch.cat([prefix.expand(key.shape[0], -1, -1, -1), key], dim=2)
 
 
+def backends(*tensors: Tensor) -> list[str]:
+    """What ``backend=`` may name on this device, Triton's interpreter excepted."""
+    refused = explain(*tensors).refused
+    return ["auto", *(backend.NAME for backend in AUTO if backend.NAME not in refused)]
+
+
 def forward_ways(device: str) -> dict[str, Way]:
     """Without gradients. One query at the end of the sequence sees every key, so no mask is needed."""
     q, k, v, pk, pv = tensors(device)
@@ -48,7 +54,7 @@ def forward_ways(device: str) -> dict[str, Way]:
             q, concatenate(k, pk), concatenate(v, pv)
         ),
     }
-    for name in ("auto", *BY_NAME):
+    for name in backends(q, k, v, pk, pv):
         ways[f"prefix_attention, {name}"] = lambda name=name: prefix_attention(q, k, v, pk, pv, backend=name)
     return ways
 
@@ -70,7 +76,7 @@ def training_ways(device: str) -> dict[str, Way]:
             F.scaled_dot_product_attention(q, concatenate(k, pk), concatenate(v, pv)), leaves
         ),
     }
-    for name in ("auto", *BY_NAME):
+    for name in backends(q, k, v, pk, pv):
         ways[f"prefix_attention, {name}"] = lambda name=name: step(
             prefix_attention(q, k, v, pk, pv, backend=name), leaves
         )
