@@ -17,6 +17,7 @@ from prefix_attn import prefix_attention
 from prefix_attn.backends.triton import launch
 from prefix_attn.backends.triton.table import table
 from prefix_attn.backends.triton.tiles import _list_tiles
+from prefix_attn.call import Call
 from tests.backends.test_numerics import compare
 from tests.numerics import Case, as_accurate
 
@@ -223,3 +224,29 @@ def test_the_table_is_complete() -> None:
         for kernel in kernels:
             assert set(column[kernel]) == names, (arch, kernel)
             assert all(len(tile) == 4 and min(tile) > 0 for tile in column[kernel].values())
+
+
+def test_float32_is_exact_unless_torch_allows_tf32() -> None:
+    arguments = Case().arguments(torch.float32)
+    call = Call(*(arguments[n] for n in ("query", "key", "value", "prefix_key", "prefix_value")))
+    assert launch._options(call, "forward")["PRECISION"] == "ieee"
+    before = torch.backends.cuda.matmul.fp32_precision
+    torch.backends.cuda.matmul.fp32_precision = "tf32"
+    try:
+        assert launch._options(call, "forward")["PRECISION"] == "tf32"
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = before
+
+
+def test_options_that_take_registers_run_with_tiles_of_their_own() -> None:
+    arguments = Case().arguments(torch.float32)
+    plain = Call(*(arguments[n] for n in ("query", "key", "value", "prefix_key", "prefix_value")))
+    asked = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(launch, "tile", lambda *key: asked.append(key) or {})
+        launch._options(plain, "forward")
+        launch._options(plain._replace(window=3), "grad_query")
+    assert asked == [
+        ("interpreter", "forward", torch.float32, 16, False),
+        ("interpreter", "grad_query", torch.float32, 16, True),
+    ]
