@@ -172,12 +172,15 @@ def _prefix_backward(
     """
     assert call.prefix_key is not None and call.prefix_value is not None
     exact = torch.promote_types(call.query.dtype, torch.float32)
-    grad_query = torch.zeros_like(call.query)
-    grad_key = torch.zeros_like(call.prefix_key, dtype=exact)
-    grad_value = torch.zeros_like(call.prefix_value, dtype=exact)
+    groups = _groups(call) if call.prefix_length and call.query.numel() else []
+    grad_query = grad_key = grad_value = torch.empty(0)
+    if call.has_bank or not groups:  # else the one group below gives all of each
+        grad_query = torch.zeros_like(call.query)
+        grad_key = torch.zeros_like(call.prefix_key, dtype=exact)
+        grad_value = torch.zeros_like(call.prefix_value, dtype=exact)
     seen = visibility.prefix_rows(call)
     lse = lse if seen is None else lse.masked_fill(~seen, torch.inf)
-    for rows, entry, length in _groups(call) if call.prefix_length and call.query.numel() else []:
+    for rows, entry, length in groups:
         # As rounded as forward saw them: with other keys the probabilities would not fit the saved lse.
         key, value = (
             _entry(bank, entry, length, call.query.dtype).to(exact) for bank in (call.prefix_key, call.prefix_value)
