@@ -5,15 +5,15 @@ from __future__ import annotations
 from types import ModuleType
 from typing import NamedTuple
 
-from prefix_attn.backends import composed, eager, triton
+from prefix_attn.backends import composed, cpu, eager, triton
 from prefix_attn.backends.triton import interpreter
 from prefix_attn.call import Call
 
-ORDER: tuple[ModuleType, ...] = (composed, triton, eager)  # eager, the last, refuses nothing
+ORDER: tuple[ModuleType, ...] = (cpu, composed, triton, eager)  # the fastest first; eager, the last, refuses nothing
 # Triton's interpreter is for testing the kernels: it runs when it is named, never because nothing else can.
 AUTO = tuple(backend for backend in ORDER if not (backend is triton and interpreter.ACTIVE))
 BY_NAME: dict[str, ModuleType] = {backend.NAME: backend for backend in ORDER}
-NOT_IN_THIS_VERSION = ("cpu", "cuda")  # names that the public contract reserves
+NOT_IN_THIS_VERSION = ("cuda",)  # names that the public contract reserves
 
 
 class Explanation(NamedTuple):
@@ -29,10 +29,15 @@ class Explanation(NamedTuple):
         return "\n".join(lines)
 
 
+def _auto() -> tuple[ModuleType, ...]:
+    """``AUTO``, but what is slow on this processor comes after torch's own kernels."""
+    return (composed, cpu, *AUTO[2:]) if cpu.slow() else AUTO
+
+
 def select(call: Call, backend: str = "auto") -> ModuleType:
     """The backend for ``call``. A named one is used or the call raises: there is no silent fallback."""
     if backend == "auto":
-        return next(b for b in AUTO if not list(b.refuse(call)))
+        return next(b for b in _auto() if not list(b.refuse(call)))
     if backend in NOT_IN_THIS_VERSION:
         raise NotImplementedError(f"backend={backend!r} is not part of this version; it has {sorted(BY_NAME)}")
     if backend not in BY_NAME:
@@ -44,7 +49,7 @@ def select(call: Call, backend: str = "auto") -> ModuleType:
 
 def select_packed(call: Call, backend: str = "auto") -> ModuleType | None:
     """The backend that takes this call's packed sequences as they lie; None = they must be padded first."""
-    able = (b for b in (AUTO if backend == "auto" else ORDER) if backend in ("auto", b.NAME) and b.PACKED)
+    able = (b for b in (_auto() if backend == "auto" else ORDER) if backend in ("auto", b.NAME) and b.PACKED)
     return next((b for b in able if not list(b.refuse(call))), None)
 
 
@@ -52,4 +57,7 @@ def explain(call: Call) -> Explanation:
     """What ``select(call)`` picks, and why each backend that it would not pick was refused."""
     refused = {b.NAME: tuple(b.refuse(call)) for b in ORDER}
     refused |= dict.fromkeys(NOT_IN_THIS_VERSION, ("not part of this version",))
-    return Explanation(select(call).NAME, {name: reasons for name, reasons in refused.items() if reasons})
+    chosen = select(call)
+    if chosen is not cpu and not refused[cpu.NAME] and (reason := cpu.slow()):
+        refused[cpu.NAME] = (reason,)
+    return Explanation(chosen.NAME, {name: reasons for name, reasons in refused.items() if reasons})

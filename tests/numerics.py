@@ -189,10 +189,13 @@ def run(backend: str, arguments: dict[str, Any], *, lse_gradient: bool) -> dict[
 
 
 def frozen(backend: str, arguments: dict[str, Any]) -> list[str]:
-    """Tensors whose gradient a backend may refuse, and is therefore not asked for."""
+    """Tensors whose gradient a backend may refuse, and is therefore not asked for.
+
+    For torch's own attention, the gradient of a sink would also mean a kernel that does not round its output.
+    """
     if backend == "eager":
         return []
-    half = arguments["query"].dtype.itemsize < 4 and backend == "composed"
+    half = arguments["query"].dtype.itemsize < 4 and backend in ("composed", "torch")
     return [n for n in ("bias", *(("sinks",) if half else ())) if arguments.get(n) is not None]
 
 

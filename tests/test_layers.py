@@ -20,6 +20,8 @@ MAX_LINES = 600
 # matching prefix decides.
 LEVELS = {
     "prefix_attn.call": 0,
+    "prefix_attn.backends._native": 1,
+    "prefix_attn.backends.sinks": 1,
     "prefix_attn.backends.visibility": 1,
     "prefix_attn.backends": 2,
     "prefix_attn.packing": 3,

@@ -54,7 +54,7 @@ def test_opcheck_triton(needs: tuple[bool, bool, bool]) -> None:
 
 
 @pytest.mark.parametrize("with_lse", [False, True])
-@pytest.mark.parametrize("backend", ["composed", "triton"])
+@pytest.mark.parametrize("backend", ["composed", "cpu", "triton"])
 @pytest.mark.parametrize("case", OPS.values(), ids=OPS)
 def test_opcheck_backward(case: Case, backend: str, with_lse: bool) -> None:
     arguments = op_arguments(case, (False, False, False), backend)

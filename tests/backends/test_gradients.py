@@ -53,7 +53,7 @@ def test_composed_passes_gradcheck(case: Case) -> None:
 
 
 @pytest.mark.parametrize("wanted", [w for w in product((False, True), repeat=3) if any(w)])
-@pytest.mark.parametrize("backend", ["composed", "triton"])
+@pytest.mark.parametrize("backend", ["composed", "cpu", "triton"])
 def test_only_what_is_asked(backend: str, wanted: tuple[bool, bool, bool]) -> None:
     """Query, sequence, prefix: each pattern of needs gives the full run's gradients for these, and None for others."""
     arguments = Case().arguments(torch.float32)
@@ -108,7 +108,7 @@ def test_half_precision_keeps_a_float32_prefix_gradient(backend: str, B: int) ->
     assert error < 2**-9, f"relative error {error:.1e} is that of a bfloat16 sum"
 
 
-@pytest.mark.parametrize("backend", ["composed", "triton"])
+@pytest.mark.parametrize("backend", ["composed", "cpu", "triton"])
 def test_second_derivative_of_a_fused_backend_is_refused(backend: str) -> None:
     """Without a formula on the backward op, autograd returns wrong numbers and only warns."""
     arguments = Case().arguments(torch.float32)
@@ -120,7 +120,7 @@ def test_second_derivative_of_a_fused_backend_is_refused(backend: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["query", "prefix_key"])
-@pytest.mark.parametrize("backend", ["composed", "triton"])
+@pytest.mark.parametrize("backend", ["composed", "cpu", "triton"])
 def test_lse_alone(backend: str, name: str) -> None:
     """A loss on the lse only: no gradient of out arrives at all."""
     arguments = Case().arguments(torch.float32)

@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from prefix_attn import prefix_attention
 from tests.numerics import Case
 
-BACKENDS = ("eager", "composed", "triton")
+BACKENDS = ("eager", "composed", "cpu", "triton")
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -25,10 +25,12 @@ def test_equals_torch_on_the_concatenation(backend: str) -> None:
     torch.testing.assert_close(prefix_attention(**a, backend=backend), expected)
 
 
-@pytest.mark.parametrize(("backend", "threads"), [("composed", 1), ("composed", 2), ("triton", 1)])
+@pytest.mark.parametrize(
+    ("backend", "threads"), [("composed", 1), ("composed", 2), ("cpu", 1), ("cpu", 2), ("triton", 1)]
+)
 @pytest.mark.parametrize("layout", ["bhsd", "bshd"])
 def test_bitwise_repeatable(backend: str, threads: int, layout: str) -> None:
-    length = 70 if backend == "composed" else 40  # the interpreter takes a second for each
+    length = 40 if backend == "triton" else 70  # the interpreter takes a second for each
     arguments = Case(B=3, S=length, T=length, P=33, layout=layout).arguments(torch.float32)
     results = []
     before = torch.get_num_threads()

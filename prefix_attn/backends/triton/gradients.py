@@ -93,9 +93,9 @@ def _query_tile(
     b_x = b_s
     if bias is not None:
         b_x = add_bias(b_s, bias, b_row, b_column, m_mn, scores)
+    if m_mn is not None:  # before the exponential, which would overflow where a hidden logit exceeds lse
+        b_x = tl.where(m_mn, b_x, -float("inf"))
     b_p = tl.exp2(b_x - b_lse[:, None])
-    if m_mn is not None:
-        b_p = tl.where(m_mn, b_p, 0.0)
     b_dp = tl.dot(b_do, tl.trans(b_v), input_precision=PRECISION)
     if scores.seed is not None:
         b_dp = tl.where(kept(i_bh, b_row, offset + b_column, scores), b_dp * (1 / (1 - scores.dropout)), 0.0)
@@ -294,9 +294,9 @@ def key_tile(
     b_x = b_s
     if bias is not None:
         b_x = add_bias(b_s, bias, b_row, b_column, m_nm, scores)
+    if m_nm is not None:  # before the exponential, which would overflow where a hidden logit exceeds lse
+        b_x = tl.where(m_nm, b_x, -float("inf"))
     b_p = tl.exp2(b_x - b_lse[None, :])
-    if m_nm is not None:
-        b_p = tl.where(m_nm, b_p, 0.0)
     b_dp = tl.dot(b_v, tl.trans(b_do), input_precision=PRECISION)
     b_used = b_p
     if scores.seed is not None:

@@ -8,6 +8,7 @@ import torch
 import triton
 from torch import Tensor
 
+from prefix_attn.backends.sinks import grad_sinks
 from prefix_attn.backends.triton import interpreter
 from prefix_attn.backends.triton.attend import _forward
 from prefix_attn.backends.triton.decode import _fold_prefix, _split_keys
@@ -99,7 +100,7 @@ def backward(
             **options,
         )
         if share is not None and call.sinks is not None:
-            grads[5] = _grad_sinks(call.sinks, lse, share, grad_lse)
+            grads[5] = grad_sinks(call.sinks, lse, share, grad_lse)
     if needs[1] or needs[2]:
         grads[1], grads[2] = (_empty(call, t, t.shape[-1]) for t in (call.key, call.value))
         if T:
@@ -249,13 +250,6 @@ def _grouped(call: Call) -> tuple[Tensor, Tensor]:
         entries = torch.where((call.prefix_ids >= 0) & (call.prefix_ids < N), call.prefix_ids.long(), -1)
     entries, order = torch.sort(entries, stable=True)
     return order, torch.searchsorted(entries, torch.arange(N + 1, device=device))
-
-
-def _grad_sinks(sinks: Tensor, lse: Tensor, share: Tensor, grad_lse: Tensor | None) -> Tensor:
-    """-sum over rows of exp(sink - lse) (sum_j p dp - dlse): the sink is a key whose value is 0."""
-    share = share if grad_lse is None else share - grad_lse.float()
-    weight = torch.exp(sinks.float()[:, None] - torch.where(lse == -torch.inf, torch.inf, lse))
-    return -(weight * share).sum((0, 2)).to(sinks.dtype)
 
 
 # What kernels take --------------------------------------------------------------------------------------------------

@@ -1,0 +1,267 @@
+// Forward: online softmax over the prefix's tiles, then the sequence's. Included inside the namespace of an instruction
+// set, after keys.h.
+
+float query_factor(const Call& c) {
+    return c.softcap ? c.scale / c.softcap : c.scale;
+}
+
+// From products to logits.
+void cap(const Call& c, float* s, int64_t width) {
+    for (int64_t j = 0; j < width; j += VL) {
+        const vec x = load(s + j), positive = x < vec{} ? -x : x;
+        const vec e = exponential(positive * -2.f);
+        const vec t = (1.f - e) / (1.f + e);
+        store(s + j, (x < vec{} ? -t : t) * c.softcap);
+    }
+}
+
+// -inf where the query sees no key: outside [lo, hi) of the tile, and under the mask.
+void hide(float* s, int64_t width, int64_t lo, int64_t hi, const uint8_t* mask) {
+    for (int64_t j = 0; j < std::min(lo, width); j++)
+        s[j] = -INF;
+    for (int64_t j = std::max<int64_t>(hi, 0); j < width; j++)
+        s[j] = -INF;
+    if (mask)
+        for (int64_t j = std::max<int64_t>(lo, 0); j < std::min(hi, width); j++)
+            if (!mask[j]) s[j] = -INF;
+}
+
+// The running softmax of M queries, rows of ``acc`` up(DV) apart. A sum is kept in VL lanes until the end.
+struct State {
+    float *m, *l, *acc;
+};
+
+int64_t state_floats(const Call& c, int64_t M) {
+    return M * (1 + VL + up(c.DV));
+}
+
+State state_at(const Call& c, float* at, int64_t M) {
+    const State x{at + M * (VL + up(c.DV)), at + M * up(c.DV), at};
+    std::fill(x.m, x.m + M, -INF);
+    std::fill(at, x.m, 0.f);
+    return x;
+}
+
+// Row r's step: s[0..width) become probabilities relative to the row's m. It follows the maximum only where it falls
+// behind by more than SLACK: scaling the accumulator for each new maximum costs more than a few bits of headroom.
+void soften(float* s, int64_t width, const State& x, int64_t r, int64_t Vp) {
+    vec most = load(s);
+    for (int64_t j = VL; j < width; j += VL)
+        most = max(most, load(s + j));
+    float &m = x.m[r], *l = x.l + r * VL, *acc = x.acc + r * Vp;
+    const float top = largest(most)[0];
+    vec total = load(l);
+    if (top > m + SLACK) {
+        if (m != -INF) {
+            const vec alpha = exponential(all(m - top));
+            total *= alpha;
+            for (int64_t d = 0; d < Vp; d += VL)
+                store(acc + d, load(acc + d) * alpha);
+        }
+        m = top;
+    }
+    const float pivot = m == -INF ? 0.f : m;
+    for (int64_t j = 0; j < width; j += VL) {
+        const vec p = exponential(load(s + j) - pivot);
+        store(s + j, p);
+        total += p;
+    }
+    store(l, total);
+}
+
+void finish(const Forward& f, const Row& row, int64_t h, int64_t i, const State& x, int64_t r) {
+    const Call& c = f.call;
+    float m = x.m[r], l = sum(load(x.l + r * VL)), factor = 1.f;
+    if (c.sinks) {
+        const float sink = c.sinks[h], top = std::max(m, sink), pivot = top == -INF ? 0.f : top;
+        factor = std::exp(m - pivot);
+        l = l * factor + std::exp(sink - pivot);
+        m = top;
+    }
+    f.lse[place_of(c, row, h, i)] = l == 0.f ? -INF : m + std::log(l);
+    store_row(f.out, query_at(f.out, row, h, i), c.DV, l == 0.f ? 0.f : factor / l, x.acc + r * up(c.DV));
+}
+
+// A bank entry's keys for one head.
+Keys prefix_at(const Call& c, const float* packed, int64_t entry, int64_t head, bool backward) {
+    const Array &k = c.prefix_key, &v = c.prefix_value;
+    return keys_at(c, k, entry * k.batch + head * k.head, v, entry * v.batch + head * v.head, c.P,
+                   packed + (entry * c.HKV + head) * keys_floats(c, c.P, backward), backward);
+}
+
+// The row's own keys for one head, packed at ``at``.
+Keys sequence_at(const Call& c, const Row& row, int64_t kv, float* at, bool backward) {
+    const int64_t key0 = key_at(c.key, row, kv, 0), value0 = key_at(c.value, row, kv, 0);
+    pack_keys(c, c.key, key0, c.value, value0, row.length, backward, at);
+    return keys_at(c, c.key, key0, c.value, value0, row.length, at, backward);
+}
+
+// M queries against the n keys of the tile at n0; ``limits`` null = all are visible.
+void attend(const Call& c, const float* q, int64_t M, const Keys& keys, int64_t n0, int64_t n, const Range* limits,
+            const uint8_t* mask, float* s, const State& x, int64_t r0) {
+    const int64_t Dp = up(c.D), Vp = up(c.DV), step = limits ? ROWS : M;
+    for (int64_t i = 0; i < M; i += step) {
+        const int64_t rows = std::min(step, M - i), seen = limits ? std::min(n, limits[i + rows - 1].hi - n0) : n;
+        if (seen <= 0) continue;
+        const int64_t width = up(seen);
+        product(q + i * Dp, Dp, 1, keys.kt + n0 * c.D, NT, s, NT, rows, width, c.D, false);
+        for (int64_t r = 0; r < rows; r++) {
+            if (c.softcap) cap(c, s + r * NT, width);
+            const Range all = {0, seen}, own = limits ? Range{limits[i + r].lo - n0, limits[i + r].hi - n0} : all;
+            hide(s + r * NT, width, own.lo, std::min(seen, own.hi), mask);
+            soften(s + r * NT, width, x, r0 + i + r, Vp);
+        }
+        product(s, NT, 1, keys.v + n0 * keys.ldv, keys.ldv, x.acc + (r0 + i) * Vp, Vp, rows, Vp, seen, true);
+    }
+}
+
+// Training and prefill: all queries of one row and key head ---------------------------------------------------------
+
+int64_t parts(const Call& c) {  // units that share a row and key head, so that a small batch feeds every thread
+    const int64_t heads = std::max<int64_t>(c.B * c.HKV, 1), blocks = c.HQ / c.HKV * ((c.S + BLOCK - 1) / BLOCK);
+    return std::max<int64_t>(1, std::min(blocks, 16 / heads));
+}
+
+void forward_many(const Forward& f, const float* packed, int64_t unit) {
+    const Call& c = f.call;
+    const int64_t P = parts(c), part = unit % P, kv = unit / P % c.HKV, b = unit / P / c.HKV;
+    const Row row = row_of(c, b);
+    const int64_t G = c.HQ / c.HKV, Dp = up(c.D), blocks = (row.S + BLOCK - 1) / BLOCK;
+    const int64_t own = keys_floats(c, row.length, false);
+    float* at = scratch(own + BLOCK * (Dp + NT) + state_floats(c, BLOCK));
+    const Keys sequence = sequence_at(c, row, kv, at, false);
+    float *q = at + own, *s = q + BLOCK * Dp;
+    const float factor = query_factor(c);
+    for (int64_t block = part; block < G * blocks; block += P) {
+        const int64_t h = kv * G + block / blocks, i0 = block % blocks * BLOCK, M = std::min(BLOCK, row.S - i0);
+        Range limits[BLOCK], any{row.length, 0};
+        int64_t blind = 0;  // queries before the prefix's start: the first ones of the block
+        for (int64_t r = 0; r < M; r++) {
+            const int64_t position = row.length - row.S + i0 + r;
+            limits[r] = seen(c, row, position);
+            any = {std::min(any.lo, limits[r].lo), std::max(any.hi, limits[r].hi)};
+            blind += position < row.start;
+            load_row(c.query, query_at(c.query, row, h, i0 + r), c.D, Dp, factor, q + r * Dp);
+        }
+        const State x = state_at(c, s + BLOCK * NT, M);
+        if (row.prefix && blind < M) {
+            const Keys prefix = prefix_at(c, packed, row.entry, kv, false);
+            for (int64_t n0 = 0; n0 < row.prefix; n0 += NT)
+                attend(c, q + blind * Dp, M - blind, prefix, n0, std::min(NT, row.prefix - n0), nullptr, nullptr, s, x,
+                       blind);
+        }
+        for (int64_t n0 = any.lo / NT * NT; n0 < any.hi; n0 += NT)
+            attend(c, q, M, sequence, n0, std::min(NT, any.hi - n0), limits,
+                   c.key_mask ? c.key_mask + row.b * c.T + n0 : nullptr, s, x, 0);
+        for (int64_t r = 0; r < M; r++)
+            finish(f, row, h, i0 + r, x, r);
+    }
+}
+
+// Decoding: few queries of many rows --------------------------------------------------------------------------------
+
+// Keys of the sequence are read once, where they lie, for all G * S queries of a row.
+void attend_in_place(const Call& c, const Row& row, int64_t kv, const float* q, float* s, const State& x, int64_t r0) {
+    const int64_t G = c.HQ / c.HKV, R = G * c.S, Dp = up(c.D), Vp = up(c.DV);
+    Range any{row.length, 0};
+    std::vector<Range> limits(R);
+    for (int64_t r = 0; r < R; r++) {
+        limits[r] = seen(c, row, row.length - c.S + r % c.S);
+        any = {std::min(any.lo, limits[r].lo), std::max(any.hi, limits[r].hi)};
+    }
+    const bool plain_key = in_place(c.key, c.D), plain_value = in_place(c.value, c.DV);
+    alignas(64) float rows_of_tile[NT * 256];
+    const int64_t key0 = key_at(c.key, row, kv, 0), value0 = key_at(c.value, row, kv, 0);
+    for (int64_t n0 = any.lo / NT * NT; n0 < any.hi; n0 += NT) {
+        const int64_t n = std::min(NT, any.hi - n0);
+        const float* k = rows_of_tile;
+        const float* v = plain_value ? (const float*)c.value.data + value0 + n0 * c.value.row : rows_of_tile;
+        const int64_t ldv = plain_value ? c.value.row : Vp;
+        int64_t ldk = Dp;
+        if (plain_key) {
+            k = (const float*)c.key.data + key0 + n0 * c.key.row;
+            ldk = c.key.row;
+        } else {
+            for (int64_t j = 0; j < n; j++)
+                load_row(c.key, key0 + (n0 + j) * c.key.row, c.D, Dp, 1.f, rows_of_tile + j * Dp);
+        }
+        for (int64_t r = 0; r < R; r++)
+            for (int64_t j = 0; j < n; j += VL) {
+                vec dot[VL]{};
+                for (int i = 0; i < VL; i++)
+                    if (j + i < n)
+                        for (int64_t d = 0; d < Dp; d += VL) {
+                            // Rows end where a page ends, and no hardware looks beyond: the next tile's keys and this
+                            // one's values.
+                            if (r == 0) __builtin_prefetch(k + (j + i + NT) * ldk + d);
+                            if (r == 0 && plain_value) __builtin_prefetch(v + (j + i) * ldv + d);
+                            dot[i] += load(q + r * Dp + d) * load(k + (j + i) * ldk + d);
+                        }
+                store(s + r * NT + j, sums(dot));
+            }
+        const uint8_t* mask = c.key_mask ? c.key_mask + row.b * c.T + n0 : nullptr;
+        if (!plain_value) {
+            for (int64_t j = 0; j < n; j++)
+                load_row(c.value, value0 + (n0 + j) * c.value.row, c.DV, Vp, 1.f, rows_of_tile + j * Vp);
+        }
+        for (int64_t r = 0; r < R; r++) {
+            float* p = s + r * NT;
+            if (c.softcap) cap(c, p, up(n));
+            hide(p, up(n), limits[r].lo - n0, std::min(n, limits[r].hi - n0), mask);
+            soften(p, up(n), x, r0 + r, Vp);
+        }
+        product(s, NT, 1, v, ldv, x.acc + r0 * Vp, Vp, R, Vp, n, true);
+    }
+}
+
+void forward_few(const Forward& f, const float* packed, int64_t unit) {
+    const Call& c = f.call;
+    const int64_t chunks = (c.B + CHUNK - 1) / CHUNK, kv = unit / chunks, b0 = unit % chunks * CHUNK;
+    const int64_t b1 = std::min(c.B, b0 + CHUNK), G = c.HQ / c.HKV, R = G * c.S, Dp = up(c.D);
+    const int64_t all_rows = (b1 - b0) * R, S_rows = std::max(R, BLOCK);
+    float *q = scratch(all_rows * Dp + S_rows * NT + state_floats(c, all_rows)), *s = q + all_rows * Dp;
+    const State x = state_at(c, s + S_rows * NT, all_rows);
+    const float factor = query_factor(c);
+    for (int64_t r = 0; r < all_rows; r++) {  // row r: sample b0 + r / R, head r / S % G, query r % S
+        const int64_t b = b0 + r / R, h = kv * G + r % R / c.S, i = r % c.S;
+        load_row(c.query, b * c.query.batch + h * c.query.head + i * c.query.row, c.D, Dp, factor, q + r * Dp);
+    }
+    for (int64_t b = b0; b < b1;) {
+        // Rows with one and the same prefix are folded into one block after the other.
+        const Row row = row_of(c, b);
+        int64_t end = b + 1;
+        if (!c.prefix_start)
+            while (end < b1 && row_of(c, end).entry == row.entry)
+                end++;
+        const Keys prefix = row.prefix ? prefix_at(c, packed, row.entry, kv, false) : Keys{};
+        for (int64_t r = (b - b0) * R; r < (end - b0) * R; r++) {
+            int64_t M = std::min(BLOCK, (end - b0) * R - r);
+            if (c.prefix_start) {  // one query at a time: they begin to see the prefix at different places
+                M = 1;
+                if (row.length - c.S + r % c.S < row.start) continue;
+            }
+            for (int64_t n0 = 0; n0 < row.prefix; n0 += NT)
+                attend(c, q + r * Dp, M, prefix, n0, std::min(NT, row.prefix - n0), nullptr, nullptr, s, x, r);
+            r += M - 1;
+        }
+        b = end;
+    }
+    for (int64_t b = b0; b < b1; b++) {
+        const Row row = row_of(c, b);
+        attend_in_place(c, row, kv, q + (b - b0) * R * Dp, s, x, (b - b0) * R);
+        for (int64_t r = 0; r < R; r++)
+            finish(f, row, kv * G + r / c.S, r % c.S, x, (b - b0) * R + r);
+    }
+}
+
+bool few(const Call& c) {
+    return c.S <= FEW && !c.cu_q;
+}
+
+int64_t forward_units(const Call& c) {
+    return few(c) ? (c.B + CHUNK - 1) / CHUNK * c.HKV : c.B * c.HKV * parts(c);
+}
+
+void forward(const Forward& f, const float* packed, int64_t unit) {
+    few(f.call) ? forward_few(f, packed, unit) : forward_many(f, packed, unit);
+}

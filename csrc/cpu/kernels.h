@@ -1,0 +1,34 @@
+// Forward and backward for one instruction set. Included by generic.cpp, avx2.cpp and avx512.cpp, which include
+// standard headers, set the target and define PA_NAME, PA_LANES and PA_ROWS, in this order: what the standard library
+// compiles for AVX-512 would otherwise be shared with, and crash, processors without it.
+//
+// Forward keeps a running maximum m, sum l and accumulator per query (online softmax) while it walks tiles of 64 keys:
+// the prefix's, which were packed once for all rows of the batch, then the sequence's up to the last key that a block
+// of queries sees. Backward walks the same tiles with the final lse: p = exp(logit - lse). Logits are never in units of
+// log 2: converting a large lse back and forth would cost the digits that its difference to a logit is made of.
+namespace prefix_attn {
+namespace PA_NAME {
+namespace {
+
+#include "tile.h"
+#include "keys.h"
+#include "forward.h"
+#include "backward.h"
+
+int64_t packed_floats(const Call& c, bool backward) {
+    return c.N * c.HKV * keys_floats(c, c.P, backward);
+}
+
+void pack(const Call& c, bool backward, float* packed, int64_t unit) {
+    const int64_t n = unit / c.HKV, kv = unit % c.HKV;
+    const Array &k = c.prefix_key, &v = c.prefix_value;
+    pack_keys(c, k, n * k.batch + kv * k.head, v, n * v.batch + kv * v.head, c.P, backward,
+              packed + unit * keys_floats(c, c.P, backward));
+}
+
+}  // namespace
+
+const Kernels kernels{PA_TEXT, packed_floats, pack, forward_units, forward, backward_units, backward};
+
+}  // namespace PA_NAME
+}  // namespace prefix_attn

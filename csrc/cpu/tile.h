@@ -1,0 +1,196 @@
+// Vectors and products of small matrices. Included inside the namespace of an instruction set, after PA_LANES (floats
+// in a vector) and PA_ROWS (rows of a register tile) are defined and a target pragma is active.
+
+constexpr int VL = PA_LANES, MR = PA_ROWS;
+typedef float vec __attribute__((vector_size(4 * PA_LANES)));
+typedef float vecu __attribute__((vector_size(4 * PA_LANES), aligned(4), may_alias));
+typedef int32_t veci __attribute__((vector_size(4 * PA_LANES)));
+
+static inline vec load(const float* p) {
+    return *(const vecu*)p;
+}
+static inline void store(float* p, vec x) {
+    *(vecu*)p = x;
+}
+static inline vec all(float x) {
+    return vec{} + x;
+}
+static inline vec max(vec a, vec b) {
+    return a > b ? a : b;
+}
+
+// Lanes whose index has bit W from b, the others from a; A, B: from the lane that differs in that bit.
+template <int W, bool A, bool B>
+static inline vec pick(vec a, vec b) {
+    veci from;
+    for (int i = 0; i < VL; i++)
+        from[i] = i & W ? VL + (B ? i ^ W : i) : A ? i ^ W : i;
+    return __builtin_shuffle(a, b, from);
+}
+
+// The largest lane, in every lane.
+template <int W = VL / 2>
+static inline vec largest(vec x) {
+    x = max(x, pick<W, true, true>(x, x));
+    if constexpr (W > 1) return largest<W / 2>(x);
+    return x;
+}
+
+// Lane i becomes the sum of x[i]'s lanes; x is used up.
+template <int W = VL / 2>
+static inline vec sums(vec* x) {
+    for (int i = 0; i < W; i++)
+        x[i] = pick<W, false, false>(x[i], x[i + W]) + pick<W, true, true>(x[i], x[i + W]);
+    if constexpr (W > 1) return sums<W / 2>(x);
+    return x[0];
+}
+
+// The sum of all lanes.
+template <int W = VL / 2>
+static inline float sum(vec x) {
+    x += pick<W, true, true>(x, x);
+    if constexpr (W > 1) return sum<W / 2>(x);
+    return x[0];
+}
+
+// x[i]'s lane j and x[j]'s lane i change places.
+template <int W = VL / 2>
+static inline void transpose(vec* x) {
+    for (int i = 0; i < VL; i++)
+        if (!(i & W)) {
+            const vec a = x[i], b = x[i + W];
+            x[i] = pick<W, false, true>(a, b);
+            x[i + W] = pick<W, true, false>(a, b);
+        }
+    if constexpr (W > 1) transpose<W / 2>(x);
+}
+
+static inline int64_t up(int64_t n) {
+    return (n + VL - 1) / VL * VL;
+}
+
+// e ** x; 0 below -87, so that -inf gives an exact 0. Relative error about 1e-7 (1 + |x|).
+static inline vec exponential(vec x) {
+    x *= 1.4426950408889634f;  // 2 ** x from here on
+    const veci small = x < all(-126.f);
+    x = max(x, all(-126.f));
+    x = x < all(126.f) ? x : all(126.f);
+    const vec shifted = x + 12582912.f;  // 1.5 * 2 ** 23: rounds to the nearest integer
+    const vec whole = shifted - 12582912.f, f = x - whole;
+    vec p = all(1.535336188319500e-4f);
+    p = p * f + 1.339887440266574e-3f;
+    p = p * f + 9.618437357674640e-3f;
+    p = p * f + 5.550332471162809e-2f;
+    p = p * f + 2.402264791363012e-1f;
+    p = p * f + 6.931472028550421e-1f;
+    p = p * f + 1.0f;
+    const veci exponent = (__builtin_convertvector(whole, veci) + 127) << 23;
+    return small ? vec{} : p * (vec)exponent;
+}
+
+// c[R][NV vectors] (+)= a[R][K] b[K][NV vectors]. a's element (r, k) is a[r * ar + k * ak].
+template <int R, int NV>
+static inline void tile(const float* a, int64_t ar, int64_t ak, const float* b, int64_t ldb, float* c, int64_t ldc,
+                        int64_t K, bool add) {
+    vec x[R][NV];
+    for (int r = 0; r < R; r++)
+        for (int j = 0; j < NV; j++)
+            x[r][j] = add ? load(c + r * ldc + j * VL) : vec{};
+    for (int64_t k = 0; k < K; k++) {
+        vec y[NV];
+        for (int j = 0; j < NV; j++)
+            y[j] = load(b + k * ldb + j * VL);
+        for (int r = 0; r < R; r++) {
+            const vec s = all(a[r * ar + k * ak]);
+            for (int j = 0; j < NV; j++)
+                x[r][j] += s * y[j];
+        }
+    }
+    for (int r = 0; r < R; r++)
+        for (int j = 0; j < NV; j++)
+            store(c + r * ldc + j * VL, x[r][j]);
+}
+
+template <int NV>
+static inline void rows(const float* a, int64_t ar, int64_t ak, const float* b, int64_t ldb, float* c, int64_t ldc,
+                        int64_t M, int64_t K, bool add) {
+    int64_t r = 0;
+    for (; r + MR <= M; r += MR)
+        tile<MR, NV>(a + r * ar, ar, ak, b, ldb, c + r * ldc, ldc, K, add);
+    for (; r + 2 <= M; r += 2)
+        tile<2, NV>(a + r * ar, ar, ak, b, ldb, c + r * ldc, ldc, K, add);
+    for (; r < M; r++)
+        tile<1, NV>(a + r * ar, ar, ak, b, ldb, c + r * ldc, ldc, K, add);
+}
+
+// c[M][N] (+)= a[M][K] b[K][N]; N a multiple of VL.
+static void product(const float* a, int64_t ar, int64_t ak, const float* b, int64_t ldb, float* c, int64_t ldc,
+                    int64_t M, int64_t N, int64_t K, bool add) {
+    int64_t n = 0;
+    for (; n + 4 * VL <= N; n += 4 * VL)
+        rows<4>(a, ar, ak, b + n, ldb, c + n, ldc, M, K, add);
+    if (n + 3 * VL <= N) {
+        rows<3>(a, ar, ak, b + n, ldb, c + n, ldc, M, K, add);
+        n += 3 * VL;
+    }
+    if (n + 2 * VL <= N) {
+        rows<2>(a, ar, ak, b + n, ldb, c + n, ldc, M, K, add);
+        n += 2 * VL;
+    }
+    if (n < N) rows<1>(a, ar, ak, b + n, ldb, c + n, ldc, M, K, add);
+}
+
+// Storage types -> float32
+
+static inline float to_float(uint16_t bits, Type type) {
+    if (type == Type::bf16) {
+        const uint32_t wide = (uint32_t)bits << 16;
+        float x;
+        std::memcpy(&x, &wide, 4);
+        return x;
+    }
+    _Float16 half;
+    std::memcpy(&half, &bits, 2);
+    return (float)half;
+}
+
+// ``width`` floats of a row with ``n`` values, zeros behind them.
+static inline void load_row(const Array& x, int64_t at, int64_t n, int64_t width, float factor, float* to) {
+    if (x.type == Type::f32) {
+        const float* from = (const float*)x.data + at;
+        for (int64_t i = 0; i < n; i++)
+            to[i] = from[i] * factor;
+    } else {
+        const uint16_t* from = (const uint16_t*)x.data + at;
+        if (x.type == Type::bf16)
+            for (int64_t i = 0; i < n; i++)
+                to[i] = to_float(from[i], Type::bf16) * factor;
+        else
+            for (int64_t i = 0; i < n; i++)
+                to[i] = to_float(from[i], Type::f16) * factor;
+    }
+    for (int64_t i = n; i < width; i++)
+        to[i] = 0;
+}
+
+static inline void store_row(const Array& x, int64_t at, int64_t n, float factor, const float* from) {
+    if (x.type == Type::f32) {
+        float* to = (float*)x.data + at;
+        for (int64_t i = 0; i < n; i++)
+            to[i] = from[i] * factor;
+        return;
+    }
+    uint16_t* to = (uint16_t*)x.data + at;
+    for (int64_t i = 0; i < n; i++) {
+        const float y = from[i] * factor;
+        if (x.type == Type::bf16) {
+            uint32_t bits;
+            std::memcpy(&bits, &y, 4);
+            bits = y != y ? bits | 0x400000 : bits + 0x7FFF + ((bits >> 16) & 1);  // to the nearest, ties to even
+            to[i] = (uint16_t)(bits >> 16);
+        } else {
+            const _Float16 half = (_Float16)y;
+            std::memcpy(to + i, &half, 2);
+        }
+    }
+}

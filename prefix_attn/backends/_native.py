@@ -1,0 +1,71 @@
+"""Finds the shared object of csrc, or builds it, and keeps the reason when it can do neither."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import io
+import logging
+import os
+from pathlib import Path
+
+import torch
+
+PACKAGE = Path(__file__).resolve().parent.parent
+FLAGS = ["-O3", "-std=c++20", "-fno-math-errno", "-Wno-psabi", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
+
+
+def _load() -> str | None:
+    """Load what ``pip install`` built, as ``torch.ops.prefix_attn_cpu``; the reason if it cannot be had."""
+    found = next(iter(sorted(PACKAGE.glob("_C_cpu*.so"))), None)
+    if found is None:
+        return "it was not built at installation"
+    try:
+        torch.ops.load_library(found)
+    except OSError as error:
+        return f"{found.name} does not load: {str(error).splitlines()[0]}"
+    return _choose()
+
+
+def _choose() -> str | None:
+    global isa
+    try:
+        isa = torch.ops.prefix_attn_cpu.isa()
+    except RuntimeError as error:  # PREFIX_ATTN_ISA names what this processor lacks
+        return str(error).splitlines()[0]
+    return None
+
+
+isa = ""  # the instruction set that runs: avx512, avx2 or generic
+_prebuilt = _load()
+
+
+def cpu_ops_missing() -> str | None:
+    """Why ``torch.ops.prefix_attn_cpu`` cannot be had; None if it is there.
+
+    Where the installation has built nothing, the first call builds with ninja (about 20 seconds, kept in torch's
+    extension cache), unless PREFIX_ATTN_BUILD=0 forbids it or torch.compile is tracing.
+    """
+    if _prebuilt is None or torch.compiler.is_compiling():
+        return _prebuilt
+    return _built()
+
+
+@functools.cache
+def _built() -> str | None:
+    places = (PACKAGE / "csrc", PACKAGE.parent / "csrc")
+    sources = next((path for path in places if (path / "bind_cpu.cpp").is_file()), None)
+    if os.environ.get("PREFIX_ATTN_BUILD") == "0" or sources is None or any(PACKAGE.glob("_C_cpu*.so")):
+        return _prebuilt
+    from torch.utils import cpp_extension
+
+    files = [str(sources / "bind_cpu.cpp"), *map(str, sorted((sources / "cpu").glob("*.cpp")))]
+    logging.getLogger(__name__).warning("building the CPU kernels: once, about 20 seconds")
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):  # what went wrong is in the error
+            cpp_extension.load("prefix_attn_cpu", files, extra_cflags=FLAGS, is_python_module=False)
+    except (RuntimeError, OSError, ImportError) as error:
+        lines = [line for line in str(error).splitlines() if line.strip()]
+        said = next((line for line in lines if "error" in line.lower()), lines[0] if lines else type(error).__name__)
+        return f"{_prebuilt}, and building it now failed: {said.strip()[:200]}"
+    return _choose()
