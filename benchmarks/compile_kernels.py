@@ -142,7 +142,9 @@ def compile_for(arch: str, dtype: str, size: int, variants: Sequence[str]) -> li
 
 def plain(dtype: torch.dtype, size: int) -> list[Call]:
     """A training call; decode calls that split keys, with one and the most queries and with a folded prefix."""
-    most = 16 if size <= 128 else 4
+    from prefix_attn.backends.triton import launch
+
+    most = launch.max_decode_rows(dtype.itemsize, size) // 4
     decode = [_call(dtype, size, S=S, P=P, B=B) for S, P, B in ((1, 64, 4), (most, 64, 4), (1, 4096, 64))]
     return [_call(dtype, size, S=512, P=64), *decode]
 
@@ -249,8 +251,8 @@ def resources(kernel: Any, arch: str) -> tuple[int, int, int, str]:
     text = kernel.asm["amdgcn" if arch.startswith("gfx") else "ptx"]
     product = next((name for name in PRODUCTS[arch] if name in text), "fma")
     if arch.startswith("gfx"):
-        # A spilled register is four bytes in each of 64 lanes; what counts here is that there is none.
-        spilled = 4 * (_number(r"\.vgpr_spill_count:\s+(\d+)", text) + _number(r"\.sgpr_spill_count:\s+(\d+)", text))
+        # Memory of a lane. Scalar registers spill into lanes of a vector register, not into memory, and do not count.
+        spilled = _number(r"\.private_segment_fixed_size:\s+(\d+)", text)
         return _number(r"\.vgpr_count:\s+(\d+)", text), spilled, shared, product
     log = _assemble(text, arch)
     spilled = _number(r"(\d+) bytes spill stores", log) + _number(r"(\d+) bytes spill loads", log)

@@ -4,7 +4,8 @@
 #   benchmarks/gpu.sh                          the default set, together under 10 minutes
 #   benchmarks/gpu.sh decode memory            only these
 #
-# Stages: device correctness forward backward decode memory overhead (the default set), sanitizer train_step tune.
+# Stages: device correctness forward backward decode memory overhead report (the default set), flex decode_flex sanitizer
+# train_step tune.
 # OUT names the folder of the results, PYTHON the interpreter. A stage that fails or runs out of its time is reported at
 # the end, with a status that is not 0; the others still run.
 set -uo pipefail
@@ -32,11 +33,16 @@ run_stage() {
 import platform, torch, triton
 assert torch.cuda.is_available(), "no CUDA device"
 print(torch.cuda.get_device_name(), "python", platform.python_version(), "torch", torch.__version__, "triton", triton.__version__)' ;;
-        correctness) stage correctness 200 "$python" -m tests.test_gpu ;;
-        forward) stage forward 110 "$python" -m benchmarks.attention --pass forward --out "$out/forward.jsonl" ;;
-        backward) stage backward 130 "$python" -m benchmarks.attention --pass backward --out "$out/backward.jsonl" ;;
-        decode) stage decode 130 "$python" -m benchmarks.decode --out "$out/decode.jsonl" ;;
-        memory) stage memory 60 "$python" -m benchmarks.memory --out "$out/memory.jsonl" ;;
+        correctness) stage correctness 200 "$python" -m tests.test_gpu --jobs "$(nproc)" ;;
+        forward) stage forward 110 "$python" -m benchmarks.attention --what forward --budget 70 --out "$out/forward.jsonl" ;;
+        backward) stage backward 140 "$python" -m benchmarks.attention --what backward both --budget 95 --out "$out/backward.jsonl" ;;
+        decode) stage decode 140 "$python" -m benchmarks.decode --budget 95 --out "$out/decode.jsonl" ;;
+        memory) stage memory 60 "$python" -m benchmarks.memory --budget 40 --out "$out/memory.jsonl" ;;
+        flex) stage flex 560 "$python" -m benchmarks.attention --flex --budget 450 --out "$out/flex.jsonl" ;;
+        decode_flex) stage decode_flex 560 "$python" -m benchmarks.decode --flex --budget 450 --out "$out/decode_flex.jsonl" ;;
+        report)
+            stage report 30 "$python" -m benchmarks.roofline "$out"/*.jsonl
+            stage plot 60 "$python" -m benchmarks.plot --out "$out" "$out"/*.jsonl ;;
         overhead) stage overhead 60 "$python" -m benchmarks.overhead --device cuda --out "$out/overhead.jsonl" ;;
         train_step) stage train_step 300 "$python" -m benchmarks.train_step --device cuda --steps 20 --out "$out/train_step.jsonl" ;;
         tune) stage tune 560 "$python" -m benchmarks.tune --device cuda --out "$out/tiles.json" ;;
@@ -47,7 +53,8 @@ print(torch.cuda.get_device_name(), "python", platform.python_version(), "torch"
                 return
             fi
             for tool in memcheck racecheck; do
-                stage "$tool" 250 compute-sanitizer --tool "$tool" --error-exitcode 9 "$python" -m tests.test_gpu "random 1"
+                stage "$tool" 250 compute-sanitizer --tool "$tool" --error-exitcode 9 \
+                    "$python" -m tests.test_gpu --bare plain "bank ids" everything decode
             done ;;
         *)
             echo "no stage is named '$1'; see the head of this file" >&2
@@ -56,7 +63,7 @@ print(torch.cuda.get_device_name(), "python", platform.python_version(), "torch"
 }
 
 if [[ $# -eq 0 ]]; then
-    set -- device correctness forward backward decode memory overhead
+    set -- device correctness forward backward decode memory overhead report
 fi
 for name in "$@"; do
     run_stage "$name"

@@ -1,124 +1,277 @@
-"""What an H100 can at best do for each target of the sweeps, and what we expect: to be held against a measurement.
+"""What an H100 should do with every target, by arithmetic alone; and beside it what a run measured.
 
-    python -m benchmarks.roofline
+    roofline     the largest of: FLOPs over the tensor cores' peak, exponentials over theirs, bytes over memory's peak
+    predicted    each resource at the efficiency that the target's row states, plus a floor per launch
 
-Each row counts the floating-point operations that the result needs and the bytes that must cross device memory, each
-input once and each output once; the larger of the two times is the floor. The prediction divides it by the share of it
-that published Triton kernels of the same kind reach, and adds launches and reads from the L2 cache. Nothing here is
-measured.
+Nothing in this file was measured by this project. The device's constants are the manufacturer's; the sustained and L2
+bandwidth, the launch floor and the efficiencies are taken from published measurements of other kernels. FLOPs and bytes
+are those of ``benchmarks.attention`` and ``benchmarks.decode``.
+
+    python -m benchmarks.roofline                           the table, in Markdown
+    python -m benchmarks.roofline results/*.jsonl           with a column of what those results say, and a verdict
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import argparse
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
 
-PEAK_FLOPS = 989e12  # dense bfloat16, H100 SXM
-BANDWIDTH = 3.0e12  # bytes per second that a large copy sustains, of 3.35e12
-L2_BANDWIDTH = 5.5e12  # bytes per second; published microbenchmarks, least certain of the constants
-LAUNCH = 4e-6  # seconds: the shortest kernel, seen from the stream
-BF16 = 2
+from benchmarks import attention, decode
+from benchmarks.measure import read
+from benchmarks.memory import FLAT, growth
+
+# H100 SXM5
+PROCESSORS = 132
+CLOCK = 1.83e9  # at which the peak is stated: 132 processors of 4096 bfloat16 FLOP per cycle
+TENSOR = 989e12  # dense bfloat16 FLOP/s
+EXPONENTIALS = PROCESSORS * 16 * CLOCK  # per second
+MEMORY = 3.35e12  # bytes/s
+SUSTAINED = 3.0e12  # of a large copy, read plus written
+L2 = 5.5e12
+LAUNCH = 3e-6  # seconds: a kernel that does nothing, in a graph
+
+Records = Sequence[Mapping[str, Any]]
+OURS = "triton"
 
 
 class Target(NamedTuple):
-    """One row: what must be done, and the share of the floor's rate that we expect."""
+    """One demand. Values are in ``unit``; a rate is better when larger, all else when smaller."""
 
     name: str
-    wanted: str
-    flops: float
+    unit: str
+    limit: float
     bytes: float
-    efficiency: float
-    launches: int = 1
-    l2_bytes: float = 0.0
+    flops: float
+    bound: str
+    roofline: float
+    predicted: float
+    how: str  # the efficiencies of the prediction
+    measured: Callable[[Records], float | None]
 
-    @property
-    def floor(self) -> float:
-        """Seconds below which no implementation can be."""
-        return max(self.flops / PEAK_FLOPS, self.bytes / BANDWIDTH)
-
-    @property
-    def predicted(self) -> float:
-        """Seconds that we expect."""
-        return self.floor / self.efficiency + self.l2_bytes / L2_BANDWIDTH + LAUNCH * self.launches
+    def met(self, value: float) -> bool:
+        return value >= self.limit if self.unit in RATES else value <= self.limit
 
 
-def attention_flops(B: int, Hq: int, S: int, T: int, P: int, D: int, *, causal: bool) -> float:
-    """Operations of the two products of forward: 4 B Hq D (query, key) pairs; causal ones with S = T are about half."""
-    pairs = S * P + (S * (S + 1) / 2 + S * (T - S) if causal else S * T)
-    return 4.0 * B * Hq * pairs * D
+RATES = ("TFLOP/s", "% of copy")
 
 
-def attention_bytes(B: int, Hq: int, Hkv: int, S: int, T: int, P: int, D: int) -> float:
-    """q and out, every sequence's k and v, and one prefix."""
-    return BF16 * D * (2.0 * B * Hq * S + 2.0 * B * Hkv * T + 2.0 * Hkv * P)
+def bound(flops: float, exponentials: float, size: float) -> tuple[str, float]:
+    """Which resource the work waits for at its peak, and how many seconds."""
+    times = {"tensor cores": flops / TENSOR, "exponentials": exponentials / EXPONENTIALS, "memory": size / MEMORY}
+    name = max(times, key=times.__getitem__)
+    return name, times[name]
 
 
-def training(D: int, causal: bool, wanted: str, efficiency: float, *, backward: bool = False) -> Target:
-    """S = 8192, 16 k tokens, 16 heads, P = 128; backward counts 2.5 times forward's operations."""
-    B, H, S, P = 2, 16, 8192, 128
-    flops = attention_flops(B, H, S, S, P, D, causal=causal)
-    moved = attention_bytes(B, H, H, S, S, P, D)
-    name = f"{'backward' if backward else 'forward'} S=8192 D={D} {'causal' if causal else 'full'}"
-    factor, launches = (2.5, 5) if backward else (1.0, 1)
-    return Target(name, wanted, flops * factor, moved * (2.5 if backward else 1), efficiency, launches)
+def traffic(c: Mapping[str, Any], what: str, itemsize: int = 2) -> float:
+    """Bytes of a training step's attention that must pass through memory, each tensor once."""
+    B, Hq, Hkv, S, P, D = (c[name] for name in ("B", "Hq", "Hkv", "S", "P", "D"))
+    query, lse = itemsize * B * Hq * S * D, 4 * B * Hq * S
+    keys = 2 * itemsize * (B * Hkv * S + Hkv * P) * D
+    # forward: q, k, v in, out and lse out. backward: q, k, v, out, grad and lse in, three gradients out.
+    return 2 * query + keys + lse if what == "forward" else 4 * query + 2 * keys + lse
 
 
-def decoding(B: int, S: int, P: int, wanted: str, efficiency: float) -> Target:
-    """One query per row over S keys, Hq = 32, Hkv = 8, D = 128; the prefix is folded from 32 MiB of L2 reads on."""
-    Hq, Hkv, D = 32, 8, 128
-    flops, moved = attention_flops(B, Hq, 1, S, P, D, causal=False), attention_bytes(B, Hq, Hkv, 1, S, P, D)
-    in_loop = BF16 * 2.0 * B * Hkv * P * D
-    folded = in_loop >= 2**25
-    tiles = -(-B * Hq // Hkv // 64)  # of 64 folded query rows, per key head
-    l2 = BF16 * 2.0 * tiles * Hkv * P * D if folded else in_loop
-    return Target(f"decode B={B} S={S} P={P}", wanted, flops, moved, efficiency, 2 if folded else 1, l2)
+def find(records: Records, bench: str, what: str, way: str, case: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """The last line of this measurement."""
+    wanted = (bench, what, way)
+    same = [
+        r
+        for r in records
+        if (r["bench"], r["what"], r["way"]) == wanted and "median" in r and case.items() <= r["case"].items()
+    ]
+    return same[-1] if same else None
 
 
-def prefix_only(S: int = 1024, P: int = 128) -> tuple[Target, Target]:
-    """The prefix-only and the full backward: five products over P columns against five over P + S, causal."""
-    B, H, D = 16, 16, 128
-    moved = attention_bytes(B, H, H, S, S, P, D)
-    # S -> p, dp, dk, dv of the prefix: four products, without dq
-    alone = 2.0 * attention_flops(B, H, S, 0, P, D, causal=False)
-    full = 2.5 * attention_flops(B, H, S, S, P, D, causal=True)
-    return (
-        Target(f"prefix-only backward S={S} P={P}", "<= 1/3 of full", alone, moved / 2, 0.33, 3),
-        Target(f"full backward S={S} P={P}", "", full, 2.5 * moved, 0.33, 5),
+def median(records: Records, bench: str, what: str, way: str, case: Mapping[str, Any]) -> float | None:
+    found = find(records, bench, what, way, case)
+    return None if found is None else found["median"]
+
+
+def others(records: Records, what: str, case: Mapping[str, Any]) -> dict[str, float]:
+    """Medians of the peers in the decode sweep."""
+    ways = {r["way"] for r in records if r["bench"] == "decode" and r["case"].items() >= case.items()}
+    found = {w: median(records, "decode", what, w, case) for w in ways if not w.startswith((OURS, "composed", "eager"))}
+    return {way: time for way, time in found.items() if time is not None}
+
+
+def training(what: str, D: int, is_causal: bool, limit: float, efficiency: float) -> Target:
+    """A rate at S = 8192. ``efficiency`` is of the tensor cores' peak, in products that are really computed."""
+    c = attention.case(8192, 128, D, 16, 16, is_causal)
+    flops, size = attention.flops(c, what), traffic(c, what)
+    name, seconds = bound(flops, attention.flops({**c, "D": 1}, "forward") / 4, size)
+    computed = flops * (7 / 5 if what == "backward" else 1)
+    predicted = max(computed / (efficiency * TENSOR), size / SUSTAINED) + (4 if what == "backward" else 1) * LAUNCH
+
+    def measured(records: Records) -> float | None:
+        time = median(records, "attention", what, OURS, c)
+        return None if time is None else flops / time / 1e12
+
+    title = f"{what}, S = 8192, D = {D}, {'causal' if is_causal else 'not causal'}"
+    how = f"{efficiency:.0%} of the tensor peak" + (", 7 products for 5" if what == "backward" else "")
+    rate = flops / 1e12
+    return Target(title, "TFLOP/s", limit, size, flops, name, rate / seconds, rate / predicted, how, measured)
+
+
+def bandwidth(B: int, S: int) -> Target:
+    """Decoding against a copy."""
+    c = decode.case(B, S, 128)
+    flops, size = 4.0 * B * c["Hq"] * (S + c["P"]) * c["D"], decode.unique_bytes(c)
+    name, seconds = bound(flops, flops / 4 / c["D"], size)
+    predicted = size / (0.92 * SUSTAINED) + 2 * LAUNCH
+
+    def measured(records: Records) -> float | None:
+        found = find(records, "decode", "graph", OURS, c)
+        return None if found is None else 100 * found["of_copy"]
+
+    ceiling = 100 / SUSTAINED
+    return Target(
+        f"decode, B = {B}, S = {S}, P = 128", "% of copy", 85, size, flops, name,
+        ceiling * size / seconds, ceiling * size / predicted, "92% of a copy, two launches", measured,
+    )  # fmt: skip
+
+
+def prefix_cost() -> Target:
+    """What P = 512 adds to decoding 256 rows: folded into tiles of 64 queries, a second launch and its slots."""
+    c, none = decode.case(256, 512, 512), decode.case(256, 512, 0)
+    B, Hq, Hkv, P, D = (c[name] for name in ("B", "Hq", "Hkv", "P", "D"))
+    flops, prefix = 4.0 * B * Hq * P * D, 2 * 2 * Hkv * P * D
+    name, seconds = bound(flops, flops / 4 / D, prefix)
+    copies = -(-B * (Hq // Hkv) // 64)  # how often the prefix is read from L2
+    slots = 2 * 4 * B * Hq * (D + 1)  # written and read
+    predicted = max(flops / (0.4 * TENSOR), copies * prefix / L2) + slots / L2 + LAUNCH
+
+    def measured(records: Records) -> float | None:
+        times = [median(records, "decode", "graph", OURS, case) for case in (c, none)]
+        return None if times[0] is None or times[1] is None else 1e6 * (times[0] - times[1])
+
+    return Target(
+        "decode, what P = 512 adds at B = 256, S = 512", "us", 10, prefix, flops, name, 1e6 * seconds, 1e6 * predicted,
+        f"prefix read {copies} times from L2 at 5.5 TB/s or 40% of the tensor peak; slots; one launch", measured,
+    )  # fmt: skip
+
+
+def no_prefix() -> Target:
+    """The price of the feature where it is not used: the worst of the P = 0 cases of the sweep."""
+    cases = [c for c in decode.grid() if not c["P"]]
+    size = decode.unique_bytes(cases[0])
+
+    def measured(records: Records) -> float | None:
+        ratios = []
+        for c in cases:
+            mine, peers = median(records, "decode", "graph", OURS, c), others(records, "graph", c)
+            if mine is not None and peers:
+                ratios.append(100 * (mine / min(peers.values()) - 1))
+        return max(ratios, default=None)
+
+    return Target(
+        "decode, P = 0 over the best peer, worst case", "%", 3, size, 0, "memory", 0, 0, "the same bytes", measured
     )
 
 
+def never_slower() -> Target:
+    """Our time over that of SDPA's own choice on the concatenation: the worst of the sweep."""
+    c = decode.case(256, 512, 128)
+    one, whole = decode.unique_bytes(c), decode.unique_bytes({**c, "S": 512 + 128, "P": 0})
+
+    def measured(records: Records) -> float | None:
+        graphs = [
+            r for r in records if (r["bench"], r["what"], r["way"]) == ("decode", "graph", OURS) and "median" in r
+        ]
+        kinds = ("sdpa", "sdpa flash", "sdpa cudnn", "sdpa efficient")
+        ratios = []
+        for r in graphs:
+            times = [t for n in kinds if (t := median(records, "decode", "graph", n, r["case"])) is not None]
+            ratios += [r["median"] / min(times)] if times else []
+        return max(ratios, default=None)
+
+    return Target(
+        "decode, over the best SDPA on the concatenation, worst case", "x", 1, one, 0, "memory",
+        one / whole, (one / 0.92 / SUSTAINED + 2 * LAUNCH) / (whole / 0.92 / SUSTAINED + LAUNCH),
+        "B = 256, S = 512, P = 128: bytes; two launches against one", measured,
+    )  # fmt: skip
+
+
+def prefix_only() -> Target:
+    """The backward of a frozen model's first layer over the full one."""
+    c = attention.case(1024, 128, 128, 16, 16, True)
+    few, all_ = attention.flops(c, "backward", frozen=True), attention.flops(c, "backward")
+    size = 2 * c["B"] * c["Hq"] * c["S"] * c["D"] * 2  # delta: output and its gradient
+    delta = size / SUSTAINED
+    predicted = (few / (0.35 * TENSOR) + delta + 3 * LAUNCH) / (1.4 * all_ / (0.42 * TENSOR) + delta + 4 * LAUNCH)
+
+    def measured(records: Records) -> float | None:
+        times = [median(records, "attention", "backward", way, c) for way in (f"{OURS}, frozen", OURS)]
+        return None if times[0] is None or times[1] is None else times[0] / times[1]
+
+    return Target(
+        "backward to the prefix over the full one, S = 1024, P = 128, causal", "x", 1 / 3, size, few, "tensor cores",
+        few / all_, predicted, "35% of the tensor peak against 42% and 7 products for 5; delta in both", measured,
+    )  # fmt: skip
+
+
+def flat() -> Target:
+    """Copies of the prefix that a forward and backward keep per row."""
+
+    def measured(records: Records) -> float | None:
+        mine = [r for r in records if (r["bench"], r["what"], r["way"]) == ("memory", "both", OURS) and "extra" in r]
+        extras = {(r["case"]["B"], r["case"]["P"]): r["extra"] for r in mine}
+        rectangle = {B for B, _ in extras}, {P for _, P in extras}
+        if min(map(len, rectangle)) < 2 or len(extras) < len(rectangle[0]) * len(rectangle[1]):
+            return None
+        return growth(extras, mine[0]["case"]["Hkv"], mine[0]["case"]["D"])
+
+    return Target("memory that B and P add together", "copies", FLAT, 0, 0, "-", 0, 0, "no such tensor", measured)
+
+
 def targets() -> list[Target]:
-    """Every target that the sweeps are measured against."""
+    """Every target, in the order in which the project states them."""
     return [
-        training(128, False, ">= 450 TFLOP/s", 0.46),
-        training(128, True, ">= 400 TFLOP/s", 0.40),
-        training(64, False, ">= 370 TFLOP/s", 0.36),
-        training(128, False, ">= 290 TFLOP/s", 0.30, backward=True),
-        decoding(64, 2048, 0, ">= 85 % of copy", 0.88),
-        decoding(256, 512, 0, "P=0 <= 3 % over best", 0.85),
-        decoding(256, 512, 128, "", 0.85),
-        decoding(256, 512, 512, "<= 10 us over P=0", 0.85),
-        *prefix_only(),
+        training("forward", 128, False, 450, 0.46),
+        training("forward", 128, True, 400, 0.41),
+        training("forward", 64, False, 370, 0.37),
+        training("backward", 128, False, 290, 0.42),
+        *(bandwidth(B, S) for B, S in ((64, 2048), (256, 2048), (64, 8192))),
+        no_prefix(),
+        prefix_cost(),
+        never_slower(),
+        prefix_only(),
+        flat(),
     ]
 
 
-def table(rows: list[Target]) -> str:
-    """Markdown."""
-    lines = [
-        "| target | wanted | GFLOP | MB | bound by | floor us | expected share | expected us | expected rate |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
+def table(rows: Sequence[Target], records: Records | None = None) -> str:
+    """Markdown; with ``records`` also what they say."""
+    heads = ["target", "demanded", "bytes", "FLOPs", "bound by", "roofline", "predicted", "assuming"]
+    if records is not None:
+        heads += ["measured", "verdict"]
+    lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
     for row in rows:
-        compute = row.flops / PEAK_FLOPS > row.bytes / BANDWIDTH
-        rate = f"{row.flops / row.predicted / 1e12:.0f} TFLOP/s" if compute else (
-            f"{row.bytes / row.predicted / 1e9:.0f} GB/s"
-        )  # fmt: skip
-        lines.append(
-            f"| {row.name} | {row.wanted} | {row.flops / 1e9:.1f} | {row.bytes / 1e6:.1f} | "
-            f"{'arithmetic' if compute else 'memory'} | {row.floor * 1e6:.1f} | {row.efficiency:.2f} | "
-            f"{row.predicted * 1e6:.1f} | {rate} |"
-        )
+        sign = ">=" if row.unit in RATES else "<="
+        number = lambda value, unit=row.unit: f"{value:.3g} {unit}"
+        size = f"{row.bytes / 1e6:,.0f} MB" if row.bytes else "-"
+        flops = f"{row.flops / 1e9:,.1f} G" if row.flops else "-"
+        cells = [row.name, f"{sign} {number(row.limit)}", size, flops, row.bound, number(row.roofline)]
+        cells += [number(row.predicted) + ("" if row.met(row.predicted) else " (misses)"), row.how]
+        if records is not None:
+            value = row.measured(records)
+            cells += ["-", "not measured"] if value is None else [number(value), "met" if row.met(value) else "missed"]
+        lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
+def main(arguments: Sequence[str] | None = None) -> str:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("results", nargs="*", type=Path, help="JSON lines of the sweeps")
+    args = parser.parse_args(arguments)
+    lines = [
+        line for path in args.results for line in read(path) if line.get("bench") in ("attention", "decode", "memory")
+    ]
+    text = table(targets(), lines if args.results else None)
+    print(text)
+    return text
+
+
 if __name__ == "__main__":
-    print(table(targets()))
+    main()

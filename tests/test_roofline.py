@@ -1,35 +1,68 @@
-"""benchmarks/roofline.py: its arithmetic, and the table that docs/kernels.md quotes."""
+"""benchmarks/roofline.py: its arithmetic, its verdicts, and the table that docs/kernels.md quotes."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from benchmarks import roofline
+from benchmarks import attention, decode, roofline
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
-@pytest.mark.parametrize("causal", [False, True])
-def test_flops_count_visible_pairs(causal: bool) -> None:
-    S, T, P, D = 7, 9, 4, 8
-    visible = torch.ones(S, T).tril(T - S) if causal else torch.ones(S, T)
-    pairs = int(visible.sum()) + S * P
-    assert roofline.attention_flops(2, 3, S, T, P, D, causal=causal) == 2 * 3 * pairs * 4 * D
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_flops_count_visible_pairs(is_causal: bool) -> None:
+    c = {"B": 2, "Hq": 3, "Hkv": 1, "S": 7, "P": 4, "D": 8, "is_causal": is_causal}
+    visible = torch.ones(7, 7).tril() if is_causal else torch.ones(7, 7)
+    pairs = 2 * 3 * (int(visible.sum()) + 7 * 4)
+    assert attention.flops(c, "forward") == pairs * 4 * 8
+    assert attention.flops(c, "both") == 3.5 * attention.flops(c, "forward")
+    assert attention.flops(c, "backward", frozen=True) == 2 * 3 * 7 * 4 * 8 * 8
 
 
 def test_bytes_count_each_tensor_once() -> None:
-    tensors = [(2, 4, 7, 8), (2, 2, 9, 8), (2, 2, 9, 8), (2, 3, 8), (2, 3, 8), (2, 4, 7, 8)]
-    expected = sum(torch.empty(shape, dtype=torch.bfloat16).nbytes for shape in tensors)
-    assert roofline.attention_bytes(2, 4, 2, 7, 9, 3, 8) == expected
+    c = {"B": 2, "Hq": 4, "Hkv": 2, "S": 9, "P": 3, "D": 8}
+    step = [(2, 4, 1, 8), (2, 2, 9, 8), (2, 2, 9, 8), (2, 3, 8), (2, 3, 8), (2, 4, 1, 8)]
+    size = lambda shapes: sum(torch.empty(shape, dtype=torch.bfloat16).nbytes for shape in shapes)
+    assert decode.unique_bytes(c) == size(step)
+    full = [(2, 4, 9, 8), *step[1:5], (2, 4, 9, 8)]
+    assert roofline.traffic(c, "forward") == size(full) + 4 * 2 * 4 * 9
 
 
-def test_nothing_is_predicted_below_its_floor() -> None:
-    assert all(row.predicted > row.floor > 0 for row in roofline.targets())
-    alone, full = roofline.prefix_only()
-    assert alone.predicted < full.predicted / 3
+def test_no_prediction_beats_the_roofline() -> None:
+    for row in roofline.targets():
+        better = row.predicted <= row.roofline if row.unit in roofline.RATES else row.predicted >= row.roofline
+        assert better, row.name
+
+
+def record(bench: str, what: str, way: str, case: dict[str, Any], seconds: float, **values: Any) -> dict[str, Any]:
+    return {"bench": bench, "what": what, "way": way, "case": case, "median": seconds, **values}
+
+
+def test_a_run_is_held_against_the_targets() -> None:
+    training, step, none = (
+        attention.case(8192, 128, 128, 16, 16, False),
+        decode.case(256, 512, 512),
+        decode.case(256, 512, 0),
+    )
+    records = [
+        record("attention", "forward", "triton", training, attention.flops(training, "forward") / 460e12),
+        record("decode", "graph", "triton", step, 112e-6),
+        record("decode", "graph", "triton", none, 100e-6),
+        record("decode", "graph", "sdpa", none, 99e-6),
+    ]
+    rows = roofline.targets()
+    found = {row.name: row.measured(records) for row in rows}
+    assert found["forward, S = 8192, D = 128, not causal"] == pytest.approx(460)
+    assert found["decode, what P = 512 adds at B = 256, S = 512"] == pytest.approx(12)
+    assert found["decode, P = 0 over the best peer, worst case"] == pytest.approx(100 / 99)
+    text = roofline.table(rows, records)
+    assert text.count(" met |") == 2
+    assert text.count(" missed |") == 2  # what P = 512 adds, and SDPA at P = 0
+    assert text.count(" not measured |") == len(rows) - 4
 
 
 def test_the_document_quotes_the_table() -> None:

@@ -18,6 +18,7 @@ from prefix_attn.backends.triton import launch
 from prefix_attn.backends.triton.table import table
 from prefix_attn.backends.triton.tiles import _list_tiles
 from prefix_attn.call import Call
+from tests import test_gpu
 from tests.backends.test_numerics import compare
 from tests.numerics import Case, as_accurate
 
@@ -250,3 +251,10 @@ def test_options_that_take_registers_run_with_tiles_of_their_own() -> None:
         ("interpreter", "forward", torch.float32, 16, False),
         ("interpreter", "grad_query", torch.float32, 16, True),
     ]
+
+
+@pytest.mark.parametrize("name", ["plain-f32", "key-mask-bf16", "many elements"])
+def test_the_checks_of_a_device_pass_in_the_interpreter(name: str) -> None:
+    """Their own logic, on tiny sizes: a check that cannot run shows nothing where it is wanted."""
+    _, _, wrong = test_gpu.outcome(name, "cpu")
+    assert wrong == ""

@@ -365,7 +365,7 @@ def _grad_sequence(
 
     # Queries lo..hi see some key of the tile. One loop with masks: apart from whole tiles they cost little beside four
     # products, and a second loop costs the registers that make the tile spill.
-    r_q, count_q, _ = queries_of(i_b, i_kv * G, HKV * G, S, rows)
+    r_q, count_q, _row = queries_of(i_b, i_kv * G, HKV * G, S, rows)
     shift = length - count_q  # position of query 0
     lo = 0
     hi = tl.where(n < length, count_q, 0)
@@ -382,7 +382,7 @@ def _grad_sequence(
     for u in range(tl.cdiv(tl.maximum(hi - lo, 0), BLOCK_M) * G):
         i_h = i_kv * G + u % G
         i_bh = i_b * (HKV * G) + i_h
-        _, _, i_lse = queries_of(i_b, i_h, HKV * G, S, rows)
+        _own_row, _own_count, i_lse = queries_of(i_b, i_h, HKV * G, S, rows)
         o_m, b_q, b_do, b_lse, b_delta = load_queries(
             lo + u // G * BLOCK_M, count_q,
             query.data + i_b * query.batch + i_h * query.head + r_q * query.row, query.row,

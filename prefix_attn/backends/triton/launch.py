@@ -24,7 +24,11 @@ if interpreter.ACTIVE:
 # Options that take registers: a call with one of them runs with smaller tiles, the table's "+" entries.
 _PLUS = ("bias", "cu_seqlens_q", "prefix_ids", "prefix_start", "key_lengths", "key_mask", "seed", "window", "softcap")
 MAX_DECODE_QUERIES = 16  # per head; more fill a tile of their own, and causal skipping pays
-MAX_DECODE_ROWS = {128: 64, 256: 16}  # per head size: queries times heads of a group, what one program holds
+
+
+def max_decode_rows(itemsize: int, size: int) -> int:
+    """How many queries times heads of a group one program holds in registers."""
+    return 64 if size <= (128 if itemsize == 2 else 64) else 16
 
 
 def forward(call: Call) -> tuple[Tensor, Tensor]:
@@ -35,7 +39,7 @@ def forward(call: Call) -> tuple[Tensor, Tensor]:
         return out, lse
     B, Hkv, G, S, *_ = sizes = _sizes(call)
     size = max(call.query.shape[-1], call.value.shape[-1])
-    fits = S <= MAX_DECODE_QUERIES and MAX_DECODE_ROWS[128 if size <= 128 else 256] >= S * G
+    fits = S <= MAX_DECODE_QUERIES and max_decode_rows(call.query.dtype.itemsize, size) >= S * G
     decode = fits and call.cu_seqlens_q is None
     if decode and call.bias is None and call.seed is None:
         _decode(call, out, lse)
