@@ -133,7 +133,7 @@ def compile_for(arch: str, dtype: str, size: int, variants: Sequence[str]) -> li
                 compiled.clear()
                 out, lse = launch.forward(call)
                 if call.query.shape[2] > launch.MAX_DECODE_QUERIES:
-                    launch.backward(call, out, lse, out, None, [True] * 6 + [False])
+                    launch.backward(call, out, lse, out, None, [True] * 5 + [call.sinks is not None, False])
                 for name, kernel, tile in compiled:
                     row = Kernel(arch, name, dtype, size, variant, tile, *resources(kernel, arch))
                     found.setdefault(row[:6], row)

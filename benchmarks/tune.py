@@ -162,7 +162,7 @@ def compiled(arch: str, kernel: str, dtype: str, size: int, plus: str, tile: lis
                 if decode == (call.query.shape[2] <= launch.MAX_DECODE_QUERIES):
                     out, lse = launch.forward(call)
                     if not decode:
-                        launch.backward(call, out, lse, out, None, [True] * 6 + [False])
+                        launch.backward(call, out, lse, out, None, [True] * 5 + [call.sinks is not None, False])
     finally:
         launch.tile = before
     return [offline.Kernel(arch, name, dtype, size, plus, text, *offline.resources(k, arch)) for name, k, text in found]

@@ -253,6 +253,34 @@ def test_options_that_take_registers_run_with_tiles_of_their_own() -> None:
     ]
 
 
+@pytest.mark.parametrize("window", [2**31 - 1, 2**31, 2**40])
+def test_a_window_beyond_32_bits_hides_nothing(window: int) -> None:
+    compare("triton", Case(S=9, T=9, P=5).arguments(torch.float32) | {"window": window})
+
+
+def test_ids_beyond_32_bits_are_no_entry() -> None:
+    arguments = Case(B=2, N=3, S=9, T=9, P=5, with_=("prefix_ids",)).arguments(torch.float32)
+    call = Call(*(arguments[n] for n in ("query", "key", "value", "prefix_key", "prefix_value")))
+    for some in (call, call._replace(query=call.query[:, :, :1])):  # training, and decoding with a folded prefix
+        far, none = (some._replace(prefix_ids=torch.tensor(ids)) for ids in ([2**32 + 1, 2**33], [-1, -1]))
+        assert all(torch.equal(a, b) for a, b in zip(launch.forward(far), launch.forward(none)))
+
+
+def test_packed_lengths_that_lie_touch_nothing_else() -> None:
+    """Tokens of no sequence: zeros and -inf. Lengths past the end, as a graph may replay: no other memory."""
+    query, prefix = torch.randn(1, 2, 10, 8), torch.randn(2, 4, 8)
+    call = Call(query, query, query, prefix, prefix, sinks=torch.zeros(2), max_seqlen_q=16, max_seqlen_k=16)
+    for ends in ([0, 3, 7], [0, 16, 12], [-5, 4, 2**31 - 1]):
+        cu = torch.tensor(ends)
+        lying = call._replace(cu_seqlens_q=cu, cu_seqlens_k=cu)
+        out, lse = launch.forward(lying)
+        grads = launch.backward(lying, out, lse, torch.ones_like(out), None, [True] * 6 + [False])
+        assert not any(t.isnan().any() for t in (out, lse, *grads[:6]))
+        if ends == [0, 3, 7]:
+            assert torch.equal(lse[..., 7:], torch.full((1, 2, 3), -torch.inf))
+            assert torch.equal(out[:, :, 7:], torch.zeros(1, 2, 3, 8))
+
+
 @pytest.mark.parametrize("name", ["plain-f32", "key-mask-bf16", "many elements"])
 def test_the_checks_of_a_device_pass_in_the_interpreter(name: str) -> None:
     """Their own logic, on tiny sizes: a check that cannot run shows nothing where it is wanted."""

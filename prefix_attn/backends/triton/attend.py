@@ -162,6 +162,8 @@ def _forward(
     i_bh = i_b * (HKV * G) + i_h
     r_q, S, i_lse = queries_of(i_b, i_h, HKV * G, S, rows)
     r_k, _, length = keys_of(i_b, T, rows)
+    if rows.cu_q is not None:  # a program behind the end of a short sequence walks nothing
+        length = tl.where(first < S, length, 0)
     o_m = first + tl.arange(0, BLOCK_M)
     m_m = o_m < S
     # [BLOCK_M, BLOCK_D]
@@ -175,6 +177,8 @@ def _forward(
     if prefix_key is not None:
         entry = entry_of(i_b, N, rows)
         prefix = prefix_of(entry, P, rows)
+        if rows.cu_q is not None:
+            prefix = tl.where(first < S, prefix, 0)
         i_n = tl.maximum(entry, 0).to(tl.int64)
         p_key = prefix_key.data + i_n * prefix_key.batch + i_kv * prefix_key.head
         p_value = prefix_value.data + i_n * prefix_value.batch + i_kv * prefix_value.head

@@ -238,15 +238,13 @@ def _fold_prefix(
         m_sees = m_sees & (length - S + o_s >= tl.load(rows.prefix_start + o_b))
     b_entry = tl.zeros([BLOCK_M], tl.int32)
     if rows.ids is not None:
-        b_entry = tl.load(rows.ids + o_b).to(tl.int32)
-        m_sees = m_sees & (b_entry >= 0) & (b_entry < N)
-    e_first = tl.min(tl.where(m_sees, b_entry, N))
-    e_last = tl.max(tl.where(m_sees, b_entry, -1))
-    for e in range(e_first, e_last + 1):
-        entry = tl.zeros([], tl.int32) + e
-        m_e = m_sees & (b_entry == e)
-        # An entry between two others that no row of the tile has is passed over.
-        prefix = tl.where(tl.max(m_e.to(tl.int32)) > 0, prefix_of(entry, P, rows), 0)
+        b_id = tl.load(rows.ids + o_b)
+        m_sees = m_sees & (b_id >= 0) & (b_id < N)
+        b_entry = tl.where(m_sees, b_id, 0).to(tl.int32)
+    entry = tl.min(tl.where(m_sees, b_entry, N))
+    while entry < N:
+        m_e = m_sees & (b_entry == entry)
+        prefix = prefix_of(entry, P, rows)
         share = tl.cdiv(tl.cdiv(prefix, BLOCK_N), FOLDED) * BLOCK_N
         i_n = entry.to(tl.int64)
         p_key = prefix_key.data + i_n * prefix_key.batch + i_kv * prefix_key.head
@@ -260,6 +258,7 @@ def _fold_prefix(
             b_s = tl.where(m_e[:, None] & m_n[None, :], b_s, -float("inf"))
             b_v = load_rows(p_value, o_n, prefix_value.row, m_n, DV, BLOCK_DV).to(b_q.dtype)
             b_m, b_l, b_acc = softmax_step(b_s, b_m, b_l, b_acc, b_v, None, scores, True, PRECISION)
+        entry = tl.min(tl.where(m_sees & (b_entry > entry), b_entry, N))  # the next one that a row of the tile has
 
     b_out, b_lse = finish(b_m, b_l, b_acc, None)
     o_row = i_split * B * (HKV * G) * S + (o_b * (HKV * G) + o_h) * S + o_s

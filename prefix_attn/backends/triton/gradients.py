@@ -85,9 +85,10 @@ def _query_tile(
     i_bh,
     offset,
     scores,
+    SHARE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Adds what one tile of keys gives to dq, and sum_j p dp to the rows' share; ``m_mn`` None = all visible."""
+    """Adds what one tile of keys gives to dq, and with SHARE sum_j p dp to the rows'; ``m_mn`` None = all visible."""
     # [BLOCK_M, BLOCK_N]
     b_s = logits(tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION), scores)
     b_x = b_s
@@ -99,7 +100,7 @@ def _query_tile(
     b_dp = tl.dot(b_do, tl.trans(b_v), input_precision=PRECISION)
     if scores.seed is not None:
         b_dp = tl.where(kept(i_bh, b_row, offset + b_column, scores), b_dp * (1 / (1 - scores.dropout)), 0.0)
-    if b_share is not None:
+    if SHARE:
         b_share += tl.sum(b_p * b_dp, 1)
     b_ds = grad_product(b_p * (b_dp - b_delta[:, None]), b_s, scores)
     b_dq = tl.dot(b_ds.to(b_k.dtype), b_k, b_dq, input_precision=PRECISION)
@@ -131,6 +132,7 @@ def _query_sequence_tile(
     DV: tl.constexpr,
     CAUSAL: tl.constexpr,
     MASKED: tl.constexpr,
+    SHARE: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -150,7 +152,7 @@ def _query_sequence_tile(
         b_v = load_full(p_value, o_n, value_row, DV, BLOCK_DV)
     return _query_tile(
         b_k, b_v, b_q, b_do, b_lse, b_delta, b_dq, b_share, m_mn, bias, o_m[:, None], o_n[None, :], i_bh, P, scores,
-        PRECISION,
+        SHARE, PRECISION,
     )  # fmt: skip
 
 
@@ -189,6 +191,8 @@ def _grad_query(
     i_bh = i_b * (HKV * G) + i_h
     r_q, S, i_lse = queries_of(i_b, i_h, HKV * G, S, rows)
     r_k, _, length = keys_of(i_b, T, rows)
+    if rows.cu_q is not None:  # a program behind the end of a short sequence walks nothing
+        length = tl.where(first < S, length, 0)
     p_q = query.data + i_b * query.batch + i_h * query.head + r_q * query.row
     p_do = grad_out.data + i_b * grad_out.batch + i_h * grad_out.head + r_q * grad_out.row
     m_m = first + tl.arange(0, BLOCK_M) < S
@@ -197,13 +201,15 @@ def _grad_query(
     )
     # [BLOCK_M, BLOCK_D]
     b_dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    b_share = None
-    if share is not None:
-        b_share = tl.zeros([BLOCK_M], tl.float32)
+    SHARE: tl.constexpr = share is not None
+    # Carried by the loops also where nothing is added to it: they carry no None.
+    b_share = tl.zeros([BLOCK_M], tl.float32)
 
     if prefix_key is not None:
         entry = entry_of(i_b, N, rows)
         prefix = prefix_of(entry, P, rows)
+        if rows.cu_q is not None:
+            prefix = tl.where(first < S, prefix, 0)
         i_n = tl.maximum(entry, 0).to(tl.int64)
         p_key = prefix_key.data + i_n * prefix_key.batch + i_kv * prefix_key.head
         p_value = prefix_value.data + i_n * prefix_value.batch + i_kv * prefix_value.head
@@ -220,7 +226,7 @@ def _grad_query(
                 m_mn = m_mn & (o_m >= start)[:, None]
             b_dq, b_share = _query_tile(
                 b_k, b_v, b_q, b_do, b_lse, b_delta, b_dq, b_share, m_mn, None, o_m[:, None], o_n[None, :], i_bh, 0,
-                scores, PRECISION,
+                scores, SHARE, PRECISION,
             )  # fmt: skip
 
     p_key = key.data + i_b * key.batch + i_kv * key.head + r_k * key.row
@@ -239,7 +245,7 @@ def _grad_query(
             n = tl.load(rows.tiles + i_b * num + i) * BLOCK_N
             b_dq, b_share = _query_sequence_tile(
                 n, b_q, b_do, b_lse, b_delta, b_dq, b_share, p_key, key.row, p_value, value.row, row_mask, bias, o_m,
-                i_bh, length, S, P, scores, D, DV, CAUSAL, True, PRECISION, BLOCK_N, BLOCK_D, BLOCK_DV,
+                i_bh, length, S, P, scores, D, DV, CAUSAL, True, SHARE, PRECISION, BLOCK_N, BLOCK_D, BLOCK_DV,
             )  # fmt: skip
     else:
         if scores.bias is not None:
@@ -249,18 +255,18 @@ def _grad_query(
             for n in range(lo, full_lo, BLOCK_N):
                 b_dq, b_share = _query_sequence_tile(
                     n, b_q, b_do, b_lse, b_delta, b_dq, b_share, p_key, key.row, p_value, value.row, row_mask, bias,
-                    o_m, i_bh, length, S, P, scores, D, DV, CAUSAL, True, PRECISION, BLOCK_N, BLOCK_D, BLOCK_DV,
+                    o_m, i_bh, length, S, P, scores, D, DV, CAUSAL, True, SHARE, PRECISION, BLOCK_N, BLOCK_D, BLOCK_DV,
                 )  # fmt: skip
         if scores.bias is None:
             for n in range(full_lo, full_hi, BLOCK_N):
                 b_dq, b_share = _query_sequence_tile(
                     n, b_q, b_do, b_lse, b_delta, b_dq, b_share, p_key, key.row, p_value, value.row, row_mask, bias,
-                    o_m, i_bh, length, S, P, scores, D, DV, CAUSAL, False, PRECISION, BLOCK_N, BLOCK_D, BLOCK_DV,
+                    o_m, i_bh, length, S, P, scores, D, DV, CAUSAL, False, SHARE, PRECISION, BLOCK_N, BLOCK_D, BLOCK_DV,
                 )  # fmt: skip
         for n in range(full_hi, hi, BLOCK_N):
             b_dq, b_share = _query_sequence_tile(
                 n, b_q, b_do, b_lse, b_delta, b_dq, b_share, p_key, key.row, p_value, value.row, row_mask, bias, o_m,
-                i_bh, length, S, P, scores, D, DV, CAUSAL, True, PRECISION, BLOCK_N, BLOCK_D, BLOCK_DV,
+                i_bh, length, S, P, scores, D, DV, CAUSAL, True, SHARE, PRECISION, BLOCK_N, BLOCK_D, BLOCK_DV,
             )  # fmt: skip
 
     if grad_query is not None:

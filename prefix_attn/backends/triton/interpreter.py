@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 from typing import Any
 
-ACTIVE = os.environ.get("TRITON_INTERPRET") == "1"
+ACTIVE = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")  # as Triton reads it
 
 
 def repair() -> None:

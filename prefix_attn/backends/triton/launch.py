@@ -35,6 +35,8 @@ def forward(call: Call) -> tuple[Tensor, Tensor]:
     """(out, lse) by ``_forward``, or by the decode kernels where each row has few queries."""
     out = _empty(call, call.query, call.value.shape[-1])
     lse = torch.empty(call.query.shape[:3], dtype=torch.float32, device=out.device)
+    if call.cu_seqlens_q is not None:
+        lse.fill_(-torch.inf)  # of the tokens that belong to no sequence
     if not lse.numel():
         return out, lse
     B, Hkv, G, S, *_ = sizes = _sizes(call)
@@ -88,7 +90,7 @@ def backward(
     saved = (_array(grad_out), lse, delta)
     if needs[0] or needs[5]:
         grads[0] = _empty(call, call.query, call.query.shape[-1]) if needs[0] else None
-        share = torch.empty_like(lse) if needs[5] else None
+        share = torch.zeros_like(lse) if needs[5] else None
         options = _options(call, "grad_query")
         num = triton.cdiv(S, options["BLOCK_M"])
         _grad_query[(B * Hkv * G * num,)](
@@ -122,7 +124,7 @@ def backward(
                 **options,
             )
     if needs[3] or needs[4]:
-        grads[3], grads[4] = _grad_of_prefix(call, saved)
+        grads[3], grads[4] = _grad_of_prefix(call, arrays, saved)
     return [grad if needed else None for grad, needed in zip(grads, needs)]
 
 
@@ -146,7 +148,7 @@ def _decode(call: Call, out: Tensor, lse: Tensor) -> None:
     rows, scores, sizes = _rows(call, None), _scores(call), _sizes(call)
     if runs:
         folded = _options(call, "fold_prefix")
-        order = None if rows.ids is None else _grouped(call)[0]
+        order = None if rows.ids is None else _order(call)[1]
         _fold_prefix[(_fold_tiles(call) * Hkv * runs,)](
             query, prefix_key, prefix_value, rows, scores, order, slots_out, slots_lse, runs, *sizes, **folded
         )
@@ -198,15 +200,16 @@ def _folds(call: Call) -> bool:
     if call.has_bank and call.prefix_ids is None and call.prefix_key.shape[0] > 1:
         return False  # every row has an entry of its own: nothing is shared
     width = call.prefix_key.shape[-1] + call.prefix_value.shape[-1]
-    read = B * Hkv * call.prefix_length * width * call.prefix_key.element_size()
+    shared = B - call.prefix_key.shape[0] if call.has_bank else B  # each entry must be read once in any case
+    read = shared * Hkv * call.prefix_length * width * call.query.element_size()
     return call.prefix_length > 0 and read >= table()[architecture(call.query.device)]["fold_bytes"]
 
 
-def _grad_of_prefix(call: Call, saved: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
+def _grad_of_prefix(call: Call, arrays: tuple[Array | None, ...], saved: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
     assert call.prefix_key is not None and call.prefix_value is not None
-    grads = torch.zeros_like(call.prefix_key), torch.zeros_like(call.prefix_value)
+    prefix = call.prefix_key, call.prefix_value
     if not call.prefix_key.shape[-2] or not call.prefix_key.numel():
-        return grads
+        return torch.zeros_like(prefix[0]), torch.zeros_like(prefix[1])
     B, Hkv, G, S, _, P, N = sizes = _sizes(call)
     options = _options(call, "grad_prefix")
     programs = triton.cdiv(P, options["BLOCK_N"]) * Hkv * N
@@ -214,14 +217,13 @@ def _grad_of_prefix(call: Call, saved: tuple[Any, ...]) -> tuple[Tensor, Tensor]
     # Two waves of programs; the last bits of the gradient depend on SPLITS, so on the device, never on the run.
     splits = max(1, min(units, 2 * processors(call.query.device) // programs))
     order, bounds = (None, None) if N == 1 and call.prefix_ids is None else _grouped(call)
+    grads = tuple(torch.empty_like(t, memory_format=torch.contiguous_format) for t in prefix)
+    parts = grads
     if splits > 1:
         parts = tuple(torch.empty(splits, N, Hkv, P, t.shape[-1], dtype=torch.float32, device=t.device) for t in grads)
-    else:
-        grads = tuple(torch.empty_like(t, memory_format=torch.contiguous_format) for t in grads)
-        parts = grads
-    _, _, _, prefix_key, prefix_value = _arrays(call)
+    query, _, _, prefix_key, prefix_value = arrays
     _grad_prefix[(programs * splits,)](
-        _array(call.query),
+        query,
         prefix_key,
         prefix_value,
         _rows(call, None),
@@ -236,15 +238,14 @@ def _grad_of_prefix(call: Call, saved: tuple[Any, ...]) -> tuple[Tensor, Tensor]
         **options,
     )
     if splits > 1:
-        grads = tuple(torch.empty_like(t, memory_format=torch.contiguous_format) for t in grads)
         for part, grad in zip(parts, grads):
             size = grad.numel()
             _sum_splits[(triton.cdiv(size, 1024),)](part, grad, splits, size, BLOCK=1024)
     return grads[0], grads[1]
 
 
-def _grouped(call: Call) -> tuple[Tensor, Tensor]:
-    """(rows sorted by bank entry, where each entry's rows begin among them), on the device."""
+def _order(call: Call) -> tuple[Tensor, Tensor]:
+    """(bank entries in ascending order, the rows that have them), on the device; -1 for none."""
     assert call.prefix_key is not None
     B, N = call.batch, call.prefix_key.shape[0]
     device = call.query.device
@@ -252,8 +253,14 @@ def _grouped(call: Call) -> tuple[Tensor, Tensor]:
         entries = torch.zeros(B, dtype=torch.int64, device=device) if N == 1 else torch.arange(B, device=device)
     else:
         entries = torch.where((call.prefix_ids >= 0) & (call.prefix_ids < N), call.prefix_ids.long(), -1)
-    entries, order = torch.sort(entries, stable=True)
-    return order, torch.searchsorted(entries, torch.arange(N + 1, device=device))
+    return torch.sort(entries, stable=True)
+
+
+def _grouped(call: Call) -> tuple[Tensor, Tensor]:
+    """(rows sorted by bank entry, where each entry's rows begin among them), on the device."""
+    assert call.prefix_key is not None
+    entries, order = _order(call)
+    return order, torch.searchsorted(entries, torch.arange(call.prefix_key.shape[0] + 1, device=entries.device))
 
 
 # What kernels take --------------------------------------------------------------------------------------------------
@@ -278,7 +285,13 @@ def _array(tensor: Tensor | None) -> Array | None:
 
 
 def _arrays(call: Call) -> tuple[Array | None, ...]:
-    prefix: tuple[Tensor | None, ...] = (call.prefix_key, call.prefix_value) if call.prefix_length else (None, None)
+    prefix: tuple[Tensor | None, ...] = (None, None)
+    if call.prefix_key is not None and call.prefix_value is not None and call.prefix_length:
+        prefix = call.prefix_key, call.prefix_value
+        if not call.has_bank:
+            # One small copy where a float32 prefix meets a half-precision model; kernels would round it in every tile,
+            # and stage twice the bytes in shared memory. A bank, which may be large, they round themselves.
+            prefix = call.prefix_key.to(call.query.dtype), call.prefix_value.to(call.query.dtype)
     return tuple(_array(t) for t in (call.query, call.key, call.value, *prefix))
 
 
@@ -313,7 +326,8 @@ def _scores(call: Call) -> Scores:
     if call.bias is not None and call.bias.shape[0] == 1:
         batch = 0
     dropout = None if call.seed is None else call.dropout_p
-    return Scores(float(scale), call.softcap, call.window, call.bias, batch, head, row, column, dropout, call.seed)
+    window = None if call.window is None else min(call.window, 1 << 30)  # positions plus a window stay in 32 bits
+    return Scores(float(scale), call.softcap, window, call.bias, batch, head, row, column, dropout, call.seed)
 
 
 def _sizes(call: Call) -> tuple[int, ...]:

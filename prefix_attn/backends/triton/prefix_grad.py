@@ -86,21 +86,26 @@ def _grad_prefix(
         i_h = i_kv * G + u % G
         i_bh = i_b * (HKV * G) + i_h
         r_q, count, i_lse = queries_of(i_b, i_h, HKV * G, S, rows)
-        o_m, b_q, b_do, b_lse, b_delta = load_queries(
-            (u % per_row // G * BLOCK_M).to(tl.int32), count,
-            query.data + i_b * query.batch + i_h * query.head + r_q * query.row, query.row,
-            grad_out.data + i_b * grad_out.batch + i_h * grad_out.head + r_q * grad_out.row, grad_out.row,
-            lse + i_lse, delta + i_lse, D, DV, BLOCK_M, BLOCK_D, BLOCK_DV,
-        )  # fmt: skip
-        if rows.prefix_start is not None:
-            _, _, length = keys_of(i_b, T, rows)
-            position = length - count + o_m
-            b_lse = tl.where(position >= tl.load(rows.prefix_start + i_b), b_lse, float("inf"))
-        # Nothing masks the keys past the prefix's end: their rows of dk and dv are not stored.
-        b_dk, b_dv = key_tile(
-            b_k, b_v, b_q, b_do, b_lse, b_delta, b_dk, b_dv, None, None, o_m[None, :], o_n[:, None], i_bh, 0, scores,
-            PRECISION,
-        )  # fmt: skip
+        i_m = (u % per_row // G * BLOCK_M).to(tl.int32)
+        exists = True
+        if rows.cu_q is not None:
+            exists = i_m < count
+        if exists:
+            o_m, b_q, b_do, b_lse, b_delta = load_queries(
+                i_m, count,
+                query.data + i_b * query.batch + i_h * query.head + r_q * query.row, query.row,
+                grad_out.data + i_b * grad_out.batch + i_h * grad_out.head + r_q * grad_out.row, grad_out.row,
+                lse + i_lse, delta + i_lse, D, DV, BLOCK_M, BLOCK_D, BLOCK_DV,
+            )  # fmt: skip
+            if rows.prefix_start is not None:
+                _, _, length = keys_of(i_b, T, rows)
+                position = length - count + o_m
+                b_lse = tl.where(position >= tl.load(rows.prefix_start + i_b), b_lse, float("inf"))
+            # Nothing masks the keys past the prefix's end: their rows of dk and dv are not stored.
+            b_dk, b_dv = key_tile(
+                b_k, b_v, b_q, b_do, b_lse, b_delta, b_dk, b_dv, None, None, o_m[None, :], o_n[:, None], i_bh, 0,
+                scores, PRECISION,
+            )  # fmt: skip
 
     i_out = (i_split * N + i_n) * HKV + i_kv
     b_dk = tl.where(m_n[:, None], b_dk * scale, 0.0)

@@ -74,7 +74,7 @@ def queries_of(i_b, i_h, HQ, S, rows):
     if rows.cu_q is not None:
         first = tl.load(rows.cu_q + i_b).to(tl.int64)
         count = tl.load(rows.cu_q + i_b + 1).to(tl.int64) - first
-        count = tl.minimum(tl.maximum(count, 0), S).to(tl.int32)
+        count = tl.minimum(tl.minimum(tl.maximum(count, 0), S), rows.total_q).to(tl.int32)
         first = tl.minimum(tl.maximum(first, 0), rows.total_q - count)
         place = i_h * rows.total_q + first
     return first, count, place
@@ -88,7 +88,7 @@ def keys_of(i_b, T, rows):
     if rows.cu_k is not None:
         first = tl.load(rows.cu_k + i_b).to(tl.int64)
         count = tl.load(rows.cu_k + i_b + 1).to(tl.int64) - first
-        count = tl.minimum(tl.maximum(count, 0), T).to(tl.int32)
+        count = tl.minimum(tl.minimum(tl.maximum(count, 0), T), rows.total_k).to(tl.int32)
         first = tl.minimum(tl.maximum(first, 0), rows.total_k - count)
     length = count
     if rows.key_lengths is not None:
@@ -100,8 +100,8 @@ def keys_of(i_b, T, rows):
 def entry_of(i_b, N, rows):
     """Bank entry of row i_b; -1 for none. A shared prefix is a bank of one; without ids row b has entry b."""
     if rows.ids is not None:
-        entry = tl.load(rows.ids + i_b).to(tl.int32)
-        entry = tl.where((entry >= 0) & (entry < N), entry, -1)
+        entry = tl.load(rows.ids + i_b)
+        entry = tl.where((entry >= 0) & (entry < N), entry, -1).to(tl.int32)
     else:
         entry = tl.where(N > 1, i_b, 0).to(tl.int32)
     return entry
@@ -230,7 +230,7 @@ def finish(b_m, b_l, b_acc, b_sink):
     return b_acc / b_total[:, None], b_lse
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def _list_tiles(key_mask, tiles, before, T, BLOCK_N: tl.constexpr):
     """Which tiles of row i_b's keys have a visible one, in order, and how many of these come before each tile."""
     i_b = tl.program_id(0).to(tl.int64)
