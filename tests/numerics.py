@@ -168,12 +168,13 @@ def random_case(seed: int) -> Case:
 def run(backend: str, arguments: dict[str, Any], *, lse_gradient: bool) -> dict[str, Tensor]:
     """out, lse and a gradient per differentiable tensor, for upstream gradients that are the same for every backend.
 
-    backend "torch" is scaled_dot_product_attention on the concatenated tensors, which has no lse.
+    backend "torch" is scaled_dot_product_attention on the concatenated tensors, which has no lse; "torch kernel" the
+    same without a gradient of the sinks, which makes torch take the kernel that rounds its output.
     """
     leaves = {n: arguments[n].detach().requires_grad_() for n in NAMES if arguments.get(n) is not None}
     for name in frozen(backend, arguments):
         leaves[name] = leaves[name].detach()
-    if backend == "torch":
+    if backend.startswith("torch"):
         out, lse = concatenated(arguments | leaves), None
     else:
         out, lse = prefix_attention(**arguments | leaves, backend=backend, return_lse=True)
@@ -189,13 +190,10 @@ def run(backend: str, arguments: dict[str, Any], *, lse_gradient: bool) -> dict[
 
 
 def frozen(backend: str, arguments: dict[str, Any]) -> list[str]:
-    """Tensors whose gradient a backend may refuse, and is therefore not asked for.
-
-    For torch's own attention, the gradient of a sink would also mean a kernel that does not round its output.
-    """
+    """Tensors whose gradient a backend may refuse, and is therefore not asked for."""
     if backend == "eager":
         return []
-    half = arguments["query"].dtype.itemsize < 4 and backend in ("composed", "torch")
+    half = arguments["query"].dtype.itemsize < 4 and backend in ("composed", "torch kernel")
     return [n for n in ("bias", *(("sinks",) if half else ())) if arguments.get(n) is not None]
 
 

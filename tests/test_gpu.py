@@ -33,6 +33,7 @@ from tests.numerics import CASES, NAMES, Case, as_accurate, frozen, random_case,
 
 DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
 REPEATS = 100
+PEERS = ("eager", "torch", "torch kernel")
 
 # Sizes at which every loop of the kernels runs more than once, and no size is a multiple of a tile.
 ODD = {
@@ -73,7 +74,7 @@ def matches(case: Case, dtype: torch.dtype, device: str) -> None:
         got = run("triton", arguments, lse_gradient=not half)
     with poisoned(False):
         exact = run("eager", widen(arguments), lse_gradient=not half)
-        peers = [run(peer, arguments, lse_gradient=not half) for peer in (("eager", "torch") if half else ("eager",))]
+        peers = [run(peer, arguments, lse_gradient=not half) for peer in (PEERS if half else PEERS[:1])]
     for name, result in got.items():
         as_accurate(name, result, exact[name], [peer[name] for peer in peers if name in peer])
 
