@@ -33,16 +33,20 @@ run_stage() {
 import platform, torch, triton
 assert torch.cuda.is_available(), "no CUDA device"
 print(torch.cuda.get_device_name(), "python", platform.python_version(), "torch", torch.__version__, "triton", triton.__version__)' ;;
-        correctness) stage correctness 200 "$python" -m tests.test_gpu --jobs "$(nproc)" ;;
-        forward) stage forward 110 "$python" -m benchmarks.attention --what forward --budget 70 --out "$out/forward.jsonl" ;;
-        backward) stage backward 140 "$python" -m benchmarks.attention --what backward both --budget 95 --out "$out/backward.jsonl" ;;
-        decode) stage decode 140 "$python" -m benchmarks.decode --budget 95 --out "$out/decode.jsonl" ;;
-        memory) stage memory 60 "$python" -m benchmarks.memory --budget 40 --out "$out/memory.jsonl" ;;
+        correctness) stage correctness 180 "$python" -m tests.test_gpu --jobs "$(nproc)" ;;
+        forward) stage forward 95 "$python" -m benchmarks.attention --what forward --budget 60 --out "$out/forward.jsonl" ;;
+        backward) stage backward 120 "$python" -m benchmarks.attention --what backward both --budget 80 --out "$out/backward.jsonl" ;;
+        decode) stage decode 125 "$python" -m benchmarks.decode --budget 85 --out "$out/decode.jsonl" ;;
+        memory) stage memory 60 "$python" -m benchmarks.memory --budget 30 --out "$out/memory.jsonl" ;;
         flex) stage flex 560 "$python" -m benchmarks.attention --flex --budget 450 --out "$out/flex.jsonl" ;;
         decode_flex) stage decode_flex 560 "$python" -m benchmarks.decode --flex --budget 450 --out "$out/decode_flex.jsonl" ;;
         report)
             stage report 30 "$python" -m benchmarks.roofline "$out"/*.jsonl
-            stage plot 60 "$python" -m benchmarks.plot --out "$out" "$out"/*.jsonl ;;
+            if "$python" -c 'import matplotlib' 2>/dev/null; then
+                stage plot 60 "$python" -m benchmarks.plot --out "$out" "$out"/*.jsonl
+            else
+                echo "matplotlib is not installed: draw elsewhere, with python -m benchmarks.plot --out FOLDER RESULTS"
+            fi ;;
         overhead) stage overhead 60 "$python" -m benchmarks.overhead --device cuda --out "$out/overhead.jsonl" ;;
         train_step) stage train_step 300 "$python" -m benchmarks.train_step --device cuda --steps 20 --out "$out/train_step.jsonl" ;;
         tune) stage tune 560 "$python" -m benchmarks.tune --device cuda --out "$out/tiles.json" ;;
