@@ -28,8 +28,9 @@ help:
 demo: $(VENV)/.installed-demo
 	$(BIN)/python -m prefix_attn.demo $(ARGS)
 
+# Most of the time goes to Triton's interpreter and compiler, which use one core: a few processes, one thread each.
 test: lint
-	$(BIN)/python -m pytest $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal $(ARGS)
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .
