@@ -99,8 +99,8 @@ const prefix_attn::Kernels& kernels() {
 // The packed prefix. The buffer is the calling thread's and only grows: fresh memory costs more than filling it.
 const float* packed(const prefix_attn::Kernels& k, const prefix_attn::Call& c, bool backward) {
     thread_local std::vector<float> memory;
-    if (!c.P) return nullptr;
     const int64_t floats = k.packed_floats(c, backward);
+    if (!floats) return nullptr;
     if ((int64_t)memory.size() < floats) memory.resize(floats);
     float* to = memory.data();
     torch::stable::parallel_for(0, c.N * c.HKV, 1, [&](int64_t begin, int64_t end) {

@@ -13,8 +13,8 @@ void differentiate(const Call& c, const Block& x, const Keys& keys, int64_t n0, 
                    const uint8_t* mask, float* dk, int64_t ldk, float* dv, int64_t ldv) {
     const int64_t Dp = up(c.D), Vp = up(c.DV), width = up(n);
     const bool soft = x.dq || x.share || dk;  // the gradient of the logits is asked for
-    product(x.q, Dp, 1, keys.kt + n0 * c.D, NT, x.s, NT, x.M, width, c.D, false);
-    if (soft) product(x.dout, Vp, 1, keys.vt + n0 * c.DV, NT, x.ds, NT, x.M, width, c.DV, false);
+    product<false>(x.q, Dp, 1, keys.kt + n0 * c.D, NT, x.s, NT, x.M, width, c.D);
+    if (soft) product<false>(x.dout, Vp, 1, keys.vt + n0 * c.DV, NT, x.ds, NT, x.M, width, c.DV);
     for (int64_t r = 0; r < x.M; r++) {
         float *s = x.s + r * NT, *ds = x.ds + r * NT;
         if (c.softcap) cap(c, s, width);
@@ -37,9 +37,9 @@ void differentiate(const Call& c, const Block& x, const Keys& keys, int64_t n0, 
         }
         if (x.share) x.share[r] += sum(share);
     }
-    if (dv) product(x.s, 1, NT, x.dout, Vp, dv, ldv, n, Vp, x.M, true);
-    if (dk) product(x.ds, 1, NT, x.q, Dp, dk, ldk, n, Dp, x.M, true);
-    if (x.dq) product(x.ds, NT, 1, keys.k + n0 * keys.ldk, keys.ldk, x.dq, Dp, x.M, Dp, n, true);
+    if (dv) product<true>(x.s, 1, NT, x.dout, Vp, dv, ldv, n, Vp, x.M);
+    if (dk) product<true>(x.ds, 1, NT, x.q, Dp, dk, ldk, n, Dp, x.M);
+    if (x.dq) product<true>(x.ds, NT, 1, keys.k + n0 * keys.ldk, keys.ldk, x.dq, Dp, x.M, Dp, n);
 }
 
 int64_t backward_units(const Backward& f) {

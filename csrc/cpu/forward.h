@@ -104,14 +104,14 @@ void attend(const Call& c, const float* q, int64_t M, const Keys& keys, int64_t 
         const int64_t rows = std::min(step, M - i), seen = limits ? std::min(n, limits[i + rows - 1].hi - n0) : n;
         if (seen <= 0) continue;
         const int64_t width = up(seen);
-        product(q + i * Dp, Dp, 1, keys.kt + n0 * c.D, NT, s, NT, rows, width, c.D, false);
+        product<false>(q + i * Dp, Dp, 1, keys.kt + n0 * c.D, NT, s, NT, rows, width, c.D);
         for (int64_t r = 0; r < rows; r++) {
             if (c.softcap) cap(c, s + r * NT, width);
             const Range all = {0, seen}, own = limits ? Range{limits[i + r].lo - n0, limits[i + r].hi - n0} : all;
             hide(s + r * NT, width, own.lo, std::min(seen, own.hi), mask);
             soften(s + r * NT, width, x, r0 + i + r, Vp);
         }
-        product(s, NT, 1, keys.v + n0 * keys.ldv, keys.ldv, x.acc + (r0 + i) * Vp, Vp, rows, Vp, seen, true);
+        product<true>(s, NT, 1, keys.v + n0 * keys.ldv, keys.ldv, x.acc + (r0 + i) * Vp, Vp, rows, Vp, seen);
     }
 }
 
@@ -156,112 +156,4 @@ void forward_many(const Forward& f, const float* packed, int64_t unit) {
         for (int64_t r = 0; r < M; r++)
             finish(f, row, h, i0 + r, x, r);
     }
-}
-
-// Decoding: few queries of many rows --------------------------------------------------------------------------------
-
-// Keys of the sequence are read once, where they lie, for all G * S queries of a row.
-void attend_in_place(const Call& c, const Row& row, int64_t kv, const float* q, float* s, const State& x, int64_t r0) {
-    const int64_t G = c.HQ / c.HKV, R = G * c.S, Dp = up(c.D), Vp = up(c.DV);
-    Range any{row.length, 0};
-    std::vector<Range> limits(R);
-    for (int64_t r = 0; r < R; r++) {
-        limits[r] = seen(c, row, row.length - c.S + r % c.S);
-        any = {std::min(any.lo, limits[r].lo), std::max(any.hi, limits[r].hi)};
-    }
-    const bool plain_key = in_place(c.key, c.D), plain_value = in_place(c.value, c.DV);
-    alignas(64) float rows_of_tile[NT * 256];
-    const int64_t key0 = key_at(c.key, row, kv, 0), value0 = key_at(c.value, row, kv, 0);
-    for (int64_t n0 = any.lo / NT * NT; n0 < any.hi; n0 += NT) {
-        const int64_t n = std::min(NT, any.hi - n0);
-        const float* k = rows_of_tile;
-        const float* v = plain_value ? (const float*)c.value.data + value0 + n0 * c.value.row : rows_of_tile;
-        const int64_t ldv = plain_value ? c.value.row : Vp;
-        int64_t ldk = Dp;
-        if (plain_key) {
-            k = (const float*)c.key.data + key0 + n0 * c.key.row;
-            ldk = c.key.row;
-        } else {
-            for (int64_t j = 0; j < n; j++)
-                load_row(c.key, key0 + (n0 + j) * c.key.row, c.D, Dp, 1.f, rows_of_tile + j * Dp);
-        }
-        for (int64_t r = 0; r < R; r++)
-            for (int64_t j = 0; j < n; j += VL) {
-                vec dot[VL]{};
-                for (int i = 0; i < VL; i++)
-                    if (j + i < n)
-                        for (int64_t d = 0; d < Dp; d += VL) {
-                            // Rows end where a page ends, and no hardware looks beyond: the next tile's keys and this
-                            // one's values.
-                            if (r == 0) __builtin_prefetch(k + (j + i + NT) * ldk + d);
-                            if (r == 0 && plain_value) __builtin_prefetch(v + (j + i) * ldv + d);
-                            dot[i] += load(q + r * Dp + d) * load(k + (j + i) * ldk + d);
-                        }
-                store(s + r * NT + j, sums(dot));
-            }
-        const uint8_t* mask = c.key_mask ? c.key_mask + row.b * c.T + n0 : nullptr;
-        if (!plain_value) {
-            for (int64_t j = 0; j < n; j++)
-                load_row(c.value, value0 + (n0 + j) * c.value.row, c.DV, Vp, 1.f, rows_of_tile + j * Vp);
-        }
-        for (int64_t r = 0; r < R; r++) {
-            float* p = s + r * NT;
-            if (c.softcap) cap(c, p, up(n));
-            hide(p, up(n), limits[r].lo - n0, std::min(n, limits[r].hi - n0), mask);
-            soften(p, up(n), x, r0 + r, Vp);
-        }
-        product(s, NT, 1, v, ldv, x.acc + r0 * Vp, Vp, R, Vp, n, true);
-    }
-}
-
-void forward_few(const Forward& f, const float* packed, int64_t unit) {
-    const Call& c = f.call;
-    const int64_t chunks = (c.B + CHUNK - 1) / CHUNK, kv = unit / chunks, b0 = unit % chunks * CHUNK;
-    const int64_t b1 = std::min(c.B, b0 + CHUNK), G = c.HQ / c.HKV, R = G * c.S, Dp = up(c.D);
-    const int64_t all_rows = (b1 - b0) * R, S_rows = std::max(R, BLOCK);
-    float *q = scratch(all_rows * Dp + S_rows * NT + state_floats(c, all_rows)), *s = q + all_rows * Dp;
-    const State x = state_at(c, s + S_rows * NT, all_rows);
-    const float factor = query_factor(c);
-    for (int64_t r = 0; r < all_rows; r++) {  // row r: sample b0 + r / R, head r / S % G, query r % S
-        const int64_t b = b0 + r / R, h = kv * G + r % R / c.S, i = r % c.S;
-        load_row(c.query, b * c.query.batch + h * c.query.head + i * c.query.row, c.D, Dp, factor, q + r * Dp);
-    }
-    for (int64_t b = b0; b < b1;) {
-        // Rows with one and the same prefix are folded into one block after the other.
-        const Row row = row_of(c, b);
-        int64_t end = b + 1;
-        if (!c.prefix_start)
-            while (end < b1 && row_of(c, end).entry == row.entry)
-                end++;
-        const Keys prefix = row.prefix ? prefix_at(c, packed, row.entry, kv, false) : Keys{};
-        for (int64_t r = (b - b0) * R; r < (end - b0) * R; r++) {
-            int64_t M = std::min(BLOCK, (end - b0) * R - r);
-            if (c.prefix_start) {  // one query at a time: they begin to see the prefix at different places
-                M = 1;
-                if (row.length - c.S + r % c.S < row.start) continue;
-            }
-            for (int64_t n0 = 0; n0 < row.prefix; n0 += NT)
-                attend(c, q + r * Dp, M, prefix, n0, std::min(NT, row.prefix - n0), nullptr, nullptr, s, x, r);
-            r += M - 1;
-        }
-        b = end;
-    }
-    for (int64_t b = b0; b < b1; b++) {
-        const Row row = row_of(c, b);
-        attend_in_place(c, row, kv, q + (b - b0) * R * Dp, s, x, (b - b0) * R);
-        for (int64_t r = 0; r < R; r++)
-            finish(f, row, kv * G + r / c.S, r % c.S, x, (b - b0) * R + r);
-    }
-}
-
-bool few(const Call& c) {
-    return c.S <= FEW && !c.cu_q;
-}
-
-int64_t forward_units(const Call& c) {
-    return few(c) ? (c.B + CHUNK - 1) / CHUNK * c.HKV : c.B * c.HKV * parts(c);
-}
-
-void forward(const Forward& f, const float* packed, int64_t unit) {
-    few(f.call) ? forward_few(f, packed, unit) : forward_many(f, packed, unit);
 }

@@ -5,7 +5,8 @@
 // Forward keeps a running maximum m, sum l and accumulator per query (online softmax) while it walks tiles of 64 keys:
 // the prefix's, which were packed once for all rows of the batch, then the sequence's up to the last key that a block
 // of queries sees. Backward walks the same tiles with the final lse: p = exp(logit - lse). Logits are never in units of
-// log 2: converting a large lse back and forth would cost the digits that its difference to a logit is made of.
+// log 2: converting a large lse back and forth would cost the digits that its difference to a logit is made of. Few
+// queries per row have a forward of their own, decode.h.
 namespace prefix_attn {
 namespace PA_NAME {
 namespace {
@@ -13,10 +14,15 @@ namespace {
 #include "tile.h"
 #include "keys.h"
 #include "forward.h"
+#include "decode.h"
 #include "backward.h"
 
+bool few(const Call& c) {
+    return c.S <= FEW && !c.cu_q;
+}
+
 int64_t packed_floats(const Call& c, bool backward) {
-    return c.N * c.HKV * keys_floats(c, c.P, backward);
+    return few(c) && !backward ? 0 : c.N * c.HKV * keys_floats(c, c.P, backward);
 }
 
 void pack(const Call& c, bool backward, float* packed, int64_t unit) {
@@ -24,6 +30,14 @@ void pack(const Call& c, bool backward, float* packed, int64_t unit) {
     const Array &k = c.prefix_key, &v = c.prefix_value;
     pack_keys(c, k, n * k.batch + kv * k.head, v, n * v.batch + kv * v.head, c.P, backward,
               packed + unit * keys_floats(c, c.P, backward));
+}
+
+int64_t forward_units(const Call& c) {
+    return few(c) ? (c.B + CHUNK - 1) / CHUNK * c.HKV : c.B * c.HKV * parts(c);
+}
+
+void forward(const Forward& f, const float* packed, int64_t unit) {
+    few(f.call) ? forward_few(f, unit) : forward_many(f, packed, unit);
 }
 
 }  // namespace

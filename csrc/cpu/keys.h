@@ -55,8 +55,8 @@ Keys keys_at(const Call& c, const Array& key, int64_t key0, const Array& value, 
     return x;
 }
 
-// One tile's ``count`` rows, ``ld`` apart with up(size) readable floats each, as [size][NT].
-void transpose_tile(const float* from, int64_t ld, int64_t count, int64_t size, float* to) {
+// ``count`` rows, ``ld`` apart with up(size) readable floats each, as [size][up(count)], ``ldt`` apart; zeros behind.
+void transpose_tile(const float* from, int64_t ld, int64_t count, int64_t size, float* to, int64_t ldt) {
     for (int64_t i = 0; i < count; i += VL)
         for (int64_t d = 0; d < size; d += VL) {
             vec x[VL];
@@ -64,8 +64,23 @@ void transpose_tile(const float* from, int64_t ld, int64_t count, int64_t size, 
                 x[r] = i + r < count ? load(from + (i + r) * ld + d) : vec{};
             transpose(x);
             for (int r = 0; r < VL; r++)
-                if (d + r < size) store(to + (d + r) * NT + i, x[r]);
+                if (d + r < size) store(to + (d + r) * ldt + i, x[r]);
         }
+}
+
+// Rows of a tile in float32, ``ld`` apart.
+struct Matrix {
+    const float* data;
+    int64_t ld;
+};
+
+// ``n`` rows of ``size`` values from ``at`` on, of each of which ``width`` floats are read: where they lie if they can
+// be, else copied to ``to``.
+Matrix matrix(const Array& x, int64_t at, int64_t n, int64_t size, int64_t width, float* to) {
+    if (x.type == Type::f32 && size == width) return {(const float*)x.data + at, x.row};
+    for (int64_t i = 0; i < n; i++)
+        load_row(x, at + i * x.row, size, width, 1.f, to + i * width);
+    return {to, width};
 }
 
 // Packs what ``keys_at`` then finds. Floats behind the last key of a tile are 0 up to a whole vector.
@@ -86,8 +101,8 @@ void pack_keys(const Call& c, const Array& key, int64_t key0, const Array& value
         if (!in_place(value, c.DV))
             for (int64_t i = 0; i < count; i++)
                 load_row(value, value0 + (n0 + i) * value.row, c.DV, Vp, 1.f, const_cast<float*>(v) + i * Vp);
-        transpose_tile(k, x.ldk, count, c.D, const_cast<float*>(x.kt) + n0 * c.D);
-        if (backward) transpose_tile(v, x.ldv, count, c.DV, const_cast<float*>(x.vt) + n0 * c.DV);
+        transpose_tile(k, x.ldk, count, c.D, const_cast<float*>(x.kt) + n0 * c.D, NT);
+        if (backward) transpose_tile(v, x.ldv, count, c.DV, const_cast<float*>(x.vt) + n0 * c.DV, NT);
     }
 }
 

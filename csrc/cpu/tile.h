@@ -13,7 +13,7 @@ static inline void store(float* p, vec x) {
     *(vecu*)p = x;
 }
 static inline vec all(float x) {
-    return vec{} + x;
+    return x - vec{};  // + would have to turn -0 into 0, by an instruction more
 }
 static inline vec max(vec a, vec b) {
     return a > b ? a : b;
@@ -89,13 +89,13 @@ static inline vec exponential(vec x) {
 }
 
 // c[R][NV vectors] (+)= a[R][K] b[K][NV vectors]. a's element (r, k) is a[r * ar + k * ak].
-template <int R, int NV>
+template <int R, int NV, bool ADD>
 static inline void tile(const float* a, int64_t ar, int64_t ak, const float* b, int64_t ldb, float* c, int64_t ldc,
-                        int64_t K, bool add) {
+                        int64_t K) {
     vec x[R][NV];
     for (int r = 0; r < R; r++)
         for (int j = 0; j < NV; j++)
-            x[r][j] = add ? load(c + r * ldc + j * VL) : vec{};
+            x[r][j] = ADD ? load(c + r * ldc + j * VL) : vec{};
     for (int64_t k = 0; k < K; k++) {
         vec y[NV];
         for (int j = 0; j < NV; j++)
@@ -111,36 +111,41 @@ static inline void tile(const float* a, int64_t ar, int64_t ak, const float* b, 
             store(c + r * ldc + j * VL, x[r][j]);
 }
 
-template <int NV>
+template <int NV, bool ADD>
 static inline void rows(const float* a, int64_t ar, int64_t ak, const float* b, int64_t ldb, float* c, int64_t ldc,
-                        int64_t M, int64_t K, bool add) {
+                        int64_t M, int64_t K) {
     int64_t r = 0;
     for (; r + MR <= M; r += MR)
-        tile<MR, NV>(a + r * ar, ar, ak, b, ldb, c + r * ldc, ldc, K, add);
+        tile<MR, NV, ADD>(a + r * ar, ar, ak, b, ldb, c + r * ldc, ldc, K);
     for (; r + 2 <= M; r += 2)
-        tile<2, NV>(a + r * ar, ar, ak, b, ldb, c + r * ldc, ldc, K, add);
+        tile<2, NV, ADD>(a + r * ar, ar, ak, b, ldb, c + r * ldc, ldc, K);
     for (; r < M; r++)
-        tile<1, NV>(a + r * ar, ar, ak, b, ldb, c + r * ldc, ldc, K, add);
+        tile<1, NV, ADD>(a + r * ar, ar, ak, b, ldb, c + r * ldc, ldc, K);
 }
 
-// c[M][N] (+)= a[M][K] b[K][N]; N a multiple of VL.
+// c[M][N] = a[M][K] b[K][N], or with ADD that much more; N a multiple of VL.
+template <bool ADD>
 static void product(const float* a, int64_t ar, int64_t ak, const float* b, int64_t ldb, float* c, int64_t ldc,
-                    int64_t M, int64_t N, int64_t K, bool add) {
+                    int64_t M, int64_t N, int64_t K) {
     int64_t n = 0;
     for (; n + 4 * VL <= N; n += 4 * VL)
-        rows<4>(a, ar, ak, b + n, ldb, c + n, ldc, M, K, add);
+        rows<4, ADD>(a, ar, ak, b + n, ldb, c + n, ldc, M, K);
     if (n + 3 * VL <= N) {
-        rows<3>(a, ar, ak, b + n, ldb, c + n, ldc, M, K, add);
+        rows<3, ADD>(a, ar, ak, b + n, ldb, c + n, ldc, M, K);
         n += 3 * VL;
     }
     if (n + 2 * VL <= N) {
-        rows<2>(a, ar, ak, b + n, ldb, c + n, ldc, M, K, add);
+        rows<2, ADD>(a, ar, ak, b + n, ldb, c + n, ldc, M, K);
         n += 2 * VL;
     }
-    if (n < N) rows<1>(a, ar, ak, b + n, ldb, c + n, ldc, M, K, add);
+    if (n < N) rows<1, ADD>(a, ar, ak, b + n, ldb, c + n, ldc, M, K);
 }
 
 // Storage types -> float32
+
+static inline int64_t size_of(const Array& x) {
+    return x.type == Type::f32 ? 4 : 2;
+}
 
 static inline float to_float(uint16_t bits, Type type) {
     if (type == Type::bf16) {

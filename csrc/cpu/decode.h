@@ -1,0 +1,161 @@
+// Decoding: few queries for each of many samples. Included inside the namespace of an instruction set, after forward.h.
+//
+// Queries of all samples that share a prefix lie in the lanes of vectors, and elements of the prefix are broadcast:
+// nothing of it is copied or transposed, and no sum runs across lanes. A query's bits do not depend on who is in the
+// other lanes. Each sample's own keys are then read once, where they lie.
+
+// A block of up to NT queries against a prefix, transposed.
+struct Lanes {
+    float *q, *s, *acc, *m, *l;  // [D][NT] scaled, [NT][NT] keys by queries, [DV][NT], [NT], [NT]
+};
+
+int64_t lanes_floats(const Call& c) {
+    return (c.D + NT + c.DV + 2) * NT;
+}
+
+Lanes lanes_at(const Call& c, float* at) {
+    float *s = at + c.D * NT, *acc = s + NT * NT, *m = acc + c.DV * NT;
+    return {at, s, acc, m, m + NT};
+}
+
+// Asks for ``n`` rows of ``size`` values, the first at ``at``.
+void fetch(const Array& x, int64_t at, int64_t n, int64_t size) {
+    for (int64_t i = 0; i < n; i++) {
+        const char* row = (const char*)x.data + (at + i * x.row) * size_of(x);
+        for (int64_t byte = 0; byte < size * size_of(x); byte += 64)
+            __builtin_prefetch(row + byte);
+    }
+}
+
+// ``soften`` for n keys and a vector of queries at a time. ``ahead(i)`` is called for each key, well spread: it asks
+// for memory that is read later.
+void soften_lanes(const Call& c, const Lanes& x, int64_t n, int64_t width) {
+    for (int64_t j = 0; j < width; j += VL) {
+        vec top = load(x.s + j), m = load(x.m + j), total = load(x.l + j);
+        for (int64_t i = 1; i < n; i++)
+            top = max(top, load(x.s + i * NT + j));
+        const veci grows = top > m + SLACK;
+        bool any = false;
+        for (int i = 0; i < VL; i++)
+            any |= grows[i] != 0;
+        if (any) {
+            const vec alpha = grows ? exponential(m - top) : all(1.f);
+            m = grows ? top : m;
+            total *= alpha;
+            store(x.m + j, m);
+            for (int64_t d = 0; d < c.DV; d++)
+                store(x.acc + d * NT + j, load(x.acc + d * NT + j) * alpha);
+        }
+        const vec pivot = m == all(-INF) ? vec{} : m;
+        for (int64_t i = 0; i < n; i++) {
+            const vec p = exponential(load(x.s + i * NT + j) - pivot);
+            store(x.s + i * NT + j, p);
+            total += p;
+        }
+        store(x.l + j, total);
+    }
+}
+
+// One head of a bank entry for the M queries at q, rows r0 and on of ``state``.
+void attend_in_lanes(const Call& c, const Row& row, int64_t kv, const float* q, int64_t M, const Lanes& x,
+                     const State& state, int64_t r0) {
+    const Array &key = c.prefix_key, &value = c.prefix_value;
+    const int64_t Dp = up(c.D), Vp = up(c.DV), width = up(M);
+    const int64_t key0 = row.entry * key.batch + kv * key.head, value0 = row.entry * value.batch + kv * value.head;
+    alignas(64) float rows_of_tile[NT * 256];
+    transpose_tile(q, Dp, M, c.D, x.q, NT);
+    std::fill(x.acc, x.m, 0.f);
+    std::fill(x.m, x.l, -INF);
+    std::fill(x.l, x.l + NT, 0.f);
+    for (int64_t n0 = 0; n0 < row.prefix; n0 += NT) {
+        const int64_t n = std::min(NT, row.prefix - n0);
+        const Matrix k = matrix(key, key0 + n0 * key.row, n, c.D, c.D, rows_of_tile);
+        fetch(value, value0 + n0 * value.row, n, c.DV);
+        product<false>(k.data, k.ld, 1, x.q, NT, x.s, NT, n, width, c.D);
+        for (int64_t i = 0; i < n && c.softcap; i++)
+            cap(c, x.s + i * NT, width);
+        fetch(key, key0 + (n0 + NT) * key.row, std::min(NT, row.prefix - n0 - NT), c.D);
+        soften_lanes(c, x, n, width);
+        const Matrix v = matrix(value, value0 + n0 * value.row, n, c.DV, c.DV, rows_of_tile);
+        product<true>(v.data, 1, v.ld, x.s, NT, x.acc, NT, c.DV, width, n);
+    }
+    transpose_tile(x.acc, NT, c.DV, M, state.acc + r0 * Vp, Vp);
+    for (int64_t r = 0; r < M; r++) {
+        state.m[r0 + r] = x.m[r];
+        state.l[(r0 + r) * VL] = x.l[r];
+    }
+}
+
+// Keys of the sequence, for all R = G * S queries of a row. ``next``: the row after it.
+void attend_in_place(const Call& c, const Row& row, const Row& next, int64_t kv, const float* q, float* s,
+                     const State& x, int64_t r0) {
+    const int64_t R = c.HQ / c.HKV * c.S, Dp = up(c.D), Vp = up(c.DV);
+    Range any{row.length, 0};
+    std::vector<Range> limits(R);
+    for (int64_t r = 0; r < R; r++) {
+        limits[r] = seen(c, row, row.length - c.S + r % c.S);
+        any = {std::min(any.lo, limits[r].lo), std::max(any.hi, limits[r].hi)};
+    }
+    alignas(64) float rows_of_tile[NT * 256];
+    for (int64_t n0 = any.lo / NT * NT; n0 < any.hi; n0 += NT) {
+        const int64_t n = std::min(NT, any.hi - n0), at = key_at(c.value, row, kv, n0);
+        const Matrix k = matrix(c.key, key_at(c.key, row, kv, n0), n, c.D, Dp, rows_of_tile);
+        // Rows end where a page ends, and no hardware looks beyond: the values, and the keys that are read after these.
+        const bool last = n0 + NT >= any.hi;
+        const char* later =
+            (const char*)c.key.data + size_of(c.key) * key_at(c.key, last ? next : row, kv, last ? 0 : n0 + NT);
+        const char* values = (const char*)c.value.data + size_of(c.value) * at;
+        for (int64_t r = 0; r < R; r++)
+            for (int64_t j = 0; j < n; j += VL) {
+                vec dot[VL]{};
+                for (int i = 0; i < VL; i++)
+                    if (j + i < n)
+                        for (int64_t d = 0; d < Dp; d += VL) {
+                            if (r == 0) __builtin_prefetch(later + ((j + i) * c.key.row + d) * size_of(c.key));
+                            if (r == 0) __builtin_prefetch(values + ((j + i) * c.value.row + d) * size_of(c.value));
+                            dot[i] += load(q + r * Dp + d) * load(k.data + (j + i) * k.ld + d);
+                        }
+                store(s + r * NT + j, sums(dot));
+            }
+        const uint8_t* mask = c.key_mask ? c.key_mask + row.b * c.T + n0 : nullptr;
+        const Matrix v = matrix(c.value, at, n, c.DV, Vp, rows_of_tile);
+        for (int64_t r = 0; r < R; r++) {
+            float* p = s + r * NT;
+            if (c.softcap) cap(c, p, up(n));
+            hide(p, up(n), limits[r].lo - n0, std::min(n, limits[r].hi - n0), mask);
+            soften(p, up(n), x, r0 + r, Vp);
+        }
+        product<true>(s, NT, 1, v.data, v.ld, x.acc + r0 * Vp, Vp, R, Vp, n);
+    }
+}
+
+void forward_few(const Forward& f, int64_t unit) {
+    const Call& c = f.call;
+    const int64_t chunks = (c.B + CHUNK - 1) / CHUNK, kv = unit / chunks, b0 = unit % chunks * CHUNK;
+    const int64_t samples = std::min(c.B - b0, CHUNK), G = c.HQ / c.HKV, R = G * c.S, Dp = up(c.D);
+    float* q = scratch(samples * R * Dp + lanes_floats(c) + R * NT + state_floats(c, samples * R));
+    float *lanes = q + samples * R * Dp, *s = lanes + lanes_floats(c);
+    const State x = state_at(c, s + R * NT, samples * R);
+    Row rows[CHUNK];
+    for (int64_t i = 0; i < samples; i++)
+        rows[i] = row_of(c, b0 + i);
+    // Samples with the same prefix side by side: each of its tiles is read once for all of them.
+    std::stable_sort(rows, rows + samples, [](const Row& a, const Row& b) { return a.entry < b.entry; });
+    const auto sees_prefix = [&](int64_t r) {  // row r: sample r / R, head r % R / S, query r % S
+        return rows[r / R].length - c.S + r % c.S >= rows[r / R].start;
+    };
+    const float factor = query_factor(c);
+    for (int64_t r = 0; r < samples * R; r++)
+        load_row(c.query, query_at(c.query, rows[r / R], kv * G + r % R / c.S, r % c.S), c.D, Dp, factor, q + r * Dp);
+    for (int64_t r = 0, M; r < samples * R; r += std::max<int64_t>(M, 1)) {
+        const Row& row = rows[r / R];
+        for (M = 0; M < NT && r + M < samples * R && rows[(r + M) / R].entry == row.entry && sees_prefix(r + M);)
+            M++;
+        if (M && row.prefix) attend_in_lanes(c, row, kv, q + r * Dp, M, lanes_at(c, lanes), x, r);
+    }
+    for (int64_t i = 0; i < samples; i++) {
+        attend_in_place(c, rows[i], rows[std::min(i + 1, samples - 1)], kv, q + i * R * Dp, s, x, i * R);
+        for (int64_t r = 0; r < R; r++)
+            finish(f, rows[i], kv * G + r / c.S, r % c.S, x, i * R + r);
+    }
+}
