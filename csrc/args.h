@@ -66,6 +66,9 @@ struct Kernels {
     void (*backward)(const Backward&, const float* packed, int64_t unit);
 };
 
+namespace avx512bf16 {
+extern const Kernels kernels;
+}
 namespace avx512 {
 extern const Kernels kernels;
 }

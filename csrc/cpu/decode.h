@@ -6,16 +6,17 @@
 
 // A block of up to NT queries against a prefix, transposed.
 struct Lanes {
-    float *q, *s, *acc, *m, *l;  // [D][NT] scaled, [NT][NT] keys by queries, [DV][NT], [NT], [NT]
+    float *q, *s, *acc, *m, *l;   // [D][NT] scaled, [NT][NT] keys by queries, [DV][NT], [NT], [NT]
+    Pair *pairs, *probabilities;  // [D / 2][NT], [NT / 2][NT]: q and s once more
 };
 
 int64_t lanes_floats(const Call& c) {
-    return (c.D + NT + c.DV + 2) * NT;
+    return (c.D + NT + c.DV + 2 + c.D / 2 + NT / 2) * NT;
 }
 
 Lanes lanes_at(const Call& c, float* at) {
-    float *s = at + c.D * NT, *acc = s + NT * NT, *m = acc + c.DV * NT;
-    return {at, s, acc, m, m + NT};
+    float *s = at + c.D * NT, *acc = s + NT * NT, *m = acc + c.DV * NT, *l = m + NT, *pairs = l + NT;
+    return {at, s, acc, m, l, (Pair*)pairs, (Pair*)pairs + c.D / 2 * NT};
 }
 
 // Asks for ``n`` rows of ``size`` values, the first at ``at``.
@@ -56,28 +57,63 @@ void soften_lanes(const Call& c, const Lanes& x, int64_t n, int64_t width) {
     }
 }
 
+// Whether a tile's products take its keys and values as pairs of bfloat16, as the processor multiplies them.
+bool paired(const Call& c) {
+    const Array &k = c.prefix_key, &v = c.prefix_value;
+    return PA_PAIRS && k.type == Type::bf16 && v.type == Type::bf16 && c.query.type == Type::bf16 && c.D % 2 == 0 &&
+           k.row % 2 == 0;
+}
+
+// Rows 2 * i and 2 * i + 1 of ``from``, NT floats each, become row i of ``to``; a row that is missing is 0.
+void pair_rows(const float* from, int64_t n, int64_t width, Pair* to) {
+    static const float nothing[NT] = {};
+    for (int64_t i = 0; i < n; i += 2, to += NT) {
+        const float *lo = from + i * NT, *hi = i + 1 < n ? lo + NT : nothing;
+        for (int64_t j = 0; j < width; j++)
+            to[j] = {to_bf16(lo[j]), to_bf16(hi[j])};
+    }
+}
+
 // One head of a bank entry for the M queries at q, rows r0 and on of ``state``.
 void attend_in_lanes(const Call& c, const Row& row, int64_t kv, const float* q, int64_t M, const Lanes& x,
                      const State& state, int64_t r0) {
     const Array &key = c.prefix_key, &value = c.prefix_value;
     const int64_t Dp = up(c.D), Vp = up(c.DV), width = up(M);
     const int64_t key0 = row.entry * key.batch + kv * key.head, value0 = row.entry * value.batch + kv * value.head;
+    const bool pairs = paired(c);
     alignas(64) float rows_of_tile[NT * 256];
     transpose_tile(q, Dp, M, c.D, x.q, NT);
+    if (pairs) pair_rows(x.q, c.D, width, x.pairs);
     std::fill(x.acc, x.m, 0.f);
     std::fill(x.m, x.l, -INF);
     std::fill(x.l, x.l + NT, 0.f);
     for (int64_t n0 = 0; n0 < row.prefix; n0 += NT) {
-        const int64_t n = std::min(NT, row.prefix - n0);
-        const Matrix k = matrix(key, key0 + n0 * key.row, n, c.D, c.D, rows_of_tile);
-        fetch(value, value0 + n0 * value.row, n, c.DV);
-        product<false>(k.data, k.ld, 1, x.q, NT, x.s, NT, n, width, c.D);
+        const int64_t n = std::min(NT, row.prefix - n0), k0 = key0 + n0 * key.row, v0 = value0 + n0 * value.row;
+        fetch(value, v0, n, c.DV);
+        if (pairs) {
+            product<false>((const Pair*)((const uint16_t*)key.data + k0), key.row / 2, 1, x.pairs, NT, x.s, NT, n,
+                           width, c.D / 2);
+        } else {
+            const Matrix k = matrix(key, k0, n, c.D, c.D, rows_of_tile);
+            product<false>(k.data, k.ld, 1, x.q, NT, x.s, NT, n, width, c.D);
+        }
         for (int64_t i = 0; i < n && c.softcap; i++)
             cap(c, x.s + i * NT, width);
-        fetch(key, key0 + (n0 + NT) * key.row, std::min(NT, row.prefix - n0 - NT), c.D);
+        fetch(key, k0 + NT * key.row, std::min(NT, row.prefix - n0 - NT), c.D);
         soften_lanes(c, x, n, width);
-        const Matrix v = matrix(value, value0 + n0 * value.row, n, c.DV, c.DV, rows_of_tile);
-        product<true>(v.data, 1, v.ld, x.s, NT, x.acc, NT, c.DV, width, n);
+        if (pairs) {
+            pair_rows(x.s, n, width, x.probabilities);
+            Pair* v = (Pair*)rows_of_tile;  // two rows of values in one
+            for (int64_t i = 0; i < n; i += 2) {
+                const uint16_t* at = (const uint16_t*)value.data + v0 + i * value.row;
+                for (int64_t d = 0; d < c.DV; d++)
+                    v[i / 2 * c.DV + d] = {at[d], i + 1 < n ? at[value.row + d] : (uint16_t)0};
+            }
+            product<true>(v, 1, c.DV, x.probabilities, NT, x.acc, NT, c.DV, width, (n + 1) / 2);
+        } else {
+            const Matrix v = matrix(value, v0, n, c.DV, c.DV, rows_of_tile);
+            product<true>(v.data, 1, v.ld, x.s, NT, x.acc, NT, c.DV, width, n);
+        }
     }
     transpose_tile(x.acc, NT, c.DV, M, state.acc + r0 * Vp, Vp);
     for (int64_t r = 0; r < M; r++) {

@@ -1,12 +1,17 @@
-// Forward and backward for one instruction set. Included by generic.cpp, avx2.cpp and avx512.cpp, which include
-// standard headers, set the target and define PA_NAME, PA_LANES and PA_ROWS, in this order: what the standard library
-// compiles for AVX-512 would otherwise be shared with, and crash, processors without it.
+// Forward and backward for one instruction set. Included by generic.cpp, avx2.cpp, avx512.cpp and
+// avx512bf16.cpp, which include standard headers, set the target and define PA_NAME, PA_LANES and PA_ROWS, in this
+// order: what the standard library compiles for AVX-512 would otherwise be shared with, and crash, processors without
+// it.
 //
 // Forward keeps a running maximum m, sum l and accumulator per query (online softmax) while it walks tiles of 64 keys:
 // the prefix's, which were packed once for all rows of the batch, then the sequence's up to the last key that a block
 // of queries sees. Backward walks the same tiles with the final lse: p = exp(logit - lse). Logits are never in units of
 // log 2: converting a large lse back and forth would cost the digits that its difference to a logit is made of. Few
 // queries per row have a forward of their own, decode.h.
+#ifndef PA_PAIRS  // whether decoding multiplies bfloat16; a test turns it on everywhere
+#define PA_PAIRS 0
+#endif
+
 namespace prefix_attn {
 namespace PA_NAME {
 namespace {

@@ -5,6 +5,7 @@ constexpr int VL = PA_LANES, MR = PA_ROWS;
 typedef float vec __attribute__((vector_size(4 * PA_LANES)));
 typedef float vecu __attribute__((vector_size(4 * PA_LANES), aligned(4), may_alias));
 typedef int32_t veci __attribute__((vector_size(4 * PA_LANES)));
+typedef int32_t vecui __attribute__((vector_size(4 * PA_LANES), aligned(4), may_alias));
 
 static inline vec load(const float* p) {
     return *(const vecu*)p;
@@ -88,22 +89,58 @@ static inline vec exponential(vec x) {
     return small ? vec{} : p * (vec)exponent;
 }
 
-// c[R][NV vectors] (+)= a[R][K] b[K][NV vectors]. a's element (r, k) is a[r * ar + k * ak].
-template <int R, int NV, bool ADD>
-static inline void tile(const float* a, int64_t ar, int64_t ak, const float* b, int64_t ldb, float* c, int64_t ldc,
-                        int64_t K) {
+// Two bfloat16 numbers whose products go into one sum.
+struct Pair {
+    uint16_t lo, hi;
+};
+
+static inline uint16_t to_bf16(float x) {
+    uint32_t bits;
+    std::memcpy(&bits, &x, 4);
+    return (x != x ? bits | 0x400000 : bits + 0x7FFF + ((bits >> 16) & 1)) >> 16;  // to the nearest, ties to even
+}
+
+// An element of the left matrix in every lane, a vector of the right one, and their product on top of a sum.
+static inline vec spread(const float* a) {
+    return all(*a);
+}
+static inline veci spread(const Pair* a) {
+    int32_t both;
+    std::memcpy(&both, a, 4);
+    return both - veci{};
+}
+static inline vec operand(const float* b) {
+    return load(b);
+}
+static inline veci operand(const Pair* b) {
+    return *(const vecui*)b;
+}
+static inline vec step(vec sum, vec a, vec b) {
+    return sum + a * b;
+}
+static inline vec step(vec sum, veci a, veci b) {
+#ifdef PA_DPBF16
+    return (vec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
+#else
+    return sum + (vec)(a << 16) * (vec)(b << 16) + (vec)(a & -65536) * (vec)(b & -65536);
+#endif
+}
+
+// c[R][NV vectors] (+)= a[R][K] b[K][NV]. a's element (r, k) is a[r * ar + k * ak].
+template <int R, int NV, bool ADD, typename T>
+static inline void tile(const T* a, int64_t ar, int64_t ak, const T* b, int64_t ldb, float* c, int64_t ldc, int64_t K) {
     vec x[R][NV];
     for (int r = 0; r < R; r++)
         for (int j = 0; j < NV; j++)
             x[r][j] = ADD ? load(c + r * ldc + j * VL) : vec{};
     for (int64_t k = 0; k < K; k++) {
-        vec y[NV];
+        decltype(operand(b)) y[NV];
         for (int j = 0; j < NV; j++)
-            y[j] = load(b + k * ldb + j * VL);
+            y[j] = operand(b + k * ldb + j * VL);
         for (int r = 0; r < R; r++) {
-            const vec s = all(a[r * ar + k * ak]);
+            const auto s = spread(a + r * ar + k * ak);
             for (int j = 0; j < NV; j++)
-                x[r][j] += s * y[j];
+                x[r][j] = step(x[r][j], s, y[j]);
         }
     }
     for (int r = 0; r < R; r++)
@@ -111,9 +148,9 @@ static inline void tile(const float* a, int64_t ar, int64_t ak, const float* b, 
             store(c + r * ldc + j * VL, x[r][j]);
 }
 
-template <int NV, bool ADD>
-static inline void rows(const float* a, int64_t ar, int64_t ak, const float* b, int64_t ldb, float* c, int64_t ldc,
-                        int64_t M, int64_t K) {
+template <int NV, bool ADD, typename T>
+static inline void rows(const T* a, int64_t ar, int64_t ak, const T* b, int64_t ldb, float* c, int64_t ldc, int64_t M,
+                        int64_t K) {
     int64_t r = 0;
     for (; r + MR <= M; r += MR)
         tile<MR, NV, ADD>(a + r * ar, ar, ak, b, ldb, c + r * ldc, ldc, K);
@@ -123,10 +160,10 @@ static inline void rows(const float* a, int64_t ar, int64_t ak, const float* b, 
         tile<1, NV, ADD>(a + r * ar, ar, ak, b, ldb, c + r * ldc, ldc, K);
 }
 
-// c[M][N] = a[M][K] b[K][N], or with ADD that much more; N a multiple of VL.
-template <bool ADD>
-static void product(const float* a, int64_t ar, int64_t ak, const float* b, int64_t ldb, float* c, int64_t ldc,
-                    int64_t M, int64_t N, int64_t K) {
+// c[M][N] = a[M][K] b[K][N], or with ADD that much more; N a multiple of VL. T: float, or Pair for twice as many k.
+template <bool ADD, typename T>
+static void product(const T* a, int64_t ar, int64_t ak, const T* b, int64_t ldb, float* c, int64_t ldc, int64_t M,
+                    int64_t N, int64_t K) {
     int64_t n = 0;
     for (; n + 4 * VL <= N; n += 4 * VL)
         rows<4, ADD>(a, ar, ak, b + n, ldb, c + n, ldc, M, K);
@@ -189,10 +226,7 @@ static inline void store_row(const Array& x, int64_t at, int64_t n, float factor
     for (int64_t i = 0; i < n; i++) {
         const float y = from[i] * factor;
         if (x.type == Type::bf16) {
-            uint32_t bits;
-            std::memcpy(&bits, &y, 4);
-            bits = y != y ? bits | 0x400000 : bits + 0x7FFF + ((bits >> 16) & 1);  // to the nearest, ties to even
-            to[i] = (uint16_t)(bits >> 16);
+            to[i] = to_bf16(y);
         } else {
             const _Float16 half = (_Float16)y;
             std::memcpy(to + i, &half, 2);

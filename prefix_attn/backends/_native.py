@@ -36,7 +36,7 @@ def _choose() -> str | None:
     return None
 
 
-isa = ""  # the instruction set that runs: avx512, avx2 or generic
+isa = ""  # the instruction set that runs: avx512bf16, avx512, avx2 or generic
 _prebuilt = _load()
 
 
