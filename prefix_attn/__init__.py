@@ -10,13 +10,14 @@ from prefix_attn.functional import prefix_attention as prefix_attention
 from prefix_attn.functional import prefix_attention_varlen as prefix_attention_varlen
 
 if TYPE_CHECKING:
+    from prefix_attn.hf.accelerate import accelerate as accelerate
     from prefix_attn.hf.config import PrefixConfig as PrefixConfig
     from prefix_attn.hf.model import PrefixModel as PrefixModel
     from prefix_attn.hf.model import get_prefix_model as get_prefix_model
 
 __version__ = "0.1.0"
 
-_HF = {"PrefixConfig": "config", "PrefixModel": "model", "get_prefix_model": "model"}
+_HF = {"accelerate": "accelerate", "PrefixConfig": "config", "PrefixModel": "model", "get_prefix_model": "model"}
 
 
 def __getattr__(name: str) -> Any:

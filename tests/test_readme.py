@@ -74,10 +74,16 @@ def test_training_example(small: Any, capsys: pytest.CaptureFixture[str]) -> Non
 
 def test_migration_example(small: Any) -> None:
     """Both sides run, and train as many parameters."""
-    before, after = blocks(section("From PEFT"), "python")
+    before, after, keep = blocks(section("From PEFT"), "python")
     peft_model = run([before], base=small)["model"]
     ours = run([after], base=small)["model"]
     assert ours.get_nb_trainable_parameters()[0] == peft_model.get_nb_trainable_parameters()[0]
+    ours._attachment.remove()
+    ids = torch.tensor([[5, 6, 7]])
+    expected = peft_model(input_ids=ids).logits
+    undo = run([keep], peft_model=peft_model)["undo"]
+    torch.testing.assert_close(peft_model(input_ids=ids).logits, expected)
+    undo()
 
 
 def test_operator_example(capsys: pytest.CaptureFixture[str]) -> None:
@@ -89,7 +95,7 @@ def test_operator_example(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_every_python_example_is_run() -> None:
     tested = ("Train a prefix", "From PEFT", "The operator alone")
-    assert sum(len(blocks(section(title), "python")) for title in tested) == len(blocks(README, "python")) == 4
+    assert sum(len(blocks(section(title), "python")) for title in tested) == len(blocks(README, "python")) == 5
 
 
 def test_commands_and_links_exist() -> None:

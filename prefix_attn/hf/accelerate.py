@@ -1,0 +1,93 @@
+"""PEFT models that run through the operator: one line, nothing else changes."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from prefix_attn.hf import attention
+from prefix_attn.hf.attach import Attachment
+from prefix_attn.hf.config import PrefixConfig
+
+SERVED = ("PREFIX_TUNING", "CARTRIDGE")
+
+
+def accelerate(model: Any, *, backend: str = "auto") -> Callable[[], None]:
+    """Let a PEFT model with a PREFIX_TUNING or CARTRIDGE adapter attend to its prefix through ``prefix_attention``.
+
+        undo = accelerate(peft_model)
+
+    Forward, generate and training then make the prefix once per call instead of once per sample, and the KV cache holds
+    the sequence alone. The adapter stays PEFT's own: its parameters, ``set_adapter``, ``disable_adapter``,
+    ``save_pretrained``. Outputs are PEFT's, except where PEFT loses the prefix (past a sliding window) or counts left
+    padding as positions (in a bare forward). Gradient checkpointing, which PEFT refuses, works.
+
+    Args:
+        model: a ``peft.PeftModel`` over a decoder-only transformers model; changed in place.
+        backend: of ``prefix_attention``.
+
+    Returns:
+        A function that restores PEFT's own way.
+
+    Raises:
+        TypeError: not a PEFT model. ValueError: its active adapter has no prefix, or it is accelerated already.
+        NotImplementedError: an encoder-decoder model, or one whose attention cannot be served.
+    """
+    if not hasattr(model, "active_peft_config"):
+        raise TypeError(f"accelerate needs a peft.PeftModel, got {type(model).__name__}")
+    _check(model)
+    if model.get_base_model().config._attn_implementation == attention.NAME:
+        raise ValueError("a prefix of ours is attached to this model already")
+    attachment = Attachment(model.get_base_model())
+    theirs = model.forward, model.generate
+
+    def running() -> AbstractContextManager[None]:
+        config = _check(model)
+        sizes = PrefixConfig(num_virtual_tokens=config.num_virtual_tokens, position_mode="shift", backend=backend)
+        return attachment.running(_kv(model, config), sizes)
+
+    @functools.wraps(theirs[0])
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        with running():
+            return attachment.base(*args, **kwargs)
+
+    @functools.wraps(theirs[1])
+    @torch.no_grad()
+    def generate(*args: Any, **kwargs: Any) -> Any:
+        with running():
+            return attachment.base.generate(*args, **kwargs)
+
+    def undo() -> None:
+        """PEFT's own forward and generate, and the base model's own attention."""
+        if model.forward is not forward:
+            raise ValueError("the model is not accelerated any more, or its adapter is disabled at the moment")
+        model.forward, model.generate = theirs
+        attachment.remove()
+
+    model.forward, model.generate = forward, generate
+    return undo
+
+
+def _check(model: Any) -> Any:
+    """The configuration of the active adapter, which must be a prefix of a decoder-only model."""
+    config = model.active_peft_config
+    kind = getattr(config.peft_type, "value", config.peft_type)
+    if kind not in SERVED:
+        raise ValueError(f"the active adapter {model.active_adapter!r} is {kind}; only {SERVED} have a prefix")
+    if config.num_transformer_submodules != 1:
+        raise NotImplementedError("the adapter is one of an encoder-decoder model; decoder-only models are served")
+    return config
+
+
+def _kv(model: Any, config: Any) -> Tensor:
+    """(2 * L, H, P, D): the active adapter's prefix, as PEFT makes it, for a batch of one."""
+    encoder, tokens = model.prompt_encoder[model.active_adapter], model.prompt_tokens[model.active_adapter]
+    weight = encoder.embedding.weight
+    P, heads = config.num_virtual_tokens, config.num_attention_heads
+    flat = weight if config.inference_mode else encoder(tokens[None, :P].to(weight.device))[0]
+    return flat.view(P, 2 * config.num_layers, heads, -1).permute(1, 2, 0, 3).contiguous()
