@@ -8,6 +8,7 @@ from prefix_attn._ops import PrefixAttentionFunction as PrefixAttentionFunction
 from prefix_attn.functional import explain as explain
 from prefix_attn.functional import prefix_attention as prefix_attention
 from prefix_attn.functional import prefix_attention_varlen as prefix_attention_varlen
+from prefix_attn.nn import PrefixAttention as PrefixAttention
 
 if TYPE_CHECKING:
     from prefix_attn.hf.accelerate import accelerate as accelerate
