@@ -86,6 +86,20 @@ def test_migration_example(small: Any) -> None:
     undo()
 
 
+def test_module_example(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """It learns, prefixes and head alone, and the file holds them."""
+    monkeypatch.chdir(tmp_path)
+    names = run(blocks(section("A model of nn.MultiheadAttention"), "python"))
+    assert names["loss"] < 0.1
+    state = names["optimizer"].state
+    assert all(state[p]["exp_avg"].any() for p in names["trained"].values())
+    saved = torch.load("task.pt")
+    assert [tuple(p.shape) for p in saved.values()] == [(4, 10, 16)] * 4 + [(2, 1024), (2,)]
+    missing, unexpected = names["model"].load_state_dict(saved, strict=False)
+    assert unexpected == []
+    assert [name for name in missing if "prefix" in name] == []
+
+
 def test_operator_example(capsys: pytest.CaptureFixture[str]) -> None:
     names = run(blocks(section("The operator alone"), "python"))
     assert names["out"].shape == names["query"].shape
@@ -94,8 +108,8 @@ def test_operator_example(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_every_python_example_is_run() -> None:
-    tested = ("Train a prefix", "From PEFT", "The operator alone")
-    assert sum(len(blocks(section(title), "python")) for title in tested) == len(blocks(README, "python")) == 5
+    tested = ("Train a prefix", "From PEFT", "A model of nn.MultiheadAttention", "The operator alone")
+    assert sum(len(blocks(section(title), "python")) for title in tested) == len(blocks(README, "python")) == 6
 
 
 def test_commands_and_links_exist() -> None:
