@@ -83,7 +83,7 @@ def test_prefix_is_the_concatenation(masks: dict[str, Any], layout: str, need_we
 @pytest.mark.parametrize("need_weights", [False, True], ids=["", "weights"])
 @layouts
 def test_prefix_is_the_concatenation_in_bfloat16(layout: str, need_weights: bool) -> None:
-    """All masks as one: of few numbers the largest error, in units of 8 bits, is luck."""
+    """All masks as one."""
     options = {"need_weights": need_weights, "average_attn_weights": False}
     check_concatenation([c for masks in MASKS.values() for c in calls(layout, masks, torch.bfloat16, **options)])
 
