@@ -44,7 +44,10 @@ class Attachment:
                 f"{self._name} computes attention outside transformers' AttentionInterface: no prefix can enter it"
             )
         self._before = base.config._attn_implementation, [p.requires_grad for p in base.parameters()]
-        self._hook = self._backbone().register_forward_pre_hook(self._inject, with_kwargs=True)
+        # The state enters above the checkpointed layers: what is recomputed in backward was captured together with its
+        # arguments.
+        self._backbone = backbone(base)
+        self._hook = self._backbone.register_forward_pre_hook(self._inject, with_kwargs=True)
         base.set_attn_implementation(attention.NAME)
         try:
             self.heads, self.head_dim = self._probe()
@@ -87,18 +90,26 @@ class Attachment:
         with self._set(None, None):
             yield
 
-    @torch.no_grad()
-    def capture(self, ids: Tensor) -> dict[int, tuple[Tensor, Tensor]]:
-        """Keys (rotated to positions 0..len(ids) - 1) and values of each layer for the tokens ``ids``: (1, H, T, D)."""
+    def capture(self, tokens: Tensor) -> dict[int, tuple[Tensor, Tensor]]:
+        """Keys (rotated to positions 0..T - 1) and values of each layer for ``tokens``: (1, H, T, D).
+
+        ``tokens`` are ids (T,), or input embeddings (T, hidden size), which the gradients of keys and values reach. The
+        model is in eval mode meanwhile: no dropout, and no checkpointing, whose reentrant kind would cut the graph.
+        """
         state = Capture()
-        training = self.base.training
-        self.base.eval()
-        try:
-            with self._set(state, None):
-                self.base(input_ids=ids[None].to(self.base.get_input_embeddings().weight.device), use_cache=False)
-        finally:
-            self.base.train(training)
+        gradients = torch.set_grad_enabled(tokens.requires_grad and torch.is_grad_enabled())
+        with evaluating(self.base), gradients, self._set(state, None):
+            if tokens.is_floating_point():
+                self._backbone(inputs_embeds=tokens[None], use_cache=False)
+            else:
+                device = self.base.get_input_embeddings().weight.device
+                self.base(input_ids=tokens[None].to(device), use_cache=False)
         return state.layers
+
+    def kv(self, tokens: Tensor) -> Tensor:
+        """What ``capture`` gives, as a prefix: (2 * L, H, T, D), key and value of layer l at 2 * l and 2 * l + 1."""
+        layers = self.capture(tokens)
+        return torch.stack([t[0] for layer in range(self.layers) for t in layers[layer]])
 
     @contextmanager
     def _set(self, state: PrefixState | Capture | None, bridge: tuple[Tensor, Tensor] | None) -> Iterator[None]:
@@ -108,18 +119,6 @@ class Attachment:
             yield
         finally:
             self._state, self._bridge = before
-
-    def _backbone(self) -> nn.Module:
-        """The module that holds the list of layers and runs them.
-
-        The state enters here because this is above the checkpointed layers: what is recomputed in backward was captured
-        together with its arguments.
-        """
-        for module in self.base.modules():
-            for child in module.children():
-                if isinstance(child, nn.ModuleList) and len(child) == self.layers:
-                    return module
-        raise NotImplementedError(f"{self._name} has no list of {self.layers} layers")
 
     def _probe(self) -> tuple[int, int]:
         """(heads, head size) of the keys and values that reach our attention function for one token."""
@@ -143,7 +142,7 @@ class Attachment:
         if args:
             kwargs["input_ids"] = args[0]
         if kwargs.get("position_ids") is None:
-            kwargs["position_ids"] = _positions(kwargs)
+            kwargs["position_ids"] = positions(kwargs)
         kwargs["position_ids"] = kwargs["position_ids"] + self._state.shift
         if self._bridge is not None:
             embeddings = kwargs.get("inputs_embeds")
@@ -161,21 +160,47 @@ class Attachment:
         return False
 
 
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """``model`` is in eval mode within the context, and each of its modules as it was after it."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def backbone(base: PreTrainedModel) -> nn.Module:
+    """The module that holds the list of layers and runs them.
+
+    Raises:
+        NotImplementedError: there is none.
+    """
+    layers = base.config.get_text_config().num_hidden_layers
+    for module in base.modules():
+        for child in module.children():
+            if isinstance(child, nn.ModuleList) and len(child) == layers:
+                return module
+    raise NotImplementedError(f"{type(base).__name__} has no list of {layers} layers")
+
+
 def initial_kv(attachment: Attachment, config: PrefixConfig, tokenizer: PreTrainedTokenizerBase | None) -> Tensor:
     """(2 * L, H, P, D) float32: the model's own keys and values of P tokens, or zeros."""
-    layers = attachment.capture(_initial_ids(attachment.base, config, tokenizer))
-    kv = torch.stack([t[0].float().cpu() for _, pair in sorted(layers.items()) for t in pair])
+    kv = attachment.kv(initial_ids(attachment.base, config, tokenizer)).float().cpu()
     return torch.zeros_like(kv) if config.init == "zero" else kv
 
 
-def _initial_ids(base: PreTrainedModel, config: PrefixConfig, tokenizer: PreTrainedTokenizerBase | None) -> Tensor:
+def initial_ids(base: PreTrainedModel, config: PrefixConfig, tokenizer: PreTrainedTokenizerBase | None) -> Tensor:
+    """(P,): the tokens that a prefix starts from."""
     P = config.num_virtual_tokens
     vocabulary = base.get_input_embeddings().weight.shape[0]
     if config.init != "text":
         ids = torch.randint(vocabulary, (P,))
         # The first position is where models leave the attention that they have no use for, and they know it by its bos.
         # SmolLM2 on E2E, P = 10, four seeds: 3.25 without prefix, 3.24 to 3.31 with bos, 3.30 to 3.51 without it.
-        bos = base.config.get_text_config().bos_token_id
+        bos = getattr(base.config.get_text_config(), "bos_token_id", None)
         if isinstance(bos, int) and 0 <= bos < vocabulary:
             ids[0] = bos
         return ids
@@ -189,7 +214,7 @@ def _initial_ids(base: PreTrainedModel, config: PrefixConfig, tokenizer: PreTrai
     return torch.tensor(ids).repeat(-(-P // len(ids)))[:P]
 
 
-def _positions(kwargs: dict[str, Any]) -> Tensor:
+def positions(kwargs: dict[str, Any]) -> Tensor:
     """Positions of the new tokens: from a 2-D attention mask (padding takes none), else after those in the cache."""
     tokens = kwargs.get("inputs_embeds")
     tokens = kwargs["input_ids"] if tokens is None else tokens

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from prefix_attn.hf import checkpoint
 from prefix_attn.hf.attach import Attachment, initial_kv
 from prefix_attn.hf.config import PrefixConfig
+from prefix_attn.hf.wrapper import Wrapper
 from prefix_attn.prefix import PrefixEncoder
 
 if TYPE_CHECKING:
@@ -39,7 +40,7 @@ def get_prefix_model(
     return model
 
 
-class PrefixModel(nn.Module):
+class PrefixModel(Wrapper):
     """A frozen model and its prefixes (Li and Liang 2021, section 4.2). Other attributes are the model's own.
 
     ``state_dict`` holds the prefixes alone, MLPs included: a Trainer's checkpoint is that, and resumes from it.
@@ -158,17 +159,6 @@ class PrefixModel(nn.Module):
 
     # Parameters -------------------------------------------------------------------------------------------------------
 
-    def get_nb_trainable_parameters(self) -> tuple[int, int]:
-        """(trainable, all) numbers of parameters, as PEFT counts them."""
-        parameters = list(self.parameters())
-        return sum(p.numel() for p in parameters if p.requires_grad), sum(p.numel() for p in parameters)
-
-    def print_trainable_parameters(self) -> None:
-        """Print them in PEFT's words."""
-        trainable, total = self.get_nb_trainable_parameters()
-        share = 100 * trainable / total
-        print(f"trainable params: {trainable:,} || all params: {total:,} || trainable%: {share:.4f}")  # noqa: T201
-
     def state_dict(self, *args: Any, destination: Any = None, prefix: str = "", keep_vars: bool = False) -> Any:
         """The prefixes' parameters; the frozen base is not in it."""
         return self.prefixes.state_dict(destination=destination, prefix=f"{prefix}prefixes.", keep_vars=keep_vars)
@@ -208,26 +198,6 @@ class PrefixModel(nn.Module):
             model._attachment.remove()
             raise
         return model
-
-    def push_to_hub(self, repo_id: str, **kwargs: Any) -> Any:
-        """Upload what ``save_pretrained`` writes; ``kwargs`` are those of ``huggingface_hub.upload_folder``."""
-        from tempfile import TemporaryDirectory
-
-        from huggingface_hub import create_repo, upload_folder
-
-        with TemporaryDirectory() as folder:
-            self.save_pretrained(folder)
-            create_repo(repo_id, exist_ok=True)
-            return upload_folder(repo_id=repo_id, folder_path=folder, **kwargs)
-
-    def __getattr__(self, name: str) -> Any:
-        """What is not ours is the base model's."""
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if name == "base_model":
-                raise
-            return getattr(self.base_model, name)
 
     def _check_new(self, name: str) -> None:
         if name in self.prefix_configs:

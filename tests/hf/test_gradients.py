@@ -74,7 +74,7 @@ def test_every_layer_against_concatenation(name: str) -> None:
     kv = model.prefixes["default"]()
     layers = list(zip(kv[::2], kv[1::2]))
     positions = torch.arange(11)[None] + P
-    handle = model._attachment._backbone().register_forward_pre_hook(
+    handle = model._attachment._backbone.register_forward_pre_hook(
         lambda _, args, kwargs: (args, kwargs | {"concatenated_prefix": layers}), with_kwargs=True
     )
     with model.disable_prefix():

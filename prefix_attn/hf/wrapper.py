@@ -1,0 +1,50 @@
+"""What is around a frozen model: its counts, and the way through to the model's own attributes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+
+
+class Wrapper(nn.Module):
+    """``base_model``, frozen, and around it what is trained. Other attributes are the model's own."""
+
+    base_model: PreTrainedModel
+
+    def get_nb_trainable_parameters(self) -> tuple[int, int]:
+        """(trainable, all) numbers of parameters, as PEFT counts them."""
+        parameters = list(self.parameters())
+        return sum(p.numel() for p in parameters if p.requires_grad), sum(p.numel() for p in parameters)
+
+    def print_trainable_parameters(self) -> None:
+        """Print them in PEFT's words."""
+        trainable, total = self.get_nb_trainable_parameters()
+        share = 100 * trainable / total
+        print(f"trainable params: {trainable:,} || all params: {total:,} || trainable%: {share:.4f}")  # noqa: T201
+
+    def save_pretrained(self, path: str | Path) -> None:
+        """Write what is trained, in PEFT's format."""
+        raise NotImplementedError
+
+    def push_to_hub(self, repo_id: str, **kwargs: Any) -> Any:
+        """Upload what ``save_pretrained`` writes; ``kwargs`` are those of ``huggingface_hub.upload_folder``."""
+        from tempfile import TemporaryDirectory
+
+        from huggingface_hub import create_repo, upload_folder
+
+        with TemporaryDirectory() as folder:
+            self.save_pretrained(folder)
+            create_repo(repo_id, exist_ok=True)
+            return upload_folder(repo_id=repo_id, folder_path=folder, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        """What is not ours is the base model's."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "base_model":
+                raise
+            return getattr(self.base_model, name)
