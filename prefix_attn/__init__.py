@@ -13,12 +13,19 @@ from prefix_attn.nn import PrefixAttention as PrefixAttention
 if TYPE_CHECKING:
     from prefix_attn.hf.accelerate import accelerate as accelerate
     from prefix_attn.hf.config import PrefixConfig as PrefixConfig
+    from prefix_attn.hf.embedding import PrefixTuning as PrefixTuning
     from prefix_attn.hf.model import PrefixModel as PrefixModel
     from prefix_attn.hf.model import get_prefix_model as get_prefix_model
 
 __version__ = "0.1.0"
 
-_HF = {"accelerate": "accelerate", "PrefixConfig": "config", "PrefixModel": "model", "get_prefix_model": "model"}
+_HF = {
+    "PrefixConfig": "config",
+    "PrefixModel": "model",
+    "PrefixTuning": "embedding",
+    "accelerate": "accelerate",
+    "get_prefix_model": "model",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -100,6 +100,17 @@ def test_module_example(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None
     assert [name for name in missing if "prefix" in name] == []
 
 
+def test_embedding_example(small: Any) -> None:
+    """Its gradient is the table's alone, and what it saves loads."""
+    from prefix_attn import PrefixTuning
+
+    ids = torch.randint(1, 257, (2, 9))
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    model = run(blocks(section("Embeddings alone"), "python"), base=small, batch=batch)["model"]
+    assert [n for n, p in model.named_parameters() if p.grad is not None] == ["prefix"]
+    assert torch.equal(PrefixTuning.from_pretrained(small, "my-prompt").prefix, model.prefix)
+
+
 def test_operator_example(capsys: pytest.CaptureFixture[str]) -> None:
     names = run(blocks(section("The operator alone"), "python"))
     assert names["out"].shape == names["query"].shape
@@ -108,8 +119,14 @@ def test_operator_example(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_every_python_example_is_run() -> None:
-    tested = ("Train a prefix", "From PEFT", "A model of nn.MultiheadAttention", "The operator alone")
-    assert sum(len(blocks(section(title), "python")) for title in tested) == len(blocks(README, "python")) == 6
+    tested = (
+        "Train a prefix",
+        "Embeddings alone",
+        "From PEFT",
+        "A model of nn.MultiheadAttention",
+        "The operator alone",
+    )
+    assert sum(len(blocks(section(title), "python")) for title in tested) == len(blocks(README, "python"))
 
 
 def test_commands_and_links_exist() -> None:

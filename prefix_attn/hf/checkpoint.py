@@ -90,6 +90,40 @@ def load_prefix(
     return config, {"embedding": folded}
 
 
+def save_table(folder: Path, table: Tensor, base: PreTrainedModel) -> None:
+    """Write the embeddings (P, hidden size) of virtual tokens in the format of PEFT's prompt tuning."""
+    config = base.config.get_text_config()
+    peft = {
+        "peft_type": "PROMPT_TUNING",
+        "task_type": "SEQ_2_SEQ_LM" if config.is_encoder_decoder else "CAUSAL_LM" if base.can_generate() else None,
+        "base_model_name_or_path": base.config._name_or_path or None,
+        "inference_mode": True,
+        "num_virtual_tokens": table.shape[0],
+        "token_dim": table.shape[1],
+        "num_transformer_submodules": 1,
+        "num_attention_heads": config.num_attention_heads,
+        "num_layers": config.num_hidden_layers,
+    }
+    tensors = {KEY: table.detach().float().cpu().contiguous()}
+    folder.mkdir(parents=True, exist_ok=True)
+    _replace(folder / ADAPTER_CONFIG, json.dumps(peft, indent=2).encode())
+    _replace(folder / ADAPTER, save(tensors, {"format": "pt", "base": json.dumps(_fingerprint(base))}))
+
+
+def load_table(path: str | Path, base: PreTrainedModel) -> Tensor:
+    """The reverse: (P, hidden size) float32 from a folder or a Hub id.
+
+    Raises:
+        ValueError: missing, damaged, or made for another model.
+    """
+    folder = _folder(path)
+    peft = _read_json(folder / ADAPTER_CONFIG, "PROMPT_TUNING")
+    shapes, metadata = _header(folder / ADAPTER)
+    _check_base(folder, PrefixConfig(base_model_name_or_path=peft.get("base_model_name_or_path")), metadata, base)
+    wanted = {KEY: (peft.get("num_virtual_tokens", 0), int(base.get_input_embeddings().weight.shape[1]))}
+    return _read_tensors(folder / ADAPTER, shapes, wanted)[KEY].float()
+
+
 def describe(path: str | Path) -> dict[str, Any]:
     """What an adapter holds, as far as that is known without its base model: our configuration and PEFT's sizes."""
     folder = _folder(path)
@@ -117,16 +151,16 @@ def _folder(path: str | Path) -> Path:
         raise ValueError(f"{path}: neither a folder nor a Hub repository within reach ({error})") from error
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def _read_json(path: Path, peft_type: str = "PREFIX_TUNING") -> dict[str, Any]:
     try:
         content = json.loads(path.read_text())
     except FileNotFoundError:
         raise ValueError(f"{path}: no such file; is this the folder of an adapter?") from None
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not JSON ({error})") from None
-    if not isinstance(content, dict) or content.get("peft_type") != "PREFIX_TUNING":
+    if not isinstance(content, dict) or content.get("peft_type") != peft_type:
         found = content.get("peft_type") if isinstance(content, dict) else type(content).__name__
-        raise ValueError(f"{path}: peft_type must be PREFIX_TUNING, got {found!r}")
+        raise ValueError(f"{path}: peft_type must be {peft_type}, got {found!r}")
     return content
 
 

@@ -1,0 +1,163 @@
+"""Embedding-only prefix tuning: virtual tokens are trained as input embeddings, and the frozen model does the rest."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from prefix_attn.hf import checkpoint
+from prefix_attn.hf.attach import Attachment, initial_ids
+from prefix_attn.hf.config import PrefixConfig
+from prefix_attn.hf.insert import Insertion
+from prefix_attn.hf.wrapper import Wrapper
+
+
+class PrefixTuning(Wrapper):
+    """``model``, frozen, with a trainable table of input embeddings in front (Li and Liang 2021, section 7.2).
+
+    The table, ``prefix`` (prefix_length, hidden_size) float32, starts from the model's embeddings of random tokens. In
+    causal models the positions of real tokens follow it and are counted from the attention mask, so that padding
+    changes nothing. Logits and losses are those of the real tokens: labels are what the model alone would take.
+
+    Where every layer lets each token see all before it and none after it, virtual tokens do not depend on the samples:
+    they run through the model once per forward, without its dropout, and its layers attend to them as one shared
+    prefix; ``shared`` is then True. In other models (encoders, encoder-decoders, sliding windows narrower than the
+    context, recurrent layers, attention outside transformers' AttentionInterface) they run in every row. An
+    encoder-decoder has them in front of its encoder's input.
+
+    ``state_dict`` holds ``prefix`` alone. Attributes that are not ours are the model's.
+    """
+
+    def __init__(self, model: PreTrainedModel, prefix_length: int = 10, hidden_size: int = 768) -> None:
+        """Freeze ``model``, in place.
+
+        Args:
+            model: a transformers model that takes ``inputs_embeds``.
+            prefix_length: P, the number of virtual tokens.
+            hidden_size: of the model's input embeddings.
+
+        Raises:
+            ValueError: a size is wrong. NotImplementedError: the model cannot be served. It is unchanged then.
+        """
+        super().__init__()
+        if isinstance(prefix_length, bool) or not isinstance(prefix_length, int) or prefix_length < 1:
+            raise ValueError(f"prefix_length must be a positive int, got {prefix_length!r}")
+        self._insertion = Insertion(model)
+        embeddings = self._insertion.embeddings
+        if hidden_size != embeddings.weight.shape[1]:
+            needed = f"{embeddings.weight.shape[1]}, the size of {type(model).__name__}'s input embeddings"
+            raise ValueError(f"hidden_size must be {needed}, got {hidden_size!r}")
+        self._config = PrefixConfig(num_virtual_tokens=prefix_length)
+        self._attachment = _attach(model)
+        self.base_model = model.requires_grad_(False)
+        with torch.no_grad():
+            ids = initial_ids(model, self._config, None).to(embeddings.weight.device)
+            self.prefix = nn.Parameter(embeddings(ids).float().clone())
+
+    @property
+    def shared(self) -> bool:
+        """Whether the virtual tokens run once per forward, for all rows, and not in every row."""
+        return self._attachment is not None
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Any = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        token_type_ids: Tensor | None = None,
+        decoder_input_ids: Tensor | None = None,
+        decoder_attention_mask: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """The model's forward with the virtual tokens.
+
+        Where they run in every row, ``attention_mask`` and ``position_ids`` must be 2-D, ``past_key_values`` need a
+        mask, and caches, ``attentions`` and ``encoder_last_hidden_state`` hold them too, behind a row's left padding.
+        """
+        given = {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "position_ids": position_ids,
+            "past_key_values": past_key_values,
+            "inputs_embeds": inputs_embeds,
+            "labels": labels,
+            "use_cache": use_cache,
+            "token_type_ids": token_type_ids,
+            "decoder_input_ids": decoder_input_ids,
+            "decoder_attention_mask": decoder_attention_mask,
+        }
+        with self._running():
+            return self.base_model(**{n: v for n, v in given.items() if v is not None}, **kwargs)
+
+    @torch.no_grad()
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """The model's generate, with the virtual tokens. Where they run in every row, caches must be dynamic."""
+        with self._running():
+            return self.base_model.generate(*args, **kwargs)
+
+    def state_dict(self, *args: Any, destination: Any = None, prefix: str = "", keep_vars: bool = False) -> Any:
+        """The table; the frozen model is not in it."""
+        return self._trained().state_dict(destination=destination, prefix=prefix, keep_vars=keep_vars)
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """The reverse of ``state_dict``."""
+        trained = self._trained()
+        keys = trained.load_state_dict(state_dict, strict=strict, assign=assign)
+        self.prefix = trained["prefix"]
+        return keys
+
+    def save_pretrained(self, path: str | Path) -> None:
+        """Write the table into a folder, in the format of PEFT's prompt tuning, which is this method."""
+        checkpoint.save_table(Path(path), self.prefix, self.base_model)
+
+    @classmethod
+    def from_pretrained(cls, model: PreTrainedModel, path: str | Path, *, is_trainable: bool = False) -> PrefixTuning:
+        """``model`` with the table in ``path`` (a folder or a Hub id), as ``save_pretrained`` or PEFT wrote it.
+
+        Raises:
+            ValueError: the files do not fit ``model``, or are damaged.
+        """
+        table = checkpoint.load_table(path, model)
+        tuned = cls(model, *table.shape)
+        tuned.load_state_dict({"prefix": table})
+        tuned.prefix.requires_grad_(is_trainable)
+        return tuned
+
+    def _trained(self) -> nn.ParameterDict:
+        return nn.ParameterDict({"prefix": self.prefix})
+
+    def _running(self) -> AbstractContextManager[None]:
+        if self._attachment is None:
+            return self._insertion.running(self.prefix)
+        kv = self._attachment.kv(self.prefix.to(self._insertion.embeddings.weight.dtype))
+        return self._attachment.running(kv, self._config)
+
+
+def _attach(model: PreTrainedModel) -> Attachment | None:
+    """For a shared prefix; None where the virtual tokens must run in every row."""
+    config = model.config.get_text_config()
+    causal = all(getattr(module, "is_causal", True) for module in model.modules())
+    if model.config.is_encoder_decoder or model._is_stateful or not causal or not _sees_all(config):
+        return None
+    try:
+        return Attachment(model)
+    except NotImplementedError:
+        return None
+
+
+def _sees_all(config: PreTrainedConfig) -> bool:
+    """Whether no layer has a window narrower than the context, out of which virtual tokens would scroll."""
+    window = getattr(config, "sliding_window", None)
+    wide = window is None or window >= config.max_position_embeddings
+    kinds = getattr(config, "layer_types", None) or ["sliding_attention"]
+    return set(kinds) <= ({"full_attention", "sliding_attention"} if wide else {"full_attention"})
