@@ -17,7 +17,8 @@ class PrefixEncoder(nn.Module):
     """Makes the keys and values of all layers.
 
     Parameters are float32 whatever the model's dtype is. ``embedding`` is PEFT's layout: flat (P, 2 * L * H * D), where
-    a row viewed as (2 * L, H, D) holds layer l's key at 2 * l and its value at 2 * l + 1; with an MLP (P, H * D).
+    a row viewed as (2 * L, H, D) holds layer l's key at 2 * l and its value at 2 * l + 1; with an MLP (P, H * D). The
+    place of the MLP may be taken by any module, and ``embedding`` is then what that module turns into the layout.
     """
 
     def __init__(
@@ -36,7 +37,7 @@ class PrefixEncoder(nn.Module):
         self.num_layers, self.num_heads, self.head_dim = num_layers, num_heads, head_dim
         width = 2 * num_layers * num_heads * head_dim
         self.dropout = nn.Dropout(dropout)
-        self.mlp: nn.Sequential | None = None
+        self.mlp: nn.Module | None = None
         if hidden_size is None:
             self.embedding = nn.Parameter(torch.zeros(num_virtual_tokens, width))
             return
@@ -71,6 +72,7 @@ class PrefixEncoder(nn.Module):
         if self.mlp is None:
             self.embedding.copy_(rows)
             return
+        assert isinstance(self.mlp, nn.Sequential)
         last = self.mlp[-1]
         assert isinstance(last, nn.Linear)
         hidden = self.mlp[:-1](self.embedding)

@@ -160,6 +160,20 @@ class Attachment:
         return False
 
 
+class FromEmbeddings(nn.Module):
+    """What stands in the place of a prefix's MLP where input embeddings are trained: the frozen model itself."""
+
+    def __init__(self, attachment: Attachment) -> None:
+        """Through the model of ``attachment``."""
+        super().__init__()
+        self._attachment = attachment
+
+    def forward(self, embeddings: Tensor) -> Tensor:
+        """(P, hidden size) -> (P, 2 * L * H * D) float32: the model's own keys and values for them."""
+        dtype = self._attachment.base.get_input_embeddings().weight.dtype
+        return self._attachment.kv(embeddings.to(dtype)).permute(2, 0, 1, 3).flatten(1).float()
+
+
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """``model`` is in eval mode within the context, and each of its modules as it was after it."""
@@ -188,11 +202,21 @@ def backbone(base: PreTrainedModel) -> nn.Module:
 
 def initial_kv(attachment: Attachment, config: PrefixConfig, tokenizer: PreTrainedTokenizerBase | None) -> Tensor:
     """(2 * L, H, P, D) float32: the model's own keys and values of P tokens, or zeros."""
-    kv = attachment.kv(initial_ids(attachment.base, config, tokenizer)).float().cpu()
+    kv = attachment.kv(_initial_ids(attachment.base, config, tokenizer)).float().cpu()
     return torch.zeros_like(kv) if config.init == "zero" else kv
 
 
-def initial_ids(base: PreTrainedModel, config: PrefixConfig, tokenizer: PreTrainedTokenizerBase | None) -> Tensor:
+def initial_embeddings(
+    base: PreTrainedModel, config: PrefixConfig, tokenizer: PreTrainedTokenizerBase | None
+) -> Tensor:
+    """(P, hidden size) float32: the model's own input embeddings of P tokens, or zeros."""
+    module = base.get_input_embeddings()
+    with torch.no_grad():
+        embeddings = module(_initial_ids(base, config, tokenizer).to(module.weight.device)).float()
+    return torch.zeros_like(embeddings) if config.init == "zero" else embeddings.clone()
+
+
+def _initial_ids(base: PreTrainedModel, config: PrefixConfig, tokenizer: PreTrainedTokenizerBase | None) -> Tensor:
     """(P,): the tokens that a prefix starts from."""
     P = config.num_virtual_tokens
     vocabulary = base.get_input_embeddings().weight.shape[0]

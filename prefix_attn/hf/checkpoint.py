@@ -81,12 +81,16 @@ def load_prefix(
     wanted = {KEY: (config.num_virtual_tokens, 2 * layers * heads * head_dim)}
     folded = _read_tensors(folder / ADAPTER, shapes, wanted)[KEY].float()
     training = folder / TRAINING
-    if is_trainable and config.prefix_projection and training.exists():
+    if is_trainable and (config.prefix_projection or config.mode == "embedding") and training.exists():
         shapes, metadata = _header(training)
         if metadata.get("prefix_sha256") == _digest(folded):
-            return config, _read_tensors(training, shapes, _mlp_shapes(training, shapes, config, sizes))
+            if config.mode == "embedding":
+                wanted = {"embedding": (config.num_virtual_tokens, int(base.get_input_embeddings().weight.shape[1]))}
+            else:
+                wanted = _mlp_shapes(training, shapes, config, sizes)
+            return config, _read_tensors(training, shapes, wanted)
         _log.warning("%s belongs to another prefix: training goes on from the folded one", training)
-    config.prefix_projection = False  # what is left is the prefix that the MLP made
+    config.mode, config.prefix_projection = "kv", False  # what is left is the prefix that was made
     return config, {"embedding": folded}
 
 

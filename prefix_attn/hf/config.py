@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal
 
+MODES = ("kv", "embedding")
 INITS = ("random", "text", "zero")
 POSITION_MODES = ("shift", "none")
 
@@ -20,7 +21,8 @@ class PrefixConfig:
         encoder_hidden_size: width of the MLP's hidden layers; default: key/value heads times head size.
         encoder_depth: hidden layers of the MLP.
         dropout: on the prefix, in training.
-        mode: "kv", keys and values in every layer.
+        mode: what is trained: "kv", keys and values in every layer; "embedding", input embeddings alone, of which the
+            frozen model makes keys and values (Li and Liang 2021, section 7.2); they stay visible past windows.
         sites: attention that gets a prefix; ("decoder",) for causal models.
         layers: "all".
         init: "random" starts from the model's own keys and values of its start token and random ones, "text" from those
@@ -44,7 +46,7 @@ class PrefixConfig:
     encoder_hidden_size: int | None = None
     encoder_depth: int = 1
     dropout: float = 0.0
-    mode: Literal["kv"] = "kv"
+    mode: str = "kv"
     sites: Sequence[str] = ("decoder",)
     layers: Literal["all"] = "all"
     init: str = "random"
@@ -72,7 +74,11 @@ class PrefixConfig:
                 raise ValueError(f"{name} must be one of {allowed}, got {getattr(self, name)!r}")
         if self.init == "text" and (self.init_text is None) == (self.init_token_ids is None):
             raise ValueError("init='text' needs either init_text or init_token_ids")
-        here = {"mode": "kv", "sites": ("decoder",), "layers": "all", "num_frozen_tokens": 0, "gate": None}
+        if self.mode not in MODES:
+            raise NotImplementedError(f"mode={self.mode!r}: this version has {MODES}")
+        if self.mode == "embedding" and self.prefix_projection:
+            raise NotImplementedError("mode='embedding' has no MLP: prefix_projection must be False")
+        here = {"sites": ("decoder",), "layers": "all", "num_frozen_tokens": 0, "gate": None}
         for name, only in here.items():
             value = getattr(self, name)
             value = tuple(value) if isinstance(value, list) else value

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from prefix_attn.hf import checkpoint
-from prefix_attn.hf.attach import Attachment, initial_ids
+from prefix_attn.hf.attach import Attachment, initial_embeddings
 from prefix_attn.hf.config import PrefixConfig
 from prefix_attn.hf.insert import Insertion
 from prefix_attn.hf.wrapper import Wrapper
@@ -56,9 +56,7 @@ class PrefixTuning(Wrapper):
         self._config = PrefixConfig(num_virtual_tokens=prefix_length)
         self._attachment = _attach(model)
         self.base_model = model.requires_grad_(False)
-        with torch.no_grad():
-            ids = initial_ids(model, self._config, None).to(embeddings.weight.device)
-            self.prefix = nn.Parameter(embeddings(ids).float().clone())
+        self.prefix = nn.Parameter(initial_embeddings(model, self._config, None))
 
     @property
     def shared(self) -> bool:

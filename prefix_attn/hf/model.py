@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from prefix_attn.hf import checkpoint
-from prefix_attn.hf.attach import Attachment, initial_kv
+from prefix_attn.hf.attach import Attachment, FromEmbeddings, initial_embeddings, initial_kv
 from prefix_attn.hf.config import PrefixConfig
 from prefix_attn.hf.wrapper import Wrapper
 from prefix_attn.prefix import PrefixEncoder
@@ -66,7 +66,10 @@ class PrefixModel(Wrapper):
         """A new trainable prefix, initialised as ``config`` says; it becomes the active one."""
         self._check_new(name)
         encoder = self._encoder(config)
-        encoder.set_kv(initial_kv(self._attachment, config, tokenizer))
+        if config.mode == "embedding":
+            encoder.embedding.data = initial_embeddings(self.base_model, config, tokenizer)
+        else:
+            encoder.set_kv(initial_kv(self._attachment, config, tokenizer))
         # A copy: the caller may use the same configuration for another model.
         config = replace(
             config,
@@ -112,10 +115,10 @@ class PrefixModel(Wrapper):
     disable_adapter = disable_prefix  # PEFT's name
 
     def fold(self) -> None:
-        """Replace the MLP of every prefix by the prefix that it makes."""
-        for name in self.prefix_configs:
+        """Replace the MLP, or the embeddings, of every prefix by the prefix that is made of them."""
+        for name, config in self.prefix_configs.items():
             self._prefix(name).fold()
-            self.prefix_configs[name].prefix_projection = False
+            config.mode, config.prefix_projection = "kv", False
 
     # Running ----------------------------------------------------------------------------------------------------------
 
@@ -208,7 +211,7 @@ class PrefixModel(Wrapper):
     def _encoder(self, config: PrefixConfig) -> PrefixEncoder:
         layers, heads, size = self._attachment.layers, self._attachment.heads, self._attachment.head_dim
         hidden = (config.encoder_hidden_size or heads * size) if config.prefix_projection else None
-        return PrefixEncoder(
+        encoder = PrefixEncoder(
             config.num_virtual_tokens,
             layers,
             heads,
@@ -217,6 +220,11 @@ class PrefixModel(Wrapper):
             depth=config.encoder_depth,
             dropout=config.dropout,
         )
+        if config.mode == "embedding":
+            width = self.base_model.get_input_embeddings().weight.shape[1]
+            encoder.embedding = nn.Parameter(torch.zeros(config.num_virtual_tokens, width))
+            encoder.mlp = FromEmbeddings(self._attachment)
+        return encoder
 
     def _prefix(self, name: str) -> PrefixEncoder:
         encoder = self.prefixes[name]

@@ -19,7 +19,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from prefix_attn import PrefixConfig, PrefixTuning, get_prefix_model
+from prefix_attn import PrefixConfig, PrefixModel, PrefixTuning, get_prefix_model
 from tests.hf.by_hand import WIDTH, P, causal, concatenated, other, relative
 from tests.hf.models import VOCABULARY, tiny, tokens
 
@@ -334,3 +334,50 @@ def test_compile_fullgraph_forward_and_backward(training: bool) -> None:
     grads = [torch.autograd.grad(loss, model.prefix)[0] for loss in losses]
     torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-6)
     assert model.base_model.training is training
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_mode_embedding_is_prefix_tuning(name: str) -> None:
+    """As one of the prefixes of a PrefixModel: the same logits, the same gradient of the same table."""
+    alone = PrefixTuning(tiny(name), P, WIDTH)
+    model = get_prefix_model(tiny(name), PrefixConfig(num_virtual_tokens=P, mode="embedding"))
+    encoder = model.prefixes["default"]
+    encoder.load_state_dict({"embedding": alone.prefix})
+    assert [p.shape for p in model.parameters() if p.requires_grad] == [(P, WIDTH)]
+    logits, expected = model(tokens()).logits, alone(tokens()).logits
+    torch.testing.assert_close(logits, expected)
+    weight = torch.randn_like(logits)
+    (grad,) = torch.autograd.grad((logits * weight).sum(), encoder.embedding)
+    (expected_grad,) = torch.autograd.grad((expected * weight).sum(), alone.prefix)
+    assert relative(grad, expected_grad) <= 1e-6
+    model.train().gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
+    (model(tokens(), use_cache=False).logits * weight).sum().backward()
+    assert relative(encoder.embedding.grad, expected_grad) <= 1e-5
+
+
+def test_mode_embedding_starts_from_a_text() -> None:
+    base, prompt, ids = tiny("llama"), tokens(1, P)[0], tokens()
+    with torch.no_grad():
+        expected = base(torch.cat([prompt.expand(2, -1), ids], dim=1)).logits[:, P:]
+        start = {"init": "text", "init_token_ids": prompt.tolist()}
+        got = get_prefix_model(base, PrefixConfig(num_virtual_tokens=P, mode="embedding", **start)).eval()(ids).logits
+    assert (got - expected).abs().max() <= 1e-5
+
+
+def test_mode_embedding_folds_into_keys_and_values(tmp_path: Path) -> None:
+    """Saved folded, as PEFT's prefix tuning; with the training state the embeddings go on."""
+    model = get_prefix_model(tiny("llama"), PrefixConfig(num_virtual_tokens=P, mode="embedding")).eval()
+    expected = model(tokens()).logits
+    model.save_pretrained(tmp_path, training_state=True)
+    theirs = peft.PeftModel.from_pretrained(tiny("llama"), tmp_path).eval()
+    assert isinstance(theirs.peft_config["default"], peft.PrefixTuningConfig)
+    torch.testing.assert_close(theirs(tokens()).logits, expected, rtol=1e-5, atol=2e-5)
+    for is_trainable, mode, shape in ((False, "kv", (P, 2 * 3 * 2 * 8)), (True, "embedding", (P, WIDTH))):
+        again = PrefixModel.from_pretrained(tiny("llama"), tmp_path, is_trainable=is_trainable).eval()
+        assert again.prefix_configs["default"].mode == mode
+        assert again.prefixes["default"].embedding.shape == shape
+        assert torch.equal(again(tokens()).logits, expected)
+    model.fold()
+    assert model.prefix_configs["default"].mode == "kv"
+    assert torch.equal(model(tokens()).logits, expected)
+    assert model.get_nb_trainable_parameters()[0] == P * 2 * 3 * 2 * 8

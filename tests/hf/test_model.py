@@ -188,7 +188,8 @@ CONFIG_ERRORS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "text": ({"init": "text"}, ValueError, "needs either init_text or init_token_ids"),
     "positions": ({"position_mode": "rope"}, ValueError, "position_mode must be one of"),
     "dropout": ({"dropout": 1.0}, ValueError, "dropout must lie in"),
-    "mode": ({"mode": "infix"}, NotImplementedError, "mode='infix': this version has mode='kv' only"),
+    "mode": ({"mode": "infix"}, NotImplementedError, "mode='infix': this version has .'kv', 'embedding'"),
+    "no MLP": ({"mode": "embedding", "prefix_projection": True}, NotImplementedError, "has no MLP"),
     "sites": ({"sites": ("encoder",)}, NotImplementedError, "sites"),
     "task": ({"task_type": "SEQ_2_SEQ_LM"}, NotImplementedError, "'CAUSAL_LM' only"),
 }
