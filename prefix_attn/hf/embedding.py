@@ -145,7 +145,7 @@ def _attach(model: PreTrainedModel) -> Attachment | None:
     """For a shared prefix; None where the virtual tokens must run in every row."""
     config = model.config.get_text_config()
     causal = all(getattr(module, "is_causal", True) for module in model.modules())
-    if model.config.is_encoder_decoder or model._is_stateful or not causal or not _sees_all(config):
+    if model.config.is_encoder_decoder or not causal or not _sees_all(config):
         return None
     try:
         return Attachment(model)
@@ -154,7 +154,7 @@ def _attach(model: PreTrainedModel) -> Attachment | None:
 
 
 def _sees_all(config: PreTrainedConfig) -> bool:
-    """Whether no layer has a window narrower than the context, out of which virtual tokens would scroll."""
+    """Whether all layers are attention, with no window narrower than the context: virtual tokens would scroll out."""
     window = getattr(config, "sliding_window", None)
     wide = window is None or window >= config.max_position_embeddings
     kinds = getattr(config, "layer_types", None) or ["sliding_attention"]

@@ -25,6 +25,8 @@ SIZES = {
     "rotary_dim": 4,
     "max_seq_len": 64,
     "decoder_start_token_id": 0,
+    "attention_types": [[["global", "local"], 1]],
+    "window_size": 6,
     "mamba_d_ssm": 32,
     "mamba_n_heads": 4,
     "mamba_d_state": 4,

@@ -27,7 +27,7 @@ SHARED = ["gpt2", "opt", "gpt_neox", "llama", "qwen2", "qwen3", "phi3", "smollm3
 PER_ROW = ["mistral", "gemma2", "gemma3_text", "gpt_oss"]  # their window is 6
 
 
-@pytest.mark.parametrize("name", [*SHARED, *PER_ROW, "gptj", "bloom", "falcon_h1"])
+@pytest.mark.parametrize("name", [*SHARED, *PER_ROW, "gptj", "gpt_neo", "bloom", "falcon_h1"])
 def test_against_concatenation(name: str) -> None:
     """Logits, and the gradient through every layer; with right padding."""
     model, plain = PrefixTuning(causal(name), P, WIDTH), causal(name, attn_implementation="eager")
@@ -92,9 +92,11 @@ def test_which_models_share(name: str, auto: Any, changes: dict[str, Any], share
     assert PrefixTuning(other(name, auto, **changes), P, WIDTH).shared is shared
 
 
-@pytest.mark.parametrize("name", ["gpt2", "opt", "llama", "mistral", "gemma2", "gemma3_text", "gptj", "bloom"])
+@pytest.mark.parametrize(
+    "name", ["gpt2", "opt", "llama", "mistral", "gemma2", "gemma3_text", "gptj", "gpt_neo", "bloom"]
+)
 def test_padding_and_caches_change_nothing(name: str) -> None:
-    """Left and right padding, the growing cache, none, beams and assistance: the same logits and the same tokens."""
+    """Left and right padding, greedy and with beams, the cache and none: the same logits and the same tokens."""
     model, plain = PrefixTuning(causal(name), P, WIDTH).eval(), causal(name)
     ids = tokens(2, 9)
     left = torch.cat([torch.zeros(2, 3, dtype=torch.int64), ids], dim=1)
