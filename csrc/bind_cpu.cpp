@@ -82,6 +82,8 @@ prefix_attn::Call call(const Tensor& query, const Tensor& key, const Tensor& val
     c.DV = value.size(3);
     c.N = prefix_key ? prefix_key->size(0) : 1;
     c.P = prefix_key ? prefix_key->size(2) : 0;
+    STD_TORCH_CHECK(c.D <= 256 && c.DV <= 256, "the kernels take heads of up to 256");
+    STD_TORCH_CHECK(c.HKV > 0 && c.HQ % c.HKV == 0, "query heads must be a multiple of key heads");
     c.causal = causal;
     c.window = window;
     c.scale = (float)scale;

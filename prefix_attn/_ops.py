@@ -91,6 +91,8 @@ class PrefixAttentionFunction(torch.autograd.Function):
         needs = list(ctx.needs_input_grad[:DIFFERENTIABLE])
         if grad_out is None:
             grad_out = torch.zeros_like(out)
+        if grad_lse is not None:  # a query that sees nothing adds nothing, whatever a merge of two such made of it
+            grad_lse = grad_lse.masked_fill(lse == -torch.inf, 0)
         grads = iter(_backward(*tensors, *ctx.options, out, lse, grad_out, grad_lse, needs))
         rest = TENSORS - DIFFERENTIABLE + len(ctx.options)
         return *(next(grads) if needed else None for needed in needs), *(None,) * rest

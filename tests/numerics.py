@@ -90,6 +90,8 @@ CASES = {
     "multi-head": Case(Hq=3, Hkv=3, D=8, Dv=8, layout="bshd"),
     "long-prefix": Case(P=130, S=5, T=9),
     "tiny-head": Case(D=1, Dv=1),
+    "decode-wide": Case(S=1, P=130, D=128, Dv=128),
+    "decode-odd": Case(S=2, P=300, D=80, Dv=80),
     "large-head": Case(B=1, D=256, Dv=256, S=7, T=7),
     "Dv<D": Case(D=24, Dv=8),
     "Dv>D": Case(D=8, Dv=24),

@@ -94,7 +94,11 @@ void backward(const Backward& f, const float* packed, int64_t unit) {
                     dot += load(buffer + d) * load(dout + r * Vp + d);
                 delta[r] = sum(dot) - (f.grad_lse ? f.grad_lse[place] : 0.f);
                 // A query that sees nothing has lse = -inf; +inf makes each of its probabilities an exact 0.
-                lse[r] = f.lse[place] == -INF ? INF : f.lse[place];
+                lse[r] = f.lse[place];
+                if (lse[r] == -INF) {
+                    lse[r] = INF;
+                    delta[r] = 0;  // gradients there may be NaN
+                }
             }
             if (want_q) std::fill(dq, dq + M * Dp, 0.f);
             float* share = f.share ? f.share + place_of(c, row, h, i0) : nullptr;
@@ -124,7 +128,7 @@ void backward(const Backward& f, const float* packed, int64_t unit) {
         }
         if (want_kv)
             for (int64_t j = 0; j < row.T; j++) {  // keys from length on get an exact 0
-                store_row(f.grad_key, key_at(f.grad_key, row, kv, j), c.D, c.scale / factor, dk + j * Dp);
+                store_row(f.grad_key, key_at(f.grad_key, row, kv, j), c.D, c.softcap ? c.softcap : 1.f, dk + j * Dp);
                 store_row(f.grad_value, key_at(f.grad_value, row, kv, j), c.DV, 1.f, dv + j * Vp);
             }
     }

@@ -81,6 +81,7 @@ void attend_in_lanes(const Call& c, const Row& row, int64_t kv, const float* q, 
     const int64_t Dp = up(c.D), Vp = up(c.DV), width = up(M);
     const int64_t key0 = row.entry * key.batch + kv * key.head, value0 = row.entry * value.batch + kv * value.head;
     const bool pairs = paired(c);
+    const float factor = query_factor(c);  // on the products: bfloat16 queries times it would be rounded again
     alignas(64) float rows_of_tile[NT * 256];
     transpose_tile(q, Dp, M, c.D, x.q, NT);
     if (pairs) pair_rows(x.q, c.D, width, x.pairs);
@@ -97,8 +98,11 @@ void attend_in_lanes(const Call& c, const Row& row, int64_t kv, const float* q, 
             const Matrix k = matrix(key, k0, n, c.D, c.D, rows_of_tile);
             product<false>(k.data, k.ld, 1, x.q, NT, x.s, NT, n, width, c.D);
         }
-        for (int64_t i = 0; i < n && c.softcap; i++)
-            cap(c, x.s + i * NT, width);
+        for (int64_t i = 0; i < n; i++) {
+            for (int64_t j = 0; j < width; j += VL)
+                store(x.s + i * NT + j, load(x.s + i * NT + j) * factor);
+            if (c.softcap) cap(c, x.s + i * NT, width);
+        }
         fetch(key, k0 + NT * key.row, std::min(NT, row.prefix - n0 - NT), c.D);
         soften_lanes(c, x, n, width);
         if (pairs) {
@@ -151,7 +155,7 @@ void attend_in_place(const Call& c, const Row& row, const Row& next, int64_t kv,
                             if (r == 0) __builtin_prefetch(values + ((j + i) * c.value.row + d) * size_of(c.value));
                             dot[i] += load(q + r * Dp + d) * load(k.data + (j + i) * k.ld + d);
                         }
-                store(s + r * NT + j, sums(dot));
+                store(s + r * NT + j, sums(dot) * query_factor(c));
             }
         const uint8_t* mask = c.key_mask ? c.key_mask + row.b * c.T + n0 : nullptr;
         const Matrix v = matrix(c.value, at, n, c.DV, Vp, rows_of_tile);
@@ -165,10 +169,15 @@ void attend_in_place(const Call& c, const Row& row, const Row& next, int64_t kv,
     }
 }
 
+int64_t chunk_of(const Call& c) {  // so that about 16 threads have work
+    return std::clamp<int64_t>((c.B * c.HKV + 15) / 16, 4, CHUNK);
+}
+
 void forward_few(const Forward& f, int64_t unit) {
     const Call& c = f.call;
-    const int64_t chunks = (c.B + CHUNK - 1) / CHUNK, kv = unit / chunks, b0 = unit % chunks * CHUNK;
-    const int64_t samples = std::min(c.B - b0, CHUNK), G = c.HQ / c.HKV, R = G * c.S, Dp = up(c.D);
+    const int64_t chunk = chunk_of(c), chunks = (c.B + chunk - 1) / chunk, kv = unit / chunks,
+                  b0 = unit % chunks * chunk;
+    const int64_t samples = std::min(c.B - b0, chunk), G = c.HQ / c.HKV, R = G * c.S, Dp = up(c.D);
     float* q = scratch(samples * R * Dp + lanes_floats(c) + R * NT + state_floats(c, samples * R));
     float *lanes = q + samples * R * Dp, *s = lanes + lanes_floats(c);
     const State x = state_at(c, s + R * NT, samples * R);
@@ -180,9 +189,8 @@ void forward_few(const Forward& f, int64_t unit) {
     const auto sees_prefix = [&](int64_t r) {  // row r: sample r / R, head r % R / S, query r % S
         return rows[r / R].length - c.S + r % c.S >= rows[r / R].start;
     };
-    const float factor = query_factor(c);
     for (int64_t r = 0; r < samples * R; r++)
-        load_row(c.query, query_at(c.query, rows[r / R], kv * G + r % R / c.S, r % c.S), c.D, Dp, factor, q + r * Dp);
+        load_row(c.query, query_at(c.query, rows[r / R], kv * G + r % R / c.S, r % c.S), c.D, Dp, 1.f, q + r * Dp);
     for (int64_t r = 0, M; r < samples * R; r += std::max<int64_t>(M, 1)) {
         const Row& row = rows[r / R];
         for (M = 0; M < NT && r + M < samples * R && rows[(r + M) / R].entry == row.entry && sees_prefix(r + M);)

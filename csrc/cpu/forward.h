@@ -10,8 +10,9 @@ void cap(const Call& c, float* s, int64_t width) {
     for (int64_t j = 0; j < width; j += VL) {
         const vec x = load(s + j), positive = x < vec{} ? -x : x;
         const vec e = exponential(positive * -2.f);
-        const vec t = (1.f - e) / (1.f + e);
-        store(s + j, (x < vec{} ? -t : t) * c.softcap);
+        const vec t = (1.f - e) / (1.f + e), y = x * x;
+        const vec small = x * (1.f + y * (-0.33333333f + y * (0.13333333f - y * 0.053968254f)));  // 1 - e would cancel
+        store(s + j, (positive < 0.1f ? small : x < vec{} ? -t : t) * c.softcap);
     }
 }
 
@@ -92,7 +93,9 @@ Keys prefix_at(const Call& c, const float* packed, int64_t entry, int64_t head, 
 // The row's own keys for one head, packed at ``at``.
 Keys sequence_at(const Call& c, const Row& row, int64_t kv, float* at, bool backward) {
     const int64_t key0 = key_at(c.key, row, kv, 0), value0 = key_at(c.value, row, kv, 0);
-    pack_keys(c, c.key, key0, c.value, value0, row.length, backward, at);
+    const int64_t first =
+        seen(c, row, row.length - row.S).lo / NT * NT;  // no query sees a key before the first's window
+    pack_keys(c, c.key, key0, c.value, value0, row.length, backward, at, first);
     return keys_at(c, c.key, key0, c.value, value0, row.length, at, backward);
 }
 

@@ -38,7 +38,7 @@ void pack(const Call& c, bool backward, float* packed, int64_t unit) {
 }
 
 int64_t forward_units(const Call& c) {
-    return few(c) ? (c.B + CHUNK - 1) / CHUNK * c.HKV : c.B * c.HKV * parts(c);
+    return few(c) ? (c.B + chunk_of(c) - 1) / chunk_of(c) * c.HKV : c.B * c.HKV * parts(c);
 }
 
 void forward(const Forward& f, const float* packed, int64_t unit) {

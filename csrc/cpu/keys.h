@@ -15,9 +15,14 @@ int64_t tiles(int64_t keys) {
 
 // Scratch of a thread. It only grows: memory that was never touched costs more than what is computed on it.
 float* scratch(int64_t floats) {
-    thread_local std::vector<float> memory;
-    if ((int64_t)memory.size() < floats + 16) memory.resize(floats + 16);
-    return (float*)(((uintptr_t)memory.data() + 63) / 64 * 64);
+    thread_local std::unique_ptr<float[]> memory;
+    thread_local int64_t size = 0;
+    if (size < floats + 16) {
+        memory.reset();
+        memory.reset(new float[floats + 16]);
+        size = floats + 16;
+    }
+    return (float*)(((uintptr_t)memory.get() + 63) / 64 * 64);
 }
 
 // Keys and values of one head, in float32. What lies in memory as the kernels read it is not copied.
@@ -85,11 +90,11 @@ Matrix matrix(const Array& x, int64_t at, int64_t n, int64_t size, int64_t width
 
 // Packs what ``keys_at`` then finds. Floats behind the last key of a tile are 0 up to a whole vector.
 void pack_keys(const Call& c, const Array& key, int64_t key0, const Array& value, int64_t value0, int64_t n,
-               bool backward, float* to) {
+               bool backward, float* to, int64_t from = 0) {
     const Keys x = keys_at(c, key, key0, value, value0, n, to, backward);
     const int64_t Dp = up(c.D), Vp = up(c.DV);
     alignas(64) float rows_of_tile[NT * 256];
-    for (int64_t n0 = 0; n0 < n; n0 += NT) {
+    for (int64_t n0 = from; n0 < n; n0 += NT) {
         const int64_t count = std::min(NT, n - n0);
         const float *k = x.k + n0 * x.ldk, *v = x.v + n0 * x.ldv;
         if (!in_place(key, c.D)) {
@@ -157,6 +162,6 @@ struct Range {
 Range seen(const Call& c, const Row& r, int64_t position) {
     Range x{0, r.length};
     if (c.causal) x.hi = std::clamp<int64_t>(position + 1, 0, r.length);
-    if (c.window) x.lo = std::max<int64_t>(position - c.window + 1, 0);
+    if (c.window && c.window <= position) x.lo = position - c.window + 1;
     return x;
 }

@@ -74,8 +74,8 @@ static inline int64_t up(int64_t n) {
 static inline vec exponential(vec x) {
     x *= 1.4426950408889634f;  // 2 ** x from here on
     const veci small = x < all(-126.f);
-    x = max(x, all(-126.f));
-    x = x < all(126.f) ? x : all(126.f);
+    x = max(all(-126.f), x);  // this way round NaN stays NaN
+    x = all(126.f) < x ? all(126.f) : x;
     const vec shifted = x + 12582912.f;  // 1.5 * 2 ** 23: rounds to the nearest integer
     const vec whole = shifted - 12582912.f, f = x - whole;
     vec p = all(1.535336188319500e-4f);
@@ -180,6 +180,12 @@ static void product(const T* a, int64_t ar, int64_t ak, const T* b, int64_t ldb,
 
 // Storage types -> float32
 
+#if defined(__aarch64__)
+typedef __fp16 Half;
+#else
+typedef _Float16 Half;
+#endif
+
 static inline int64_t size_of(const Array& x) {
     return x.type == Type::f32 ? 4 : 2;
 }
@@ -191,7 +197,7 @@ static inline float to_float(uint16_t bits, Type type) {
         std::memcpy(&x, &wide, 4);
         return x;
     }
-    _Float16 half;
+    Half half;
     std::memcpy(&half, &bits, 2);
     return (float)half;
 }
@@ -228,7 +234,7 @@ static inline void store_row(const Array& x, int64_t at, int64_t n, float factor
         if (x.type == Type::bf16) {
             to[i] = to_bf16(y);
         } else {
-            const _Float16 half = (_Float16)y;
+            const Half half = (Half)y;
             std::memcpy(to + i, &half, 2);
         }
     }

@@ -37,7 +37,7 @@ def _choose() -> str | None:
 
 
 isa = ""  # the instruction set that runs: avx512bf16, avx512, avx2 or generic
-_prebuilt = _load()
+_missing = _load()
 
 
 def cpu_ops_missing() -> str | None:
@@ -46,9 +46,10 @@ def cpu_ops_missing() -> str | None:
     Where the installation has built nothing, the first call builds with ninja (about 20 seconds, kept in torch's
     extension cache), unless PREFIX_ATTN_BUILD=0 forbids it or torch.compile is tracing.
     """
-    if _prebuilt is None or torch.compiler.is_compiling():
-        return _prebuilt
-    return _built()
+    global _missing
+    if _missing is not None and not torch.compiler.is_compiling():
+        _missing = _built()
+    return _missing
 
 
 @functools.cache
@@ -56,7 +57,7 @@ def _built() -> str | None:
     places = (PACKAGE / "csrc", PACKAGE.parent / "csrc")
     sources = next((path for path in places if (path / "bind_cpu.cpp").is_file()), None)
     if os.environ.get("PREFIX_ATTN_BUILD") == "0" or sources is None or any(PACKAGE.glob("_C_cpu*.so")):
-        return _prebuilt
+        return _missing
     from torch.utils import cpp_extension
 
     files = [str(sources / "bind_cpu.cpp"), *map(str, sorted((sources / "cpu").glob("*.cpp")))]
@@ -66,6 +67,6 @@ def _built() -> str | None:
             cpp_extension.load("prefix_attn_cpu", files, extra_cflags=FLAGS, is_python_module=False)
     except (RuntimeError, OSError, ImportError) as error:
         lines = [line for line in str(error).splitlines() if line.strip()]
-        said = next((line for line in lines if "error" in line.lower()), lines[0] if lines else type(error).__name__)
-        return f"{_prebuilt}, and building it now failed: {said.strip()[:200]}"
+        said = next((line for line in lines if ": error: " in line), lines[0] if lines else type(error).__name__)
+        return f"{_missing}, and building it now failed: {said.strip()[:200]}"
     return _choose()

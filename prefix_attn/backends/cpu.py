@@ -61,6 +61,7 @@ def backward(
     partials = [None if t is None else _partials(t, slots) for t in prefix]
     if grad_out.stride(-1) != 1:
         grad_out = grad_out.contiguous()
+    lse = lse.contiguous()
     grad_lse = None if grad_lse is None else grad_lse.float().contiguous()
     share = torch.zeros_like(lse) if needs[5] else None
     if lse.numel():

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from prefix_attn import prefix_attention
+from tests.backends.test_numerics import compare
 from tests.numerics import Case
 
 BACKENDS = ("eager", "composed", "cpu", "triton")
@@ -85,6 +86,38 @@ def test_empty_rows_are_zero_and_pass_no_gradient(backend: str) -> None:
     assert torch.equal(out, torch.zeros_like(out))
     assert torch.equal(lse, torch.full_like(lse, -torch.inf))
     assert all(torch.equal(leaf.grad, torch.zeros_like(leaf)) for leaf in leaves.values())
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_gradient_of_an_empty_rows_lse_may_be_nan(backend: str) -> None:
+    """torch.logaddexp of two empty rows gives such a gradient, and the rows add nothing."""
+    arguments = Case(P=0, with_=("key_mask",)).arguments(torch.float32)
+    arguments["key_mask"][1] = False
+    leaves = [arguments[n].requires_grad_() for n in ("query", "key", "value")]
+    _, lse = prefix_attention(**arguments, return_lse=True, backend=backend)
+    upstream = torch.ones_like(lse).masked_fill(lse == -torch.inf, torch.nan)
+    query, key, _ = torch.autograd.grad(lse, leaves, upstream, allow_unused=True)
+    assert query[0].abs().max() > 0
+    assert not query[1].any()
+    assert key.isfinite().all()
+
+
+@pytest.mark.parametrize("backend", ["eager", "composed", "cpu"])
+def test_nan_is_not_hidden(backend: str) -> None:
+    """A prefix that diverged must be seen by whoever looks for NaN. Triton's interpreter warns of it."""
+    for name, queries in (("prefix_key", 17), ("key", 17), ("prefix_key", 1)):
+        arguments = Case(S=queries, D=16).arguments(torch.float32)
+        arguments[name][..., 0, 3] = torch.nan
+        assert prefix_attention(**arguments, backend=backend).isnan().all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_extreme_options(backend: str) -> None:
+    """A scale of 0, a softcap far above all logits, a window as long as can be: forward and gradients of float64."""
+    softcap = 1e6 if backend != "triton" else 50.0  # its tanh is exact to a few 1e-8 of the cap
+    for options in ({"scale": 0.0}, {"softcap": softcap}, {"window": 2**63 - 1, "is_causal": False}):
+        for case in (Case(S=8, T=3, options=options), Case(S=1, options=options)):
+            compare(backend, case.arguments(torch.float32))
 
 
 @pytest.mark.parametrize(("backend", "layout"), [("composed", "bhsd"), ("composed", "bshd"), ("triton", "bshd")])
