@@ -57,6 +57,36 @@ def test_rows_do_not_see_each_other(backend: str) -> None:
     torch.testing.assert_close(permuted, out[order])
 
 
+@pytest.mark.parametrize("S", [1, 7, 70])
+def test_a_row_of_a_bank_is_the_same_bits_in_any_company(S: int) -> None:
+    """Other rows, in another order, with other entries, and garbage after its own entry, which is shorter than they.
+
+    The backend cpu adds up each query by itself. The others share matrix products between rows, whose rounding depends
+    on how many there are: test_rows_do_not_see_each_other has their bound.
+    """
+    query, key, value = torch.randn(5, 4, S, 16), *torch.randn(2, 5, 2, S + 9, 16)
+    entries = [torch.randn(2, 2, length, 16) for length in (5, 70, 33)]
+    alone = prefix_attention(query[:1], key[:1], value[:1], *entries[0], backend="cpu")
+    for rows, ids in (
+        ([0], [0]),
+        ([0, 1], [0, 0]),
+        ([3, 0], [1, 0]),
+        ([4, 1, 0, 2], [-1, 2, 0, 2]),
+        ([2, 3, 4, 1, 0], [0, 1, -1, 2, 0]),
+    ):
+        bank = torch.full((2, 3, 2, 70, 16), torch.nan)
+        for n, entry in enumerate(entries):
+            bank[:, n, :, : entry.shape[2]] = entry
+        out = prefix_attention(
+            *(t[rows] for t in (query, key, value)),
+            *bank,
+            prefix_ids=torch.tensor(ids),
+            prefix_lengths=torch.tensor([5, 70, 33]),
+            backend="cpu",
+        )
+        assert torch.equal(out[rows.index(0)], alone[0])
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_causality(backend: str) -> None:
     """What comes later changes nothing, to the bit."""
