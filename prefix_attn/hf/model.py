@@ -54,6 +54,7 @@ class PrefixModel(Wrapper):
         self.prefixes = nn.ModuleDict()
         self.prefix_configs: dict[str, PrefixConfig] = {}
         self.active_prefix: str | None = None
+        self._disabled: list[None] = []  # one for each disable_prefix now open: to append and to pop is atomic
 
     # Prefixes ---------------------------------------------------------------------------------------------------------
 
@@ -91,33 +92,32 @@ class PrefixModel(Wrapper):
 
     def set_prefix(self, name: str) -> None:
         """Make ``name`` the active prefix: the one that forward, generate and training use."""
-        if name not in self.prefix_configs:
-            raise ValueError(f"no prefix named {name!r}; there are {self.prefix_names}")
+        self._find(name)
         self.active_prefix = name
 
     def delete_prefix(self, name: str) -> None:
         """Remove a prefix; the oldest remaining one becomes active if it was."""
-        if name not in self.prefix_configs:
-            raise ValueError(f"no prefix named {name!r}; there are {self.prefix_names}")
-        del self.prefixes[name], self.prefix_configs[name]
-        if self.active_prefix == name:
-            self.active_prefix = next(iter(self.prefix_configs), None)
+        self._find(name)
+        if self.active_prefix == name:  # first: another thread may ask for the active prefix at any moment
+            self.active_prefix = next((other for other in self.prefix_configs if other != name), None)
+        del self.prefix_configs[name], self.prefixes[name]
 
     @contextmanager
     def disable_prefix(self) -> Iterator[None]:
-        """The frozen model as it was, within the context."""
-        name, self.active_prefix = self.active_prefix, None
+        """The frozen model as it was, within the context, whatever is active."""
+        self._disabled.append(None)
         try:
             yield
         finally:
-            self.active_prefix = name
+            self._disabled.pop()
 
     disable_adapter = disable_prefix  # PEFT's name
 
     def fold(self) -> None:
         """Replace the MLP, or the embeddings, of every prefix by the prefix that is made of them."""
-        for name, config in self.prefix_configs.items():
-            self._prefix(name).fold()
+        for name in self.prefix_configs:
+            encoder, config = self._find(name)
+            encoder.fold()
             config.mode, config.prefix_projection = "kv", False
 
     # Running ----------------------------------------------------------------------------------------------------------
@@ -155,10 +155,10 @@ class PrefixModel(Wrapper):
             return self.base_model.generate(*args, **kwargs)
 
     def _running(self) -> AbstractContextManager[None]:
-        if self.active_prefix is None:
+        if self._disabled or self.active_prefix is None:
             return self._attachment.plain()
-        kv = self.prefixes[self.active_prefix]()
-        return self._attachment.running(kv, self.prefix_configs[self.active_prefix])
+        encoder, config = self._find(self.active_prefix)
+        return self._attachment.running(encoder(), config)
 
     # Parameters -------------------------------------------------------------------------------------------------------
 
@@ -182,7 +182,7 @@ class PrefixModel(Wrapper):
         """
         if self.active_prefix is None:
             raise ValueError("there is no active prefix to save")
-        encoder, config = self._prefix(self.active_prefix), self.prefix_configs[self.active_prefix]
+        encoder, config = self._find(self.active_prefix)
         checkpoint.save_prefix(Path(path), encoder, config, self.base_model, training_state=training_state)
 
     @classmethod
@@ -226,10 +226,12 @@ class PrefixModel(Wrapper):
             encoder.mlp = FromEmbeddings(self._attachment)
         return encoder
 
-    def _prefix(self, name: str) -> PrefixEncoder:
+    def _find(self, name: str) -> tuple[PrefixEncoder, PrefixConfig]:
+        if name not in self.prefix_configs:
+            raise ValueError(f"no prefix named {name!r}; there are {self.prefix_names}")
         encoder = self.prefixes[name]
         assert isinstance(encoder, PrefixEncoder)
-        return encoder
+        return encoder, self.prefix_configs[name]
 
     def _install(self, name: str, config: PrefixConfig, encoder: PrefixEncoder, *, trainable: bool) -> None:
         encoder.requires_grad_(trainable)

@@ -128,12 +128,37 @@ def test_several_prefixes() -> None:
     assert torch.equal(model(tokens()).logits, first)
     model.delete_prefix("default")
     assert model.active_prefix == "other"
-    with pytest.raises(ValueError, match="no prefix named 'default'; there are \\['other'\\]"):
-        model.set_prefix("default")
+    for call in (model.set_prefix, model.delete_prefix):
+        with pytest.raises(ValueError, match="no prefix named 'default'; there are \\['other'\\]"):
+            call("default")
     with pytest.raises(ValueError, match="a prefix named 'other' already"):
         model.add_prefix("other", PrefixConfig())
-    with pytest.raises(NotImplementedError, match="prefix_names: this version has one prefix for a whole batch"):
-        model.generate(tokens(), prefix_names=["other", None])
+    for name in ("", "a.b", "keys"):
+        with pytest.raises(ValueError, match="cannot be named"):
+            model.add_prefix(name, PrefixConfig())
+    model.delete_prefix("other")
+    assert model.active_prefix is None
+    with pytest.raises(ValueError, match="no active prefix"):
+        model.save_pretrained("nowhere")
+
+
+def test_disabling_nests_and_outlives_what_happens_within() -> None:
+    model = get_prefix_model(tiny("llama"), PrefixConfig(num_virtual_tokens=P)).eval()
+    first = model(tokens()).logits
+    model.add_prefix("second", PrefixConfig(num_virtual_tokens=P))
+    second = model(tokens()).logits
+    with model.disable_prefix():
+        frozen = model(tokens()).logits
+        with model.disable_adapter():
+            assert torch.equal(model(tokens()).logits, frozen)
+        model.set_prefix("default")
+        model.delete_prefix("second")
+        assert torch.equal(model(tokens()).logits, frozen)
+    assert torch.equal(model(tokens()).logits, first)
+    assert all((logits - frozen).abs().max() > 0.1 for logits in (first, second))
+    with pytest.raises(ZeroDivisionError), model.disable_prefix():
+        1 / 0  # noqa: B018
+    assert torch.equal(model(tokens()).logits, first)
 
 
 def test_dropout_of_the_prefix_is_for_training_alone() -> None:
