@@ -72,6 +72,18 @@ def test_training_example(small: Any, capsys: pytest.CaptureFixture[str]) -> Non
     assert "trainable params: 960 ||" in capsys.readouterr().out  # 10 tokens * 2 * 3 layers * 2 heads * 8
 
 
+def test_batch_example(small: Any) -> None:
+    """Every row is what its prefix alone generates."""
+    names = run(blocks(section("Many prefixes in one batch"), "python"))
+    model, batch, tokenizer = names["model"], names["batch"], names["tokenizer"]
+    for row, prefix in enumerate(names["names"]):
+        prompt = {name: tensor[row : row + 1] for name, tensor in batch.items()}
+        out = model.generate(**prompt, prefix_names=[prefix], max_new_tokens=20)
+        assert tokenizer.decode(out[0], skip_special_tokens=True) == names["texts"][row]
+    grads = [model.prefixes[prefix].embedding.grad for prefix in ("default", "dart")]
+    assert all(grad.abs().max() > 0 for grad in grads)
+
+
 def test_migration_example(small: Any) -> None:
     """Both sides run, and train as many parameters."""
     before, after, keep = blocks(section("From PEFT"), "python")
@@ -122,6 +134,7 @@ def test_every_python_example_is_run() -> None:
     tested = (
         "Train a prefix",
         "Embeddings alone",
+        "Many prefixes in one batch",
         "From PEFT",
         "A model of nn.MultiheadAttention",
         "The operator alone",

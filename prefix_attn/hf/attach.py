@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -12,6 +13,7 @@ from transformers import PreTrainedModel
 
 from prefix_attn.hf import attention
 from prefix_attn.hf.attention import STATE, Capture, PrefixState
+from prefix_attn.hf.banks import Rows, grow
 from prefix_attn.hf.config import PrefixConfig
 
 if TYPE_CHECKING:
@@ -32,8 +34,7 @@ class Attachment:
         """
         self.base = base
         self._name = type(base).__name__
-        self._state: PrefixState | Capture | None = None
-        self._bridge: tuple[Tensor, Tensor] | None = None
+        self._now = _Now()
         self.layers = base.config.get_text_config().num_hidden_layers
         if base.config.is_encoder_decoder:
             raise NotImplementedError(
@@ -66,8 +67,13 @@ class Attachment:
             parameter.requires_grad_(flag)
 
     @contextmanager
-    def running(self, kv: Tensor, config: PrefixConfig) -> Iterator[None]:
-        """Forwards of ``base`` within the context attend to the prefix ``kv`` (2 * L, H, P, D).
+    def running(self, kv: Tensor, config: PrefixConfig, rows: Rows | None = None) -> Iterator[None]:
+        """Forwards of ``base`` within the context attend to prefixes.
+
+        Args:
+            kv: a prefix (2 * L, H, P, D), or a bank (N, 2 * L, H, P, D).
+            config: of the prefix; of any in a bank.
+            rows: of a bank.
 
         Raises:
             RuntimeError: on leaving, if a layer did not ask for it. There is no silent "no prefix".
@@ -76,8 +82,8 @@ class Attachment:
         if kv.requires_grad and torch.is_grad_enabled() and self._is_reentrant():
             leaf = kv.detach().requires_grad_()
             kv, bridge = leaf, (kv, leaf)
-        shift = config.num_virtual_tokens if config.position_mode == "shift" else 0
-        state = PrefixState(kv, shift=shift, backend=config.backend)
+        shift = config.shift if rows is None else rows.shifts
+        state = PrefixState(kv, shift=shift, backend=config.backend, rows=rows)
         with self._set(state, bridge):
             yield
         if len(state.served) != self.layers:
@@ -113,12 +119,12 @@ class Attachment:
 
     @contextmanager
     def _set(self, state: PrefixState | Capture | None, bridge: tuple[Tensor, Tensor] | None) -> Iterator[None]:
-        before = self._state, self._bridge
-        self._state, self._bridge = state, bridge
+        before = self._now.state, self._now.bridge
+        self._now.state, self._now.bridge = state, bridge
         try:
             yield
         finally:
-            self._state, self._bridge = before
+            self._now.state, self._now.bridge = before
 
     def _probe(self) -> tuple[int, int]:
         """(heads, head size) of the keys and values that reach our attention function for one token."""
@@ -134,21 +140,25 @@ class Attachment:
         return heads, size
 
     def _inject(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
-        if self._state is None:
+        state, bridge = self._now.state, self._now.bridge
+        if state is None:
             return None
-        kwargs = kwargs | {STATE: self._state}
+        kwargs = kwargs | {STATE: state}
         if len(args) > 1:
             raise NotImplementedError(f"{self._name} hands more than input_ids to its backbone by position")
         if args:
             kwargs["input_ids"] = args[0]
         if kwargs.get("position_ids") is None:
             kwargs["position_ids"] = positions(kwargs)
-        kwargs["position_ids"] = kwargs["position_ids"] + self._state.shift
-        if self._bridge is not None:
+        shift = state.shift
+        if isinstance(shift, Tensor):
+            shift = grow(shift, _tokens(kwargs).shape[0])
+        kwargs["position_ids"] = kwargs["position_ids"] + shift
+        if bridge is not None:
             embeddings = kwargs.get("inputs_embeds")
             if embeddings is None:
                 embeddings = self.base.get_input_embeddings()(kwargs["input_ids"])
-            kwargs |= {"input_ids": None, "inputs_embeds": _Bridge.apply(embeddings, *self._bridge)}
+            kwargs |= {"input_ids": None, "inputs_embeds": _Bridge.apply(embeddings, *bridge)}
         return (), kwargs
 
     def _is_reentrant(self) -> bool:
@@ -240,14 +250,30 @@ def _initial_ids(base: PreTrainedModel, config: PrefixConfig, tokenizer: PreTrai
 
 def positions(kwargs: dict[str, Any]) -> Tensor:
     """Positions of the new tokens: from a 2-D attention mask (padding takes none), else after those in the cache."""
-    tokens = kwargs.get("inputs_embeds")
-    tokens = kwargs["input_ids"] if tokens is None else tokens
+    tokens = _tokens(kwargs)
     length, mask = tokens.shape[1], kwargs.get("attention_mask")
     if isinstance(mask, Tensor) and mask.dim() == 2:
         return (mask.long().cumsum(-1) - 1).clamp(min=0)[:, -length:]
     cache = kwargs.get("past_key_values")
     past = 0 if cache is None else cache.get_seq_length()
     return torch.arange(length, device=tokens.device)[None] + past
+
+
+def _tokens(kwargs: dict[str, Any]) -> Tensor:
+    """(B, S) ids or (B, S, width) embeddings, whichever the backbone was given."""
+    embeddings = kwargs.get("inputs_embeds")
+    return kwargs["input_ids"] if embeddings is None else embeddings
+
+
+class _Now(threading.local):
+    """What the forwards of this thread run with: others may run the same model with other prefixes meanwhile."""
+
+    state: PrefixState | Capture | None = None
+    bridge: tuple[Tensor, Tensor] | None = None
+
+    def __reduce__(self) -> tuple[type[_Now], tuple[()]]:
+        """A copy of the model runs nothing yet."""
+        return type(self), ()
 
 
 class _Bridge(torch.autograd.Function):

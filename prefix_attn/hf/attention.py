@@ -8,7 +8,7 @@ sequence alone.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,27 +16,47 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
 from prefix_attn.functional import prefix_attention
+from prefix_attn.hf.banks import Rows, grow
 
 NAME = "prefix_attn"  # of both functions: without a mask function of its name, padding would be ignored
 STATE = "prefix_state"  # the keyword argument
 
 
-class PrefixState:
-    """The prefix of one forward: what each layer attends to before its sequence."""
+class Prefix(NamedTuple):
+    """What an attention module hands to ``prefix_attention``."""
 
-    def __init__(self, kv: Tensor, *, shift: int, backend: str) -> None:
-        """``kv`` (2 * L, H, P, D); ``shift`` is added to positions."""
-        parts = kv.unbind(0)
+    key: Tensor | None = None  # (H, P, D) or (N, H, P, D)
+    value: Tensor | None = None
+    ids: Tensor | None = None  # (B,)
+    lengths: Tensor | None = None  # (N,)
+
+
+class PrefixState:
+    """The prefixes of one forward: what each layer attends to before its sequence."""
+
+    def __init__(self, kv: Tensor, *, shift: int | Tensor, backend: str, rows: Rows | None = None) -> None:
+        """One prefix for all rows, or a bank.
+
+        Args:
+            kv: (2 * L, H, P, D), or a bank (N, 2 * L, H, P, D).
+            shift: what is added to positions; (B, 1) for a bank.
+            backend: of ``prefix_attention``.
+            rows: of a bank.
+        """
+        parts = kv.unbind(-4)
         self.layers = list(zip(parts[::2], parts[1::2]))
         self.shift = shift
         self.backend = backend
+        self.rows = rows
         self.served: set[int] = set()
 
-    def take(self, module: nn.Module, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Prefix key and value of the layer that ``module`` is in."""
+    def take(self, module: nn.Module, key: Tensor, value: Tensor) -> Prefix:
+        """The prefix of the layer that ``module`` is in, for the rows of ``key``."""
         layer = _layer(module)
         self.served.add(layer)
-        return self.layers[layer]
+        if self.rows is None:
+            return Prefix(*self.layers[layer])
+        return Prefix(*self.layers[layer], grow(self.rows.ids, key.shape[0]), self.rows.lengths)
 
 
 class Capture:
@@ -49,10 +69,10 @@ class Capture:
         """Empty."""
         self.layers: dict[int, tuple[Tensor, Tensor]] = {}
 
-    def take(self, module: nn.Module, key: Tensor, value: Tensor) -> tuple[None, None]:
+    def take(self, module: nn.Module, key: Tensor, value: Tensor) -> Prefix:
         """Keep them; there is no prefix."""
         self.layers[_layer(module)] = (key, value)
-        return None, None
+        return Prefix()
 
 
 def prefix_attention_forward(
@@ -81,17 +101,17 @@ def prefix_attention_forward(
             key_mask = attention_mask[:, 0, 0].expand(query.shape[0], -1)
         else:
             bias = _bias(attention_mask, query)
-    prefix_key = prefix_value = None
-    backend = "auto"
+    prefix, backend = Prefix(), "auto"
     if prefix_state is not None:
-        prefix_key, prefix_value = prefix_state.take(module, key, value)
-        backend = prefix_state.backend
+        prefix, backend = prefix_state.take(module, key, value), prefix_state.backend
     out = prefix_attention(
         query,
         key,
         value,
-        prefix_key,
-        prefix_value,
+        prefix.key,
+        prefix.value,
+        prefix_ids=prefix.ids,
+        prefix_lengths=prefix.lengths,
         key_mask=key_mask,
         bias=bias,
         is_causal=causal,

@@ -87,6 +87,11 @@ class PrefixConfig:
         if self.task_type not in (None, "CAUSAL_LM"):
             raise NotImplementedError(f"task_type={self.task_type!r}: this version has 'CAUSAL_LM' only")
 
+    @property
+    def shift(self) -> int:
+        """What the prefix adds to the positions of the tokens after it."""
+        return self.num_virtual_tokens if self.position_mode == "shift" else 0
+
     def to_dict(self) -> dict[str, Any]:
         """Fields as JSON can hold them."""
         return {n: list(v) if isinstance(v, tuple) else v for n, v in asdict(self).items()}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -14,12 +14,15 @@ from transformers import PreTrainedModel
 
 from prefix_attn.hf import checkpoint
 from prefix_attn.hf.attach import Attachment, FromEmbeddings, initial_embeddings, initial_kv
+from prefix_attn.hf.banks import make_bank, make_rows
 from prefix_attn.hf.config import PrefixConfig
 from prefix_attn.hf.wrapper import Wrapper
 from prefix_attn.prefix import PrefixEncoder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+NO_PREFIX = "__base__"  # among PEFT's adapter_names
 
 
 def get_prefix_model(
@@ -42,6 +45,9 @@ def get_prefix_model(
 
 class PrefixModel(Wrapper):
     """A frozen model and its prefixes (Li and Liang 2021, section 4.2). Other attributes are the model's own.
+
+    A forward or generate keeps the prefixes that it started with. Adding, setting, deleting and disabling, from a
+    callback or another thread, is for those that start later; threads may run different prefixes at the same time.
 
     ``state_dict`` holds the prefixes alone, MLPs included: a Trainer's checkpoint is that, and resumes from it.
     """
@@ -104,7 +110,7 @@ class PrefixModel(Wrapper):
 
     @contextmanager
     def disable_prefix(self) -> Iterator[None]:
-        """The frozen model as it was, within the context, whatever is active."""
+        """The frozen model as it was, within the context, whatever is active or named by a call."""
         self._disabled.append(None)
         try:
             yield
@@ -131,9 +137,27 @@ class PrefixModel(Wrapper):
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         use_cache: bool | None = None,
+        prefix_names: Sequence[str | None] | None = None,
+        adapter_names: Sequence[str | None] | None = None,
         **kwargs: Any,
     ) -> Any:
-        """The base model's forward with the active prefix. Positions default to those that the mask implies."""
+        """The base model's forward with the active prefix. Positions default to those that the mask implies.
+
+        Args:
+            input_ids: these, and all that are not described, are the base model's.
+            attention_mask: see ``input_ids``.
+            position_ids: see ``input_ids``.
+            past_key_values: see ``input_ids``.
+            inputs_embeds: see ``input_ids``.
+            labels: see ``input_ids``.
+            use_cache: see ``input_ids``.
+            prefix_names: the prefix of each row, None = no prefix, instead of the active one for all.
+            adapter_names: the same in PEFT's words, where "__base__" is no prefix.
+            kwargs: see ``input_ids``.
+
+        Raises:
+            ValueError: unknown names, another number of names than of rows, or prefixes of different backends.
+        """
         given = {
             "input_ids": input_ids,
             "attention_mask": attention_mask,
@@ -143,22 +167,48 @@ class PrefixModel(Wrapper):
             "labels": labels,
             "use_cache": use_cache,
         }
-        _one_prefix_a_batch(kwargs)
-        with self._running():
+        names = _names(prefix_names, adapter_names, input_ids, inputs_embeds)
+        with self._running(names):
             return self.base_model(**{n: v for n, v in given.items() if v is not None}, **kwargs)
 
     @torch.no_grad()
-    def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """The base model's generate, with the active prefix, which is made once."""
-        _one_prefix_a_batch(kwargs)
-        with self._running():
+    def generate(
+        self,
+        *args: Any,
+        prefix_names: Sequence[str | None] | None = None,
+        adapter_names: Sequence[str | None] | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """The base model's generate, with the active prefix, or those of ``prefix_names``, which are made once.
+
+        Args:
+            args: the base model's, as ``kwargs``.
+            prefix_names: the prefix of each row of the prompt, None = no prefix. Its beams and sequences have it too.
+            adapter_names: the same in PEFT's words, where "__base__" is no prefix.
+            kwargs: see ``args``.
+
+        Raises:
+            ValueError: as ``forward``.
+        """
+        prompts = (kwargs.get(name) for name in ("inputs", "inputs_embeds", self.base_model.main_input_name))
+        with self._running(_names(prefix_names, adapter_names, *args[:1], *prompts)):
             return self.base_model.generate(*args, **kwargs)
 
-    def _running(self) -> AbstractContextManager[None]:
-        if self._disabled or self.active_prefix is None:
+    def _running(self, names: Sequence[str | None] | None) -> AbstractContextManager[None]:
+        """The context in which the rows of a batch have the prefixes ``names``, or all of them the active one."""
+        names = [self.active_prefix] if names is None else names
+        found = {name: self._find(name) for name in names if name is not None}
+        if self._disabled or not found:
             return self._attachment.plain()
-        encoder, config = self._find(self.active_prefix)
-        return self._attachment.running(encoder(), config)
+        kvs = [encoder() for encoder, _ in found.values()]
+        configs = {name: config for name, (_, config) in found.items()}
+        config = next(iter(configs.values()))
+        if len(set(names)) == 1:
+            return self._attachment.running(kvs[0], config)
+        backends = {name: config.backend for name, config in configs.items()}
+        if len(set(backends.values())) > 1:
+            raise ValueError(f"the prefixes of one batch must have one backend, got {backends}")
+        return self._attachment.running(make_bank(kvs), config, make_rows(names, configs, kvs))
 
     # Parameters -------------------------------------------------------------------------------------------------------
 
@@ -205,6 +255,8 @@ class PrefixModel(Wrapper):
     def _check_new(self, name: str) -> None:
         if name in self.prefix_configs:
             raise ValueError(f"there is a prefix named {name!r} already")
+        if name == NO_PREFIX:
+            raise ValueError(f"a prefix cannot be named {name!r}: adapter_names means no prefix by it")
         if not name or "." in name or hasattr(self.prefixes, name):
             raise ValueError(f"a prefix cannot be named {name!r}: its name becomes that of a module")
 
@@ -241,7 +293,18 @@ class PrefixModel(Wrapper):
         self.active_prefix = name
 
 
-def _one_prefix_a_batch(kwargs: dict[str, Any]) -> None:
-    for name in ("prefix_names", "adapter_names"):
-        if kwargs.pop(name, None) is not None:
-            raise NotImplementedError(f"{name}: this version has one prefix for a whole batch; see set_prefix")
+def _names(
+    names: Sequence[str | None] | None, peft_names: Sequence[str | None] | None, *prompts: Tensor | None
+) -> Sequence[str | None] | None:
+    """The names that a call gives, of which there must be one for each row of its prompts."""
+    if names is not None and peft_names is not None:
+        raise ValueError("prefix_names and adapter_names say the same: give one of them")
+    given = names if peft_names is None else peft_names
+    if given is None:
+        return None
+    if isinstance(given, str) or not all(name is None or isinstance(name, str) for name in given):
+        raise TypeError(f"prefix_names must be a list with a name, or None, for each row, got {given!r}")
+    rows = next((prompt.shape[0] for prompt in prompts if prompt is not None), 1)
+    if len(given) != rows:
+        raise ValueError(f"prefix_names must have a name, or None, for each of {rows} rows, got {len(given)}")
+    return given if peft_names is None else [None if name == NO_PREFIX else name for name in given]

@@ -133,7 +133,7 @@ def test_several_prefixes() -> None:
             call("default")
     with pytest.raises(ValueError, match="a prefix named 'other' already"):
         model.add_prefix("other", PrefixConfig())
-    for name in ("", "a.b", "keys"):
+    for name in ("", "a.b", "keys", "__base__"):
         with pytest.raises(ValueError, match="cannot be named"):
             model.add_prefix(name, PrefixConfig())
     model.delete_prefix("other")
@@ -151,6 +151,7 @@ def test_disabling_nests_and_outlives_what_happens_within() -> None:
         frozen = model(tokens()).logits
         with model.disable_adapter():
             assert torch.equal(model(tokens()).logits, frozen)
+        assert torch.equal(model(tokens(), prefix_names=["default", "second"]).logits, frozen)
         model.set_prefix("default")
         model.delete_prefix("second")
         assert torch.equal(model(tokens()).logits, frozen)

@@ -1,0 +1,45 @@
+"""Many prefixes in one batch: a bank that holds each of them once, and which row has which."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from prefix_attn.hf.config import PrefixConfig
+
+
+class Rows(NamedTuple):
+    """The prefixes of a batch's rows, as numbers of their places in a bank of N."""
+
+    ids: Tensor  # (B,) int64, -1 = no prefix
+    shifts: Tensor  # (B, 1) int64: what is added to the positions of the row's tokens
+    lengths: Tensor  # (N,) int64, of the prefixes
+
+
+def make_bank(kvs: Sequence[Tensor]) -> Tensor:
+    """(N, 2 * L, H, P, D) from prefixes (2 * L, H, P_n, D), with zeros after those that are shorter than P."""
+    longest = max(kv.shape[2] for kv in kvs)
+    return torch.stack([F.pad(kv, (0, 0, 0, longest - kv.shape[2])) for kv in kvs])
+
+
+def make_rows(names: Sequence[str | None], configs: dict[str, PrefixConfig], kvs: Sequence[Tensor]) -> Rows:
+    """The rows ``names`` of a batch, in the bank of ``kvs``, which are the prefixes of ``configs`` in this order."""
+    places = dict(zip(configs, range(len(configs))))
+    rows = [(-1, 0) if name is None else (places[name], configs[name].shift) for name in names]
+    ids, shifts = torch.tensor(rows, device=kvs[0].device).split(1, dim=1)
+    return Rows(ids[:, 0], shifts, torch.tensor([kv.shape[2] for kv in kvs], device=kvs[0].device))
+
+
+def grow(per_row: Tensor, batch: int) -> Tensor:
+    """One value per row of a batch -> one per row of what transformers makes of it.
+
+    Beams and returned sequences repeat each row in place: row r of the grown batch is row r // factor of the batch.
+    """
+    rows = per_row.shape[0]
+    if batch % rows:
+        raise ValueError(f"prefix_names has {rows} names, and the model runs {batch} rows")
+    return per_row if batch == rows else per_row.repeat_interleave(batch // rows, dim=0)
