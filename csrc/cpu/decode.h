@@ -169,8 +169,10 @@ void attend_in_place(const Call& c, const Row& row, const Row& next, int64_t kv,
     }
 }
 
-int64_t chunk_of(const Call& c) {  // so that about 16 threads have work
-    return std::clamp<int64_t>((c.B * c.HKV + 15) / 16, 4, CHUNK);
+// Samples of a unit: few enough for eight threads, as the prefix is read once by each unit, and lanes are full.
+int64_t chunk_of(const Call& c) {
+    const int64_t R = c.HQ / c.HKV * c.S;
+    return std::clamp((c.B * c.HKV + 7) / 8, std::min((VL + R - 1) / R, CHUNK), CHUNK);
 }
 
 void forward_few(const Forward& f, int64_t unit) {
