@@ -183,11 +183,15 @@ void forward_few(const Forward& f, int64_t unit) {
     float* q = scratch(samples * R * Dp + lanes_floats(c) + R * NT + state_floats(c, samples * R));
     float *lanes = q + samples * R * Dp, *s = lanes + lanes_floats(c);
     const State x = state_at(c, s + R * NT, samples * R);
+    // Samples with the same prefix side by side: each of its tiles is read once for all of them.
+    std::vector<int64_t> order(c.B);
+    for (int64_t b = 0; b < c.B; b++)
+        order[b] = b;
+    const auto entry = [&](int64_t b) { return row_of(c, b).entry; };
+    if (c.ids) std::stable_sort(order.begin(), order.end(), [&](auto a, auto b) { return entry(a) < entry(b); });
     Row rows[CHUNK];
     for (int64_t i = 0; i < samples; i++)
-        rows[i] = row_of(c, b0 + i);
-    // Samples with the same prefix side by side: each of its tiles is read once for all of them.
-    std::stable_sort(rows, rows + samples, [](const Row& a, const Row& b) { return a.entry < b.entry; });
+        rows[i] = row_of(c, order[b0 + i]);
     const auto sees_prefix = [&](int64_t r) {  // row r: sample r / R, head r % R / S, query r % S
         return rows[r / R].length - c.S + r % c.S >= rows[r / R].start;
     };
