@@ -1,4 +1,4 @@
-# make demo | test | lint | bench | gpu | clean. The first call makes a virtual environment in $(VENV); later ones reuse it.
+# make demo | test | lint | instructions | bench | gpu | clean. The first call makes a virtual environment in $(VENV).
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DELETE_ON_ERROR:
@@ -20,7 +20,7 @@ export OMP_WAIT_POLICY := PASSIVE
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help demo test lint bench gpu clean
+.PHONY: help demo test lint instructions bench gpu clean
 
 help:
 	@sed -n '1s/^# //p' Makefile
@@ -37,6 +37,9 @@ lint: $(VENV)/.installed-test
 	$(BIN)/ruff format --check .
 	$(BIN)/pyrefly check --python-interpreter-path $(BIN)/python
 	$(BIN)/codespell
+
+instructions: $(VENV)/.installed-test
+	$(BIN)/python -m pytest -s -m valgrind tests/backends/test_instructions.py
 
 bench: $(VENV)/.installed-test
 	$(BIN)/python -m benchmarks.overhead $(ARGS)
