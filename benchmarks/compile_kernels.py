@@ -61,12 +61,14 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="benchmarks.compile_kernels", description=__doc__.splitlines()[0])
     parser.add_argument("--arch", choices=ARCHITECTURES, action="append", help="default: all")
     parser.add_argument("--variant", choices=VARIANTS, action="append", help="default: both")
+    parser.add_argument("--dtype", choices=DTYPES, action="append", help="default: both")
     parser.add_argument("--check", action="store_true", help="fail on spills, too much memory or missing instructions")
     parser.add_argument("--write", type=Path, help="markdown file for the table")
     parser.add_argument("--jobs", type=int, default=2)
     args = parser.parse_args(arguments)
     variants = args.variant or list(VARIANTS)
-    jobs = [(arch, dtype, size, variants) for arch in args.arch or ARCHITECTURES for dtype in DTYPES for size in SIZES]
+    archs, dtypes = args.arch or ARCHITECTURES, args.dtype or DTYPES
+    jobs = [(arch, dtype, size, variants) for arch in archs for dtype in dtypes for size in SIZES]
     found: list[Kernel] = []
     context = multiprocessing.get_context("spawn")  # Triton keeps one target per process
     with concurrent.futures.ProcessPoolExecutor(args.jobs, context) as pool:

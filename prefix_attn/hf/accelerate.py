@@ -48,8 +48,8 @@ def accelerate(model: Any, *, backend: str = "auto") -> Callable[[], None]:
 
     def running() -> AbstractContextManager[None]:
         config = _check(model)
-        sizes = PrefixConfig(num_virtual_tokens=config.num_virtual_tokens, position_mode="shift", backend=backend)
-        return attachment.running(_kv(model, config), sizes)
+        ours = PrefixConfig(num_virtual_tokens=config.num_virtual_tokens, position_mode="shift", backend=backend)
+        return attachment.running(_kv(model, config), attachment.resolve(ours))
 
     @functools.wraps(theirs[0])
     def forward(*args: Any, **kwargs: Any) -> Any:

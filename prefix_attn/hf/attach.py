@@ -1,30 +1,44 @@
-"""A frozen transformers model made ready for prefixes, and what its own keys and values look like."""
+"""A frozen transformers model made ready for prefixes."""
 
 from __future__ import annotations
 
+import inspect
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from dataclasses import replace
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
-from prefix_attn.hf import attention
-from prefix_attn.hf.attention import STATE, Capture, PrefixState
-from prefix_attn.hf.banks import Rows, grow
-from prefix_attn.hf.config import PrefixConfig
+from prefix_attn.hf.attention import MASKED, NAME, STATE, Call, Capture, PrefixState
+from prefix_attn.hf.banks import Rows
+from prefix_attn.hf.bridge import Bridge, bridge_next
+from prefix_attn.hf.config import SITES, PrefixConfig
+from prefix_attn.hf.heads import find_heads
+from prefix_attn.hf.positions import Positions, shifted
+from prefix_attn.hf.slots import Slot, find_slots, find_stacks, is_causal
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+
+class Layout(NamedTuple):
+    """The slots of one prefix, in the order of its keys and values, and what these have in common."""
+
+    slots: list[Slot]
+    heads: int
+    head_dim: int
+
+    @property
+    def shifted(self) -> dict[PreTrainedModel, None]:
+        """The stacks whose own tokens a prefix comes before."""
+        return dict.fromkeys(slot.stack for slot in self.slots if slot.site != "cross")
 
 
 class Attachment:
-    """``base``, frozen, its attention routed through ours: the way for a prefix into each of its layers.
-
-    ``layers``, ``heads`` and ``head_dim`` are those of keys and values, as the attention layers really use them.
-    """
+    """``base``, frozen, its attention routed through ours: the way for a prefix into each of its layers."""
 
     def __init__(self, base: PreTrainedModel) -> None:
         """Attach.
@@ -35,60 +49,128 @@ class Attachment:
         self.base = base
         self._name = type(base).__name__
         self._now = _Now()
-        self.layers = base.config.get_text_config().num_hidden_layers
-        if base.config.is_encoder_decoder:
-            raise NotImplementedError(
-                f"{self._name} is an encoder-decoder model; this version serves decoder-only models"
-            )
         if not base._can_set_attn_implementation():
             raise NotImplementedError(
                 f"{self._name} computes attention outside transformers' AttentionInterface: no prefix can enter it"
             )
-        self._before = base.config._attn_implementation, [p.requires_grad for p in base.parameters()]
-        # The state enters above the checkpointed layers: what is recomputed in backward was captured together with its
-        # arguments.
-        self._backbone = backbone(base)
-        self._hook = self._backbone.register_forward_pre_hook(self._inject, with_kwargs=True)
-        base.set_attn_implementation(attention.NAME)
+        sound = base.main_input_name == "input_features" and hasattr(base.config, "num_mel_bins")
+        if not (self.reads_text or sound):
+            raise NotImplementedError(
+                f"{self._name} reads {base.main_input_name}; this version serves models of text, and Whisper"
+            )
+        models = [module for module in base.modules() if isinstance(module, PreTrainedModel)]
+        self._before = [(model.config, model.config._attn_implementation) for model in models]
+        self._trainable = [p.requires_grad for p in base.parameters()]
+        self._positions = {stack: Positions(stack) for stack in find_stacks(base)}
+        self._hooks: list[RemovableHandle] = []
+        # Not by the configuration: its is_encoder_decoder is also that of an encoder taken out of such a model.
+        self.has_decoder = "decoder_input_ids" in inspect.signature(base.forward).parameters
         try:
-            self.heads, self.head_dim = self._probe()
+            self._slots = self._probe()
         except Exception:
             self.remove()
             raise
+        for slot in self._slots:
+            if slot.site != "cross":
+                self._positions[slot.stack].add(slot.module)
         base.requires_grad_(False)
         self._checkpointed = [m for m in base.modules() if hasattr(m, "gradient_checkpointing")]
 
     def remove(self) -> None:
         """Leave ``base`` as it was."""
-        implementation, trainable = self._before
-        self._hook.remove()
-        self.base.set_attn_implementation(implementation)
-        for parameter, flag in zip(self.base.parameters(), trainable):
+        self._listen([])
+        for config, implementation in self._before:
+            config._attn_implementation = implementation
+        for parameter, flag in zip(self.base.parameters(), self._trainable):
             parameter.requires_grad_(flag)
+
+    def resolve(self, config: PrefixConfig) -> PrefixConfig:
+        """A copy of ``config`` with this model's defaults where it says None.
+
+        Raises:
+            NotImplementedError: sites that the model does not have, or positions that it does not let us shift.
+            ValueError: layers or heads that it does not have.
+        """
+        sites = config.sites
+        if sites is None:
+            sites = SITES if self.has_decoder else [s for s in SITES if any(s == slot.site for slot in self._slots)]
+        task, heads = config.task_type or _task(self.base, self.has_decoder), find_heads(self.base)
+        chosen = config.modules_to_save
+        if chosen is None:
+            chosen = heads if task in ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS") else ()
+        if unknown := sorted(set(chosen) - set(heads)):
+            raise ValueError(f"modules_to_save: {self._name} has no head {unknown}; its heads are {list(heads)}")
+        config = replace(
+            config,
+            sites=sites,
+            task_type=task,
+            modules_to_save=tuple(chosen),
+            base_model_name_or_path=config.base_model_name_or_path or self.base.config._name_or_path or None,
+        )
+        fixed = [s for s in self.layout(config).shifted if not self._positions[s].can_shift]
+        if config.position_mode == "shift" and fixed:
+            raise NotImplementedError(
+                f"position_mode='shift': {type(fixed[0]).__name__} of {self._name} numbers its tokens where nothing "
+                "can move them; position_mode='none' works"
+            )
+        if config.mode == "embedding" and any(slot.site != "decoder" for slot in self.layout(config).slots):
+            raise NotImplementedError(f"mode='embedding': {self._name} is not causal; see PrefixTuning")
+        default = "none" if self.has_decoder or fixed else "shift"
+        return replace(config, position_mode=config.position_mode or default)
+
+    def layout(self, config: PrefixConfig) -> Layout:
+        """What a prefix of the resolved ``config`` consists of."""
+        assert config.sites is not None
+        slots = [slot for slot in self._slots if slot.site in config.sites]
+        if missing := set(config.sites) - {slot.site for slot in slots}:
+            here = sorted({slot.site for slot in self._slots}, key=SITES.index)
+            raise NotImplementedError(f"{self._name} has no attention at sites {sorted(missing)}, but at {here}")
+        if config.layers != "all":
+            if unknown := set(config.layers) - {slot.layer for slot in slots}:
+                last = max(slot.layer for slot in slots)
+                raise ValueError(f"layers must lie in 0..{last} for {self._name}, got {sorted(unknown)}")
+            slots = [slot for slot in slots if slot.layer in config.layers]
+        sizes = {(slot.heads, slot.head_dim) for slot in slots}
+        if len(sizes) > 1:
+            raise NotImplementedError(
+                f"{self._name} has layers of different (key/value heads, head size): {sorted(sizes)}; a prefix needs "
+                "sites and layers of one"
+            )
+        return Layout(slots, *sizes.pop())
 
     @contextmanager
     def running(self, kv: Tensor, config: PrefixConfig, rows: Rows | None = None) -> Iterator[None]:
         """Forwards of ``base`` within the context attend to prefixes.
 
         Args:
-            kv: a prefix (2 * L, H, P, D), or a bank (N, 2 * L, H, P, D).
-            config: of the prefix; of any in a bank.
+            kv: a prefix (2 * slots, H, P, D), or a bank (N, 2 * slots, H, P, D).
+            config: of the prefix, resolved; of any in a bank.
             rows: of a bank.
 
         Raises:
-            RuntimeError: on leaving, if a layer did not ask for it. There is no silent "no prefix".
+            RuntimeError: on leaving, if a slot of a stack that ran did not ask for it. There is no silent "no prefix".
         """
         bridge = None
         if kv.requires_grad and torch.is_grad_enabled() and self._is_reentrant():
             leaf = kv.detach().requires_grad_()
             kv, bridge = leaf, (kv, leaf)
+        layout = self.layout(config)
         shift = config.shift if rows is None else rows.shifts
-        state = PrefixState(kv, shift=shift, backend=config.backend, rows=rows)
+        state = PrefixState(
+            kv,
+            {slot.module: number for number, slot in enumerate(layout.slots)},
+            shifts=dict.fromkeys(layout.shifted, shift),
+            backend=config.backend,
+            rows=rows,
+        )
         with self._set(state, bridge):
             yield
-        if len(state.served) != self.layers:
-            missing = sorted(set(range(self.layers)) - state.served)
-            raise RuntimeError(f"{self._name} did not hand the prefix to layers {missing}")
+        # Only what ran is due: an encoder runs once for many steps of its decoder, and layerdrop leaves layers out.
+        ran = [slot for slot in layout.slots if slot.stack in state.entered] or layout.slots
+        left = [slot for slot in ran if slot.module not in state.served and not _drops_layers(slot.stack)]
+        if left:
+            names = ", ".join(f"{slot.site} {slot.layer}" for slot in left)
+            raise RuntimeError(f"{self._name} did not hand the prefix to layers {names}")
 
     @contextmanager
     def plain(self) -> Iterator[None]:
@@ -96,26 +178,34 @@ class Attachment:
         with self._set(None, None):
             yield
 
-    def capture(self, tokens: Tensor) -> dict[int, tuple[Tensor, Tensor]]:
-        """Keys (rotated to positions 0..T - 1) and values of each layer for ``tokens``: (1, H, T, D).
+    def capture(self, tokens: Tensor, decoder_ids: Tensor | None = None) -> list[Call]:
+        """What each attention module is called with for these tokens: keys are rotated to positions from 0 on.
 
-        ``tokens`` are ids (T,), or input embeddings (T, hidden size), which the gradients of keys and values reach. The
-        model is in eval mode meanwhile: no dropout, and no checkpointing, whose reentrant kind would cut the graph.
+        ``tokens`` are ids (T,), or input embeddings (T, hidden size), which the gradients of keys and values reach.
+        ``decoder_ids`` are for encoder-decoder models. Models that read sound get noise for ids. The model is in eval
+        mode meanwhile: no dropout, and no checkpointing, whose reentrant kind would cut the graph.
         """
         state = Capture()
-        gradients = torch.set_grad_enabled(tokens.requires_grad and torch.is_grad_enabled())
-        with evaluating(self.base), gradients, self._set(state, None):
-            if tokens.is_floating_point():
-                self._backbone(inputs_embeds=tokens[None], use_cache=False)
-            else:
-                device = self.base.get_input_embeddings().weight.device
-                self.base(input_ids=tokens[None].to(device), use_cache=False)
-        return state.layers
+        with torch.set_grad_enabled(tokens.requires_grad and torch.is_grad_enabled()):
+            self._forward(self._inputs(tokens, decoder_ids), state)
+        return state.calls
 
-    def kv(self, tokens: Tensor) -> Tensor:
-        """What ``capture`` gives, as a prefix: (2 * L, H, T, D), key and value of layer l at 2 * l and 2 * l + 1."""
-        layers = self.capture(tokens)
-        return torch.stack([t[0] for layer in range(self.layers) for t in layers[layer]])
+    def kv(self, slots: Iterable[Slot], tokens: Tensor, decoder_ids: Tensor | None = None) -> Tensor:
+        """What ``capture`` gives, as a prefix: (2 * slots, H, T, D), key and value of slot i at 2 * i and 2 * i + 1."""
+        calls = {call.module: call for call in self.capture(tokens, decoder_ids)}
+        pairs = [(calls[slot.module].key, calls[slot.module].value) for slot in slots]
+        length = min(key.shape[2] for key, _ in pairs)  # an encoder of sound has a length of its own
+        return torch.stack([t[0, :, :length] for pair in pairs for t in pair])
+
+    @property
+    def reads_text(self) -> bool:
+        """Whether the input is token ids."""
+        return self.base.main_input_name == "input_ids"
+
+    def embeddings(self) -> list[nn.Module]:
+        """The input embeddings of the model, and of its decoder where that has its own input."""
+        own = self.base.get_input_embeddings()
+        return [own, self.base.get_decoder().get_input_embeddings()] if self.has_decoder else [own]
 
     @contextmanager
     def _set(self, state: PrefixState | Capture | None, bridge: tuple[Tensor, Tensor] | None) -> Iterator[None]:
@@ -126,40 +216,87 @@ class Attachment:
         finally:
             self._now.state, self._now.bridge = before
 
-    def _probe(self) -> tuple[int, int]:
-        """(heads, head size) of the keys and values that reach our attention function for one token."""
-        kv = self.capture(torch.zeros(1, dtype=torch.int64))
-        if missing := sorted(set(range(self.layers)) - kv.keys()):
-            raise NotImplementedError(f"layers {missing} of {self._name} do not call transformers' AttentionInterface")
-        shapes = {(k.shape[1], k.shape[3], v.shape[3]) for k, v in kv.values()}
-        heads, size, value_size = next(iter(shapes))
-        if len(shapes) > 1 or size != value_size:
+    @torch.no_grad()
+    def _probe(self) -> list[Slot]:
+        """The slots of ``base``, whose attention is ours from here on, and gives what its own gave."""
+        self._listen(self._positions)
+        try:
+            # Another length for the decoder: this is how cross attention is known.
+            given = self._inputs(*(_some_ids(e, n) for n, e in enumerate(self.embeddings(), start=3)))
+            self._switch("eager")
+            expected = self._forward(given, None)
+            self._switch(MASKED)
+            state = Capture()
+            got = self._forward(given, state)
+            slots = find_slots(self.base, state.calls)
+            if all(getattr(call.module, "is_causal", True) == is_causal(call) for call in state.calls):
+                self._switch(NAME)
+                got = self._forward(given, Capture())
+        except NotImplementedError:
+            raise
+        except Exception as error:  # the code of five hundred architectures: anything can come out
+            raise NotImplementedError(f"{self._name} does not run on a few tokens alone ({error})") from error
+        finite = expected.isfinite()
+        error, size = (t[finite].float().norm().item() for t in (got - expected, expected))
+        if not error <= size * (1e-2 if expected.dtype.itemsize >= 4 else 0.2):
             raise NotImplementedError(
-                f"{self._name} has layers of different (heads, key, value size): {sorted(shapes)}"
+                f"{self._name} computes something else through transformers' AttentionInterface than with its own "
+                f"attention (relative difference {error / size:.1g}): its masks or positions mean other things"
             )
-        return heads, size
+        self._listen(dict.fromkeys(slot.stack for slot in slots))
+        return slots
 
-    def _inject(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
+    def _forward(self, given: dict[str, Tensor], state: Capture | None) -> Tensor:
+        """The last hidden states of ``base`` in eval mode; a head would have nothing to say."""
+        with evaluating(self.base), self._set(state, None):
+            return self.base.base_model(**given, use_cache=False)[0]
+
+    def _inputs(self, tokens: Tensor, decoder_ids: Tensor | None = None) -> dict[str, Tensor]:
+        device = self.base.get_input_embeddings().weight.device
+        name = "inputs_embeds" if tokens.is_floating_point() else "input_ids"
+        given = {name: tokens[None].to(device)} if self.reads_text else {"input_features": self._noise()}
+        return given if decoder_ids is None else given | {"decoder_input_ids": decoder_ids[None].to(device)}
+
+    def _switch(self, name: str) -> None:
+        """Route attention through our function; a stack with its own copy of the configuration must be told itself."""
+        self.base.set_attn_implementation(name)
+        for stack in self._positions:
+            if stack.config._attn_implementation != name and stack._can_set_attn_implementation():
+                stack.set_attn_implementation(name)
+
+    def _listen(self, stacks: Iterable[PreTrainedModel]) -> None:
+        """Enter these stacks, and no others."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()
+        for stack in stacks:
+            self._hooks.append(stack.register_forward_pre_hook(self._inject, with_kwargs=True))
+            if (positions := self._positions[stack].embedding) is not None:
+                hook = partial(self._shifted, stack)
+                self._hooks.append(positions.register_forward_pre_hook(hook, with_kwargs=True))
+
+    def _inject(self, stack: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Before ``stack`` runs: hand it the state, the positions of its tokens and the bridge."""
         state, bridge = self._now.state, self._now.bridge
         if state is None:
             return None
-        kwargs = kwargs | {STATE: state}
-        if len(args) > 1:
-            raise NotImplementedError(f"{self._name} hands more than input_ids to its backbone by position")
-        if args:
-            kwargs["input_ids"] = args[0]
-        if kwargs.get("position_ids") is None:
-            kwargs["position_ids"] = positions(kwargs)
-        shift = state.shift
-        if isinstance(shift, Tensor):
-            shift = grow(shift, _tokens(kwargs).shape[0])
-        kwargs["position_ids"] = kwargs["position_ids"] + shift
+        state.entered.add(stack)
+        positions = self._positions[stack]
+        kwargs = dict(zip(positions.names, args)) | kwargs | {STATE: state}
+        kwargs |= positions.arguments(kwargs, state.shifts.get(stack, 0))
         if bridge is not None:
-            embeddings = kwargs.get("inputs_embeds")
-            if embeddings is None:
-                embeddings = self.base.get_input_embeddings()(kwargs["input_ids"])
-            kwargs |= {"input_ids": None, "inputs_embeds": _Bridge.apply(embeddings, *bridge)}
+            if kwargs.get("inputs_embeds") is not None:
+                kwargs["inputs_embeds"] = Bridge.apply(kwargs["inputs_embeds"], *bridge)
+            else:
+                bridge_next(stack.get_input_embeddings(), bridge)
         return (), kwargs
+
+    def _shifted(self, stack: PreTrainedModel, embedding: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+        """Before ``stack`` embeds positions."""
+        state = self._now.state
+        shift = 0 if state is None else state.shifts.get(stack, 0)
+        moves = isinstance(shift, Tensor) or shift != 0
+        return (args, shifted(embedding, args, kwargs, shift)) if moves else None
 
     def _is_reentrant(self) -> bool:
         """Whether the next forward checkpoints with ``use_reentrant=True``."""
@@ -169,19 +306,11 @@ class Attachment:
                 return bool(getattr(function, "keywords", {}).get("use_reentrant", True))
         return False
 
-
-class FromEmbeddings(nn.Module):
-    """What stands in the place of a prefix's MLP where input embeddings are trained: the frozen model itself."""
-
-    def __init__(self, attachment: Attachment) -> None:
-        """Through the model of ``attachment``."""
-        super().__init__()
-        self._attachment = attachment
-
-    def forward(self, embeddings: Tensor) -> Tensor:
-        """(P, hidden size) -> (P, 2 * L * H * D) float32: the model's own keys and values for them."""
-        dtype = self._attachment.base.get_input_embeddings().weight.dtype
-        return self._attachment.kv(embeddings.to(dtype)).permute(2, 0, 1, 3).flatten(1).float()
+    def _noise(self) -> Tensor:
+        """(1, bins, frames) features of a sound, as long as Whisper wants all of them to be."""
+        config = self.base.config
+        sound = torch.randn(1, config.num_mel_bins, 2 * config.max_source_positions)
+        return sound.to(self.base.device, self.base.dtype)
 
 
 @contextmanager
@@ -196,75 +325,6 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = True
 
 
-def backbone(base: PreTrainedModel) -> nn.Module:
-    """The module that holds the list of layers and runs them.
-
-    Raises:
-        NotImplementedError: there is none.
-    """
-    layers = base.config.get_text_config().num_hidden_layers
-    for module in base.modules():
-        for child in module.children():
-            if isinstance(child, nn.ModuleList) and len(child) == layers:
-                return module
-    raise NotImplementedError(f"{type(base).__name__} has no list of {layers} layers")
-
-
-def initial_kv(attachment: Attachment, config: PrefixConfig, tokenizer: PreTrainedTokenizerBase | None) -> Tensor:
-    """(2 * L, H, P, D) float32: the model's own keys and values of P tokens, or zeros."""
-    kv = attachment.kv(_initial_ids(attachment.base, config, tokenizer)).float().cpu()
-    return torch.zeros_like(kv) if config.init == "zero" else kv
-
-
-def initial_embeddings(
-    base: PreTrainedModel, config: PrefixConfig, tokenizer: PreTrainedTokenizerBase | None
-) -> Tensor:
-    """(P, hidden size) float32: the model's own input embeddings of P tokens, or zeros."""
-    module = base.get_input_embeddings()
-    with torch.no_grad():
-        embeddings = module(_initial_ids(base, config, tokenizer).to(module.weight.device)).float()
-    return torch.zeros_like(embeddings) if config.init == "zero" else embeddings.clone()
-
-
-def _initial_ids(base: PreTrainedModel, config: PrefixConfig, tokenizer: PreTrainedTokenizerBase | None) -> Tensor:
-    """(P,): the tokens that a prefix starts from."""
-    P = config.num_virtual_tokens
-    vocabulary = base.get_input_embeddings().weight.shape[0]
-    if config.init != "text":
-        ids = torch.randint(vocabulary, (P,))
-        # The first position is where models leave the attention that they have no use for, and they know it by its bos.
-        # SmolLM2 on E2E, P = 10, four seeds: 3.25 without prefix, 3.24 to 3.31 with bos, 3.30 to 3.51 without it.
-        bos = getattr(base.config.get_text_config(), "bos_token_id", None)
-        if isinstance(bos, int) and 0 <= bos < vocabulary:
-            ids[0] = bos
-        return ids
-    ids = config.init_token_ids
-    if ids is None:
-        if tokenizer is None:
-            raise ValueError("init_text needs the tokenizer: get_prefix_model(base, config, tokenizer=...)")
-        ids = tokenizer(config.init_text, add_special_tokens=False)["input_ids"]
-    if not len(ids) or not all(0 <= i < vocabulary for i in ids):
-        raise ValueError(f"the initial text must have tokens in 0..{vocabulary - 1}, got {list(ids)[:8]}")
-    return torch.tensor(ids).repeat(-(-P // len(ids)))[:P]
-
-
-def positions(kwargs: dict[str, Any]) -> Tensor:
-    """Positions of the new tokens: from a 2-D attention mask (padding takes none), else after those in the cache."""
-    tokens = _tokens(kwargs)
-    length, mask = tokens.shape[1], kwargs.get("attention_mask")
-    if isinstance(mask, Tensor) and mask.dim() == 2:
-        return (mask.long().cumsum(-1) - 1).clamp(min=0)[:, -length:]
-    cache = kwargs.get("past_key_values")
-    past = 0 if cache is None else cache.get_seq_length()
-    return torch.arange(length, device=tokens.device)[None] + past
-
-
-def _tokens(kwargs: dict[str, Any]) -> Tensor:
-    """(B, S) ids or (B, S, width) embeddings, whichever the backbone was given."""
-    embeddings = kwargs.get("inputs_embeds")
-    return kwargs["input_ids"] if embeddings is None else embeddings
-
-
 class _Now(threading.local):
     """What the forwards of this thread run with: others may run the same model with other prefixes meanwhile."""
 
@@ -276,22 +336,26 @@ class _Now(threading.local):
         return type(self), ()
 
 
-class _Bridge(torch.autograd.Function):
-    """Hands the gradient that gathered on a leaf to the graph that made the leaf's values.
+def _some_ids(embeddings: nn.Module, length: int) -> Tensor:
+    """Different ids from the middle of the vocabulary: padding and other special ones are at its ends."""
+    assert isinstance(embeddings.weight, Tensor)
+    return embeddings.weight.shape[0] // 2 + torch.arange(length)
 
-    Reentrant checkpointing runs a backward inside the backward for each layer. Through a shared graph (the MLP, the
-    view per layer) the first would free what the second needs; so layers see a detached leaf, and this node, whose
-    place below all layers makes it run last, passes the leaf's gradient on. It also makes the hidden states require a
-    gradient, without which reentrant checkpointing drops the prefix's.
-    """
 
-    @staticmethod
-    def forward(ctx: Any, embeddings: Tensor, kv: Tensor, leaf: Tensor) -> Tensor:
-        """The embeddings, unchanged."""
-        ctx.leaf = leaf
-        return embeddings.view_as(embeddings)
+def _drops_layers(stack: PreTrainedModel) -> bool:
+    return stack.training and bool(getattr(stack, "layerdrop", 0))
 
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        """The gradient of the embeddings where wanted, and the leaf's."""
-        return grad if ctx.needs_input_grad[0] else None, ctx.leaf.grad, None
+
+def _task(base: PreTrainedModel, has_decoder: bool) -> str:
+    """PEFT's name of what ``base`` is for."""
+    heads = {
+        "SequenceClassification": "SEQ_CLS",
+        "TokenClassification": "TOKEN_CLS",
+        "QuestionAnswering": "QUESTION_ANS",
+    }
+    for ending, task in heads.items():
+        if type(base).__name__.endswith(ending):
+            return task
+    if not base.can_generate():
+        return "FEATURE_EXTRACTION"
+    return "SEQ_2_SEQ_LM" if has_decoder else "CAUSAL_LM"

@@ -1,25 +1,28 @@
 """Where a prefix meets a transformers model: one attention function, one mask function, one state.
 
-The state of a forward (its prefix) travels as a keyword argument from the model's backbone through every layer to the
-attention function. Nothing global, nothing on the modules: recomputation under gradient checkpointing, two forwards
-before one backward and a change of prefix in between see the state that they started with. The KV cache holds the
-sequence alone.
+The state of a forward (its prefix) travels as a keyword argument from each stack of layers to the attention function.
+Nothing global, nothing on the modules: recomputation under gradient checkpointing, two forwards before one backward and
+a change of prefix in between see the state that they started with. The KV cache holds the sequence alone.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.masking_utils import causal_mask_function, sdpa_mask
+from transformers.masking_utils import bidirectional_mask_function, causal_mask_function, sdpa_mask
 
 from prefix_attn.functional import prefix_attention
 from prefix_attn.hf.banks import Rows, grow
 
-NAME = "prefix_attn"  # of both functions: without a mask function of its name, padding would be ignored
+# Names of attention function and mask function: without a mask function of its name, padding would be ignored.
+NAME = "prefix_attn"
+MASKED = "prefix_attn_masked"  # for modules whose is_causal does not say what their mask does
 STATE = "prefix_state"  # the keyword argument
+DISTANCES = "prefix_distances"  # another, for stacks whose tokens are moved by their distance from the prefix
 
 
 class Prefix(NamedTuple):
@@ -32,46 +35,77 @@ class Prefix(NamedTuple):
 
 
 class PrefixState:
-    """The prefixes of one forward: what each layer attends to before its sequence."""
+    """The prefixes of one forward: what each attention module attends to before its sequence."""
 
-    def __init__(self, kv: Tensor, *, shift: int | Tensor, backend: str, rows: Rows | None = None) -> None:
+    def __init__(
+        self,
+        kv: Tensor,
+        slots: Mapping[nn.Module, int],
+        *,
+        shifts: Mapping[nn.Module, int | Tensor],
+        backend: str,
+        rows: Rows | None = None,
+    ) -> None:
         """One prefix for all rows, or a bank.
 
         Args:
-            kv: (2 * L, H, P, D), or a bank (N, 2 * L, H, P, D).
-            shift: what is added to positions; (B, 1) for a bank.
+            kv: (2 * slots, H, P, D), or a bank (N, 2 * slots, H, P, D).
+            slots: of the modules that have a prefix.
+            shifts: where the tokens of each stack start; (B, 1) for a bank.
             backend: of ``prefix_attention``.
             rows: of a bank.
         """
         parts = kv.unbind(-4)
         self.layers = list(zip(parts[::2], parts[1::2]))
-        self.shift = shift
+        self.slots = slots
+        self.shifts = shifts
         self.backend = backend
         self.rows = rows
-        self.served: set[int] = set()
+        self.entered: set[nn.Module] = set()
+        self.served: set[nn.Module] = set()
 
-    def take(self, module: nn.Module, key: Tensor, value: Tensor) -> Prefix:
-        """The prefix of the layer that ``module`` is in, for the rows of ``key``."""
-        layer = _layer(module)
-        self.served.add(layer)
+    def take(self, call: Call) -> Prefix:
+        """The prefix of the module, for the rows of the call."""
+        slot = self.slots.get(call.module)
+        if slot is None:
+            return Prefix()
+        self.served.add(call.module)
         if self.rows is None:
-            return Prefix(*self.layers[layer])
-        return Prefix(*self.layers[layer], grow(self.rows.ids, key.shape[0]), self.rows.lengths)
+            return Prefix(*self.layers[slot])
+        return Prefix(*self.layers[slot], grow(self.rows.ids, call.query.shape[0]), self.rows.lengths)
+
+
+class Call(NamedTuple):
+    """What an attention module asks a prefix for."""
+
+    module: nn.Module
+    query: Tensor  # (B, Hq, S, D)
+    key: Tensor  # (B, H, T, D), rotated
+    value: Tensor  # (B, H, T, Dv)
+    mask: Tensor | None
+
+
+class Distances(NamedTuple):
+    """What the prefix's bias by distance takes: the position of the first query, and the function of each module."""
+
+    first: int | Tensor
+    functions: Mapping[nn.Module, Callable[..., Tensor]]
 
 
 class Capture:
-    """A state without a prefix that keeps each layer's keys (rotated) and values, (B, H, T, D)."""
+    """A state without a prefix that keeps what each attention module was called with."""
 
-    shift = 0
     backend = "auto"
+    shifts: Mapping[nn.Module, int | Tensor] = {}
 
     def __init__(self) -> None:
         """Empty."""
-        self.layers: dict[int, tuple[Tensor, Tensor]] = {}
+        self.entered: set[nn.Module] = set()
+        self.calls: list[Call] = []
 
-    def take(self, module: nn.Module, key: Tensor, value: Tensor) -> Prefix:
-        """Keep them; there is no prefix."""
-        self.layers[_layer(module)] = (key, value)
+    def take(self, call: Call) -> Prefix:
+        """Keep it; there is no prefix."""
+        self.calls.append(call)
         return Prefix()
 
 
@@ -87,40 +121,35 @@ def prefix_attention_forward(
     is_causal: bool | None = None,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
+    position_bias: Tensor | None = None,
+    indices: Tensor | None = None,
+    block_indices: Tensor | None = None,
     prefix_state: PrefixState | Capture | None = None,
+    prefix_distances: Distances | None = None,
     **_: Any,  # transformers hands every attention function what any of them might want
 ) -> tuple[Tensor, None]:
     """transformers' attention interface: (B, H, S, D) in, (B, S, H, D) out."""
+    if indices is not None or block_indices is not None:
+        raise NotImplementedError(f"{type(module).__name__} chooses the keys of each query (sparse attention)")
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-    key_mask = bias = None
-    if attention_mask is not None and attention_mask.dim() == 2:
-        key_mask = attention_mask
-    elif attention_mask is not None:
-        causal = False  # the mask says it all
-        if attention_mask.dtype == torch.bool and attention_mask.shape[1:3] == (1, 1):
-            key_mask = attention_mask[:, 0, 0].expand(query.shape[0], -1)
-        else:
-            bias = _bias(attention_mask, query)
-    prefix, backend = Prefix(), "auto"
+    sequence = _visible(query, attention_mask, position_bias, causal) | {"sinks": s_aux}
+    options: dict[str, Any] = {"scale": scaling, "softcap": softcap, "dropout_p": dropout}
+    prefix = Prefix()
     if prefix_state is not None:
-        prefix, backend = prefix_state.take(module, key, value), prefix_state.backend
-    out = prefix_attention(
-        query,
-        key,
-        value,
-        prefix.key,
-        prefix.value,
-        prefix_ids=prefix.ids,
-        prefix_lengths=prefix.lengths,
-        key_mask=key_mask,
-        bias=bias,
-        is_causal=causal,
-        scale=scaling,
-        softcap=softcap,
-        sinks=s_aux,
-        dropout_p=dropout,
-        backend=backend,
-    )
+        prefix = prefix_state.take(Call(module, query, key, value, attention_mask))
+        options["backend"] = prefix_state.backend
+    function = None if prefix_distances is None else prefix_distances.functions.get(module)
+    if prefix_distances is not None and function is not None and prefix.key is not None and prefix.value is not None:
+        if prefix.ids is not None:
+            raise NotImplementedError(
+                f"{type(module).__name__} moves the tokens of all rows alike, and prefixes of one batch need other "
+                "distances; position_mode='none' works"
+            )
+        bias = function(query.shape[2], prefix.key.shape[1], query.device, prefix_distances.first)
+        out = _at_a_distance(query, key, value, prefix.key, prefix.value, bias, sequence, options)
+    else:
+        options |= {"prefix_ids": prefix.ids, "prefix_lengths": prefix.lengths}
+        out = prefix_attention(query, key, value, prefix.key, prefix.value, **sequence, **options)
     assert isinstance(out, Tensor)
     return out.transpose(1, 2).contiguous(), None
 
@@ -138,18 +167,17 @@ def prefix_attention_mask(
 ) -> Tensor | None:
     """The sequence's mask, in the smallest form that says it: the prefix is not in it, and so is always visible.
 
-    None: plain causal. (B, T) bool: causal with padding. (B, 1, S, T) bool: anything else (windows, packing, static
-    caches).
+    None: plain. (B, T) bool: plain with padding; causal or not, the module knows. (B, 1, S, T) bool: anything else
+    (windows, packing, static caches).
     """
-    causal = mask_function is causal_mask_function and isinstance(q_offset, int) and kv_offset == 0
-    if causal and q_offset + q_length == kv_length:
+    causal = mask_function is causal_mask_function and isinstance(q_offset, int) and q_offset + q_length == kv_length
+    if (causal or mask_function is bidirectional_mask_function) and kv_offset == 0:
         if attention_mask is None:
             return None
         if attention_mask.shape[-1] == kv_length:
             padding = attention_mask.bool()
             return None if not torch.compiler.is_compiling() and bool(padding.all()) else padding
-    rest |= {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
-    return sdpa_mask(
+    return full_mask(
         batch_size=batch_size,
         q_length=q_length,
         kv_length=kv_length,
@@ -161,19 +189,54 @@ def prefix_attention_mask(
     )
 
 
+def full_mask(**arguments: Any) -> Tensor | None:
+    """The sequence's mask, always (B, 1, S, T) bool."""
+    return sdpa_mask(**arguments | {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False})
+
+
+def _visible(query: Tensor, mask: Tensor | None, position_bias: Tensor | None, is_causal: bool) -> dict[str, Any]:
+    """The arguments of ``prefix_attention`` that say which keys of the sequence a query sees, and how well."""
+    key_mask = bias = None
+    if mask is not None and mask.dim() == 2:
+        key_mask = mask
+    elif mask is not None:
+        is_causal = False  # the mask says it all
+        if mask.dtype == torch.bool and mask.shape[1:3] == (1, 1):
+            key_mask = mask[:, 0, 0].expand(query.shape[0], -1)
+        else:
+            bias = _bias(mask, query)
+    if position_bias is not None:
+        bias = position_bias if bias is None else bias + position_bias
+    return {"key_mask": key_mask, "bias": bias, "is_causal": is_causal}
+
+
 def _bias(mask: Tensor, query: Tensor) -> Tensor:
     """A 4-D mask, boolean or additive, as a bias for every query head; a view where it has one for all."""
     if mask.dtype == torch.bool:
         mask = query.new_zeros(mask.shape).masked_fill_(~mask, -torch.inf)
-    return mask.to(query.dtype).expand(-1, query.shape[1], -1, -1)
+    return mask.to(query.dtype).expand(-1, query.shape[1], query.shape[2], -1)
 
 
-def _layer(module: nn.Module) -> int:
-    layer = getattr(module, "layer_idx", None)
-    if not isinstance(layer, int):
-        raise NotImplementedError(f"{type(module).__name__} does not say which layer it is in (layer_idx)")
-    return layer
+def _at_a_distance(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    prefix_key: Tensor,
+    prefix_value: Tensor,
+    prefix_bias: Tensor,
+    sequence: dict[str, Any],
+    options: dict[str, Any],
+) -> Tensor:
+    """Attention where the prefix has a bias too: over the sequence, over the prefix, and merged by log-sum-exp."""
+    out, lse = prefix_attention(query, key, value, None, None, return_lse=True, **sequence, **options)
+    # Expanded before the cast: the gradient's sum over the batch is taken in the prefix's dtype.
+    key, value = (t.expand(query.shape[0], -1, -1, -1).to(query.dtype) for t in (prefix_key, prefix_value))
+    options |= {"bias": prefix_bias, "is_causal": False, "return_lse": True}
+    prefix, prefix_lse = prefix_attention(query, key, value, None, None, **options)
+    share = torch.sigmoid(prefix_lse - lse)[..., None]
+    return (out + share * (prefix - out)).to(query.dtype)
 
 
-AttentionInterface.register(NAME, prefix_attention_forward)
-AttentionMaskInterface.register(NAME, prefix_attention_mask)
+for name, mask in ((NAME, prefix_attention_mask), (MASKED, full_mask)):
+    AttentionInterface.register(name, prefix_attention_forward)
+    AttentionMaskInterface.register(name, mask)

@@ -16,7 +16,7 @@ class Rows(NamedTuple):
     """The prefixes of a batch's rows, as numbers of their places in a bank of N."""
 
     ids: Tensor  # (B,) int64, -1 = no prefix
-    shifts: Tensor  # (B, 1) int64: what is added to the positions of the row's tokens
+    shifts: Tensor | int  # (B, 1) int64: what is added to the positions of the row's tokens; or 0 for all
     lengths: Tensor  # (N,) int64, of the prefixes
 
 
@@ -31,7 +31,11 @@ def make_rows(names: Sequence[str | None], configs: dict[str, PrefixConfig], kvs
     places = dict(zip(configs, range(len(configs))))
     rows = [(-1, 0) if name is None else (places[name], configs[name].shift) for name in names]
     ids, shifts = torch.tensor(rows, device=kvs[0].device).split(1, dim=1)
-    return Rows(ids[:, 0], shifts, torch.tensor([kv.shape[2] for kv in kvs], device=kvs[0].device))
+    return Rows(
+        ids[:, 0],
+        shifts if any(shift for _, shift in rows) else 0,
+        torch.tensor([kv.shape[2] for kv in kvs], device=kvs[0].device),
+    )
 
 
 def grow(per_row: Tensor, batch: int) -> Tensor:

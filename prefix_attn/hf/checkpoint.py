@@ -1,9 +1,11 @@
 """Prefixes on disk, in the format of PEFT's prefix tuning.
 
     adapter_config.json          what PEFT reads
-    adapter_model.safetensors    prompt_embeddings (P, 2 * L * H * D) float32, the folded prefix
+    adapter_model.safetensors    prompt_embeddings (P, 2 * slots * H * D) float32, the folded prefix; heads, if any
     training_state.safetensors   the MLP, if asked for
 
+A slot is a layer at a site. PEFT has a prefix for each layer of one stack; others (encoder-decoder models, a choice of
+layers) have the same files and fields under a ``peft_type`` that PEFT does not know and so refuses.
 Both safetensors files carry our configuration in their metadata, so that each is whole by itself: a kill between the
 renames leaves the old prefix or the new one, never half of each. Read without pickle; headers are checked before
 anything is allocated, and values before anything in memory changes.
@@ -24,20 +26,28 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from prefix_attn.hf.attach import Attachment
 from prefix_attn.hf.config import PrefixConfig
 from prefix_attn.prefix import PrefixEncoder
 
 ADAPTER_CONFIG, ADAPTER, TRAINING = "adapter_config.json", "adapter_model.safetensors", "training_state.safetensors"
-KEY = "prompt_embeddings"
+KEY, HEAD = "prompt_embeddings", "base_model."  # tensors: the prefix, and the beginning of those of heads
+PEFT, OURS = "PREFIX_TUNING", "PREFIX_ATTN"  # peft_type
 _log = logging.getLogger(__name__)
 _Shapes = Mapping[str, tuple[int, ...]]
 
 
 def save_prefix(
-    folder: Path, encoder: PrefixEncoder, config: PrefixConfig, base: PreTrainedModel, *, training_state: bool
+    folder: Path,
+    encoder: PrefixEncoder,
+    heads: nn.ModuleDict,
+    config: PrefixConfig,
+    attachment: Attachment,
+    *,
+    training_state: bool,
 ) -> None:
     """Write a prefix into ``folder``. A kill at any moment leaves each file as it was or as it is to be."""
     with torch.no_grad():
@@ -45,15 +55,14 @@ def save_prefix(
     metadata = {
         "format": "pt",
         "prefix_config": json.dumps(config.to_dict()),
-        "base": json.dumps(_fingerprint(base)),
+        "base": json.dumps(_fingerprint(attachment.base)),
         "prefix_sha256": _digest(folded),  # says to which prefix a training state belongs
     }
     files: dict[str, bytes] = {}
     if training_state and encoder.mlp is not None:
-        tensors = {n: t.detach().cpu().contiguous() for n, t in encoder.state_dict().items()}
-        files[TRAINING] = save(tensors, metadata)
-    files[ADAPTER_CONFIG] = json.dumps(_peft_config(encoder, config), indent=2).encode()
-    files[ADAPTER] = save({KEY: folded}, metadata)
+        files[TRAINING] = save(_on_cpu(encoder.state_dict()), metadata)
+    files[ADAPTER_CONFIG] = json.dumps(_peft_config(encoder, config, attachment), indent=2).encode()
+    files[ADAPTER] = save({KEY: folded} | _on_cpu(heads.state_dict(prefix=HEAD)), metadata)
     folder.mkdir(parents=True, exist_ok=True)
     for name, content in files.items():
         _replace(folder / name, content)
@@ -62,9 +71,9 @@ def save_prefix(
 
 
 def load_prefix(
-    path: str | Path, base: PreTrainedModel, sizes: tuple[int, int, int], *, is_trainable: bool
-) -> tuple[PrefixConfig, dict[str, Tensor]]:
-    """(configuration, parameters of the encoder) from a folder or a Hub id; ``sizes`` are base's (L, H, D).
+    path: str | Path, attachment: Attachment, *, is_trainable: bool
+) -> tuple[PrefixConfig, dict[str, Tensor], dict[str, Tensor]]:
+    """(resolved configuration, parameters of the encoder, those of the heads) from a folder or a Hub id.
 
     With ``is_trainable`` the MLP, where it was saved; otherwise the folded prefix.
 
@@ -72,26 +81,37 @@ def load_prefix(
         ValueError: missing, damaged, or made for another model.
     """
     folder = _folder(path)
-    peft = _read_json(folder / ADAPTER_CONFIG)
+    peft = _read_json(folder / ADAPTER_CONFIG, OURS, PEFT)
     shapes, metadata = _header(folder / ADAPTER)
-    config = _config(folder, peft, metadata)
-    _check_base(folder, config, metadata, base)
-    layers, heads, head_dim = sizes
-    _check_sizes(folder / ADAPTER_CONFIG, peft, sizes, base)
-    wanted = {KEY: (config.num_virtual_tokens, 2 * layers * heads * head_dim)}
-    folded = _read_tensors(folder / ADAPTER, shapes, wanted)[KEY].float()
+    config = _config(folder, peft, metadata, shapes)
+    _check_base(folder, config, metadata, attachment.base)
+    try:
+        config = attachment.resolve(config)
+    except (ValueError, NotImplementedError) as error:
+        raise ValueError(f"{folder}: {error}") from None
+    slots, heads, head_dim = attachment.layout(config)
+    sizes = len(slots), heads, head_dim
+    _check_sizes(folder / ADAPTER_CONFIG, peft, sizes, attachment.base)
+    wanted = {KEY: (config.num_virtual_tokens, 2 * len(slots) * heads * head_dim)}
+    for name in config.modules_to_save or ():
+        head = attachment.base.get_submodule(name).state_dict(prefix=f"{HEAD}{name}.")
+        wanted |= {n: tuple(t.shape) for n, t in head.items()}
+    tensors = _read_tensors(folder / ADAPTER, shapes, wanted)
+    folded = tensors.pop(KEY).float()
+    saved = {n.removeprefix(HEAD): t for n, t in tensors.items()}
     training = folder / TRAINING
     if is_trainable and (config.prefix_projection or config.mode == "embedding") and training.exists():
         shapes, metadata = _header(training)
         if metadata.get("prefix_sha256") == _digest(folded):
             if config.mode == "embedding":
-                wanted = {"embedding": (config.num_virtual_tokens, int(base.get_input_embeddings().weight.shape[1]))}
+                width = int(attachment.base.get_input_embeddings().weight.shape[1])
+                wanted = {"embedding": (config.num_virtual_tokens, width)}
             else:
                 wanted = _mlp_shapes(training, shapes, config, sizes)
-            return config, _read_tensors(training, shapes, wanted)
+            return config, _read_tensors(training, shapes, wanted), saved
         _log.warning("%s belongs to another prefix: training goes on from the folded one", training)
     config.mode, config.prefix_projection = "kv", False  # what is left is the prefix that was made
-    return config, {"embedding": folded}
+    return config, {"embedding": folded}, saved
 
 
 def save_table(folder: Path, table: Tensor, base: PreTrainedModel) -> None:
@@ -131,9 +151,9 @@ def load_table(path: str | Path, base: PreTrainedModel) -> Tensor:
 def describe(path: str | Path) -> dict[str, Any]:
     """What an adapter holds, as far as that is known without its base model: our configuration and PEFT's sizes."""
     folder = _folder(path)
-    peft = _read_json(folder / ADAPTER_CONFIG)
+    peft = _read_json(folder / ADAPTER_CONFIG, OURS, PEFT)
     shapes, metadata = _header(folder / ADAPTER)
-    config = _config(folder, peft, metadata)
+    config = _config(folder, peft, metadata, shapes)
     known = {name: value for name, value in config.to_dict().items() if value is not None}
     sizes = {name: peft.get(name) for name in ("num_layers", "num_attention_heads", "token_dim")}
     tensors = {f"tensor {name}": str(shape) for name, shape in shapes.items()}
@@ -155,16 +175,18 @@ def _folder(path: str | Path) -> Path:
         raise ValueError(f"{path}: neither a folder nor a Hub repository within reach ({error})") from error
 
 
-def _read_json(path: Path, peft_type: str = "PREFIX_TUNING") -> dict[str, Any]:
+def _read_json(path: Path, *peft_types: str) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text())
     except FileNotFoundError:
         raise ValueError(f"{path}: no such file; is this the folder of an adapter?") from None
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not JSON ({error})") from None
-    if not isinstance(content, dict) or content.get("peft_type") != peft_type:
-        found = content.get("peft_type") if isinstance(content, dict) else type(content).__name__
-        raise ValueError(f"{path}: peft_type must be {peft_type}, got {found!r}")
+    found = content.get("peft_type") if isinstance(content, dict) else type(content).__name__
+    if found not in peft_types:
+        raise ValueError(f"{path}: peft_type must be {' or '.join(peft_types)}, got {found!r}")
+    if found == PEFT and content.get("num_transformer_submodules") not in (None, 1):
+        raise ValueError(f"{path}: a prefix that PEFT made for an encoder-decoder model; those have another meaning")
     return content
 
 
@@ -202,14 +224,15 @@ def _mlp_shapes(path: Path, shapes: _Shapes, config: PrefixConfig, sizes: tuple[
     return {name: tuple(t.shape) for name, t in encoder.state_dict().items()}
 
 
-def _config(folder: Path, peft: dict[str, Any], metadata: dict[str, str]) -> PrefixConfig:
+def _config(folder: Path, peft: dict[str, Any], metadata: dict[str, str], shapes: _Shapes) -> PrefixConfig:
     """Ours where we wrote the file, otherwise PEFT's fields and PEFT's positions."""
     try:
-        if "prefix_config" in metadata:
-            config = PrefixConfig.from_dict(json.loads(metadata["prefix_config"]))
+        if "prefix_config" in metadata or peft["peft_type"] == OURS:
+            config = PrefixConfig.from_dict(json.loads(metadata.get("prefix_config", "null")))
         else:
             P, task = peft.get("num_virtual_tokens", 0), peft.get("task_type")
-            config = PrefixConfig(num_virtual_tokens=P, task_type=task, position_mode="shift")
+            heads = tuple(dict.fromkeys(n.removeprefix(HEAD).split(".")[0] for n in shapes if n.startswith(HEAD)))
+            config = PrefixConfig(num_virtual_tokens=P, task_type=task, position_mode="shift", modules_to_save=heads)
     except (ValueError, TypeError, AttributeError, RecursionError, NotImplementedError) as error:
         raise ValueError(f"{folder}: {error}") from None
     config.base_model_name_or_path = peft.get("base_model_name_or_path")  # where people can edit it
@@ -241,8 +264,6 @@ def _check_sizes(path: Path, peft: dict[str, Any], sizes: tuple[int, int, int], 
                 f"{path}: {name} is {peft[name]!r}, {type(base).__name__} needs {size} "
                 f"({layers} layers, {heads} key/value heads of size {head_dim})"
             )
-    if peft.get("num_transformer_submodules") not in (None, 1):
-        raise ValueError(f"{path}: made for an encoder-decoder model, {type(base).__name__} is decoder-only")
 
 
 def _fingerprint(base: PreTrainedModel) -> dict[str, Any]:
@@ -251,25 +272,30 @@ def _fingerprint(base: PreTrainedModel) -> dict[str, Any]:
     return {name: getattr(config, name) for name in ("model_type", "hidden_size")}
 
 
-def _peft_config(encoder: PrefixEncoder, config: PrefixConfig) -> dict[str, Any]:
+def _peft_config(encoder: PrefixEncoder, config: PrefixConfig, attachment: Attachment) -> dict[str, Any]:
     """The fields of PEFT's PrefixTuningConfig. The prefix is folded, so that PEFT needs no MLP."""
     return {
-        "peft_type": "PREFIX_TUNING",
+        "peft_type": PEFT if config.layers == "all" and not attachment.has_decoder else OURS,
         "task_type": config.task_type,
         "base_model_name_or_path": config.base_model_name_or_path,
         "inference_mode": True,
         "num_virtual_tokens": encoder.num_virtual_tokens,
         "token_dim": encoder.num_heads * encoder.head_dim,
-        "num_transformer_submodules": 1,
+        "num_transformer_submodules": 2 if attachment.has_decoder else 1,
         "num_attention_heads": encoder.num_heads,
         "num_layers": encoder.num_layers,
         "encoder_hidden_size": encoder.num_heads * encoder.head_dim,
         "prefix_projection": False,
+        "modules_to_save": list(config.modules_to_save or ()) or None,
     }
 
 
 def _is_hub_id(name: str) -> bool:
     return re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", name) is not None and not Path(name).exists()
+
+
+def _on_cpu(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
 
 
 def _digest(tensor: Tensor) -> str:

@@ -9,11 +9,13 @@ from typing import Any, Literal
 MODES = ("kv", "embedding")
 INITS = ("random", "text", "zero")
 POSITION_MODES = ("shift", "none")
+SITES = ("encoder", "cross", "decoder")  # the order of a prefix's keys and values
+TASK_TYPES = ("CAUSAL_LM", "SEQ_2_SEQ_LM", "SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")
 
 
 @dataclass
 class PrefixConfig:
-    """Configuration of one prefix.
+    """Configuration of one prefix. The prefix itself keeps a copy in which no default is left open.
 
     Args:
         num_virtual_tokens: P, the length of the prefix.
@@ -23,17 +25,21 @@ class PrefixConfig:
         dropout: on the prefix, in training.
         mode: what is trained: "kv", keys and values in every layer; "embedding", input embeddings alone, of which the
             frozen model makes keys and values (Li and Liang 2021, section 7.2); they stay visible past windows.
-        sites: attention that gets a prefix; ("decoder",) for causal models.
-        layers: "all".
+        sites: attention that gets a prefix of its own: "encoder" (self-attention that is not causal), "cross" (of a
+            decoder to its encoder), "decoder" (causal self-attention). Default: all that the model has.
+        layers: "all", or the numbers of the layers that get one, at each site.
         init: "random" starts from the model's own keys and values of its start token and random ones, "text" from those
             of ``init_text`` or ``init_token_ids``, "zero" from zeros (which still take softmax mass: not a no-op).
         init_text: cut, or repeated, to P tokens; needs the tokenizer.
         init_token_ids: the same as ids.
         num_frozen_tokens: 0.
         gate: None.
-        position_mode: "shift": real tokens start at position P, as in PEFT; "none": at 0, and the prefix takes no room
-            in the context window.
-        task_type: "CAUSAL_LM".
+        position_mode: "shift": the tokens of a stack with a prefix in its self-attention start at position P, as PEFT
+            has it; "none": at 0, and the prefix takes no room in the context window. Default: "none" for
+            encoder-decoder models, otherwise "shift" where the model lets us.
+        task_type: PEFT's name of what the model is for. Default: by the model's class.
+        modules_to_save: heads (children of the model) of which a copy is trained and saved with the prefix. Default:
+            all in classification and question answering, where they usually start at random; otherwise none.
         base_model_name_or_path: the model that the prefix was trained for.
         backend: of ``prefix_attention``.
 
@@ -47,15 +53,16 @@ class PrefixConfig:
     encoder_depth: int = 1
     dropout: float = 0.0
     mode: str = "kv"
-    sites: Sequence[str] = ("decoder",)
-    layers: Literal["all"] = "all"
+    sites: Sequence[str] | None = None
+    layers: Literal["all"] | Sequence[int] = "all"
     init: str = "random"
     init_text: str | None = None
     init_token_ids: Sequence[int] | None = None
     num_frozen_tokens: int = 0
     gate: None = None
-    position_mode: str = "shift"
-    task_type: str | None = "CAUSAL_LM"
+    position_mode: str | None = None
+    task_type: str | None = None
+    modules_to_save: Sequence[str] | None = None
     base_model_name_or_path: str | None = None
     backend: str = "auto"
 
@@ -69,23 +76,35 @@ class PrefixConfig:
             raise ValueError(f"encoder_hidden_size must be positive or None, got {self.encoder_hidden_size!r}")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout must lie in [0, 1), got {self.dropout!r}")
-        for name, allowed in (("init", INITS), ("position_mode", POSITION_MODES)):
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name} must be one of {allowed}, got {getattr(self, name)!r}")
+        allowed = {"init": INITS, "position_mode": (*POSITION_MODES, None), "task_type": (*TASK_TYPES, None)}
+        for name, values in allowed.items():
+            if getattr(self, name) not in values:
+                raise ValueError(f"{name} must be one of {values}, got {getattr(self, name)!r}")
         if self.init == "text" and (self.init_text is None) == (self.init_token_ids is None):
             raise ValueError("init='text' needs either init_text or init_token_ids")
         if self.mode not in MODES:
             raise NotImplementedError(f"mode={self.mode!r}: this version has {MODES}")
         if self.mode == "embedding" and self.prefix_projection:
             raise NotImplementedError("mode='embedding' has no MLP: prefix_projection must be False")
-        here = {"sites": ("decoder",), "layers": "all", "num_frozen_tokens": 0, "gate": None}
+        self._check_places()
+        if isinstance(self.modules_to_save, str):
+            raise ValueError(f"modules_to_save must be a list of names, got {self.modules_to_save!r}")
+        here = {"num_frozen_tokens": 0, "gate": None}
         for name, only in here.items():
-            value = getattr(self, name)
-            value = tuple(value) if isinstance(value, list) else value
-            if value != only:
-                raise NotImplementedError(f"{name}={value!r}: this version has {name}={only!r} only")
-        if self.task_type not in (None, "CAUSAL_LM"):
-            raise NotImplementedError(f"task_type={self.task_type!r}: this version has 'CAUSAL_LM' only")
+            if getattr(self, name) != only:
+                raise NotImplementedError(f"{name}={getattr(self, name)!r}: this version has {name}={only!r} only")
+
+    def _check_places(self) -> None:
+        if self.sites is not None:
+            sites = tuple(self.sites)
+            if not sites or len(set(sites)) < len(sites) or not set(sites) <= set(SITES):
+                raise ValueError(f"sites must be some of {SITES}, each once, or None, got {self.sites!r}")
+            self.sites = sites
+        if self.layers != "all":
+            numbers = tuple(self.layers)
+            if not numbers or len(set(numbers)) < len(numbers) or any(type(n) is not int or n < 0 for n in numbers):
+                raise ValueError(f"layers must be 'all' or numbers of layers, each once, got {self.layers!r}")
+            self.layers = numbers
 
     @property
     def shift(self) -> int:

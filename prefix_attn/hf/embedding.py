@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from prefix_attn.hf import checkpoint
-from prefix_attn.hf.attach import Attachment, initial_embeddings
+from prefix_attn.hf.attach import Attachment
 from prefix_attn.hf.config import PrefixConfig
+from prefix_attn.hf.initial import initial_embeddings
 from prefix_attn.hf.insert import Insertion
 from prefix_attn.hf.wrapper import Wrapper
 
@@ -53,8 +54,10 @@ class PrefixTuning(Wrapper):
         if hidden_size != embeddings.weight.shape[1]:
             needed = f"{embeddings.weight.shape[1]}, the size of {type(model).__name__}'s input embeddings"
             raise ValueError(f"hidden_size must be {needed}, got {hidden_size!r}")
-        self._config = PrefixConfig(num_virtual_tokens=prefix_length)
+        self._config = PrefixConfig(num_virtual_tokens=prefix_length, mode="embedding", position_mode="shift")
         self._attachment = _attach(model)
+        if self._attachment is not None:
+            self._config = self._attachment.resolve(self._config)
         self.base_model = model.requires_grad_(False)
         self.prefix = nn.Parameter(initial_embeddings(model, self._config, None))
 
@@ -137,7 +140,8 @@ class PrefixTuning(Wrapper):
     def _running(self) -> AbstractContextManager[None]:
         if self._attachment is None:
             return self._insertion.running(self.prefix)
-        kv = self._attachment.kv(self.prefix.to(self._insertion.embeddings.weight.dtype))
+        slots = self._attachment.layout(self._config).slots
+        kv = self._attachment.kv(slots, self.prefix.to(self._insertion.embeddings.weight.dtype))
         return self._attachment.running(kv, self._config)
 
 

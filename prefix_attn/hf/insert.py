@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, StaticCache
 from transformers.utils import ModelOutput
 
-from prefix_attn.hf.attach import backbone, evaluating, positions
+from prefix_attn.hf.attach import evaluating
+from prefix_attn.hf.positions import from_mask
 
 
 class Insertion:
@@ -35,7 +36,7 @@ class Insertion:
         """
         self._name = type(base).__name__
         self._decoder = base.get_decoder() if base.config.is_encoder_decoder else None
-        self._layers = base.get_encoder() if self._decoder else backbone(base)
+        self._layers = base.get_encoder() if self._decoder else _backbone(base)
         self._entrance = _entrance(base, self._layers)
         self._names = list(inspect.signature(self._entrance.forward).parameters)
         if base.can_generate() and self._decoder is None and "past_key_values" not in self._names:
@@ -114,8 +115,22 @@ class Insertion:
             virtual = first + torch.arange(P, device=given.device)
             new["position_ids"] = given + P if past else places.insert(virtual, given + P)
         elif self._is_causal and "position_ids" in self._names:
-            new["position_ids"] = positions(new)
+            new["position_ids"] = from_mask(new)
         return kwargs | new, None if past else places
+
+
+def _backbone(base: PreTrainedModel) -> nn.Module:
+    """The module that holds the list of layers and runs them.
+
+    Raises:
+        NotImplementedError: there is none.
+    """
+    layers = base.config.get_text_config().num_hidden_layers
+    for module in base.modules():
+        for child in module.children():
+            if isinstance(child, nn.ModuleList) and len(child) == layers:
+                return module
+    raise NotImplementedError(f"{type(base).__name__} has no list of {layers} layers")
 
 
 class _Places:

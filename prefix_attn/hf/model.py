@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
-from dataclasses import replace
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,9 +12,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from prefix_attn.hf import checkpoint
-from prefix_attn.hf.attach import Attachment, FromEmbeddings, initial_embeddings, initial_kv
+from prefix_attn.hf.attach import Attachment
 from prefix_attn.hf.banks import make_bank, make_rows
 from prefix_attn.hf.config import PrefixConfig
+from prefix_attn.hf.heads import copy_heads, heads_in_place
+from prefix_attn.hf.initial import FromEmbeddings, initial_embeddings, initial_kv
 from prefix_attn.hf.wrapper import Wrapper
 from prefix_attn.prefix import PrefixEncoder
 
@@ -31,15 +32,20 @@ def get_prefix_model(
     """``base``, frozen, with one trainable prefix named "default".
 
     Args:
-        base: a decoder-only transformers model; its attention function is switched in place.
+        base: a transformers model, decoder, encoder or both; its attention function is switched in place.
         config: the prefix.
         tokenizer: for ``init_text``.
 
     Raises:
         NotImplementedError: the model's attention cannot be served. ValueError: the configuration does not fit it.
+        ``base`` is unchanged then.
     """
     model = PrefixModel(base)
-    model.add_prefix("default", config, tokenizer)
+    try:
+        model.add_prefix("default", config, tokenizer)
+    except Exception:
+        model._attachment.remove()
+        raise
     return model
 
 
@@ -47,9 +53,10 @@ class PrefixModel(Wrapper):
     """A frozen model and its prefixes (Li and Liang 2021, section 4.2). Other attributes are the model's own.
 
     A forward or generate keeps the prefixes that it started with. Adding, setting, deleting and disabling, from a
-    callback or another thread, is for those that start later; threads may run different prefixes at the same time.
+    callback or another thread, is for those that start later; threads may run different prefixes at the same time,
+    unless these have heads, which take the place of the model's own while they run.
 
-    ``state_dict`` holds the prefixes alone, MLPs included: a Trainer's checkpoint is that, and resumes from it.
+    ``state_dict`` holds the prefixes alone, with MLPs and heads: a Trainer's checkpoint is that, and resumes from it.
     """
 
     def __init__(self, base_model: PreTrainedModel) -> None:
@@ -58,6 +65,7 @@ class PrefixModel(Wrapper):
         self._attachment = Attachment(base_model)
         self.base_model = base_model
         self.prefixes = nn.ModuleDict()
+        self.heads = nn.ModuleDict()  # of each prefix: nn.ModuleDict
         self.prefix_configs: dict[str, PrefixConfig] = {}
         self.active_prefix: str | None = None
         self._disabled: list[None] = []  # one for each disable_prefix now open: to append and to pop is atomic
@@ -72,29 +80,27 @@ class PrefixModel(Wrapper):
     def add_prefix(self, name: str, config: PrefixConfig, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
         """A new trainable prefix, initialised as ``config`` says; it becomes the active one."""
         self._check_new(name)
+        config = self._attachment.resolve(config)
         encoder = self._encoder(config)
         if config.mode == "embedding":
             encoder.embedding.data = initial_embeddings(self.base_model, config, tokenizer)
         else:
             encoder.set_kv(initial_kv(self._attachment, config, tokenizer))
-        # A copy: the caller may use the same configuration for another model.
-        config = replace(
-            config,
-            base_model_name_or_path=config.base_model_name_or_path or self.base_model.config._name_or_path or None,
-        )
-        self._install(name, config, encoder, trainable=True)
+        heads = copy_heads(self.base_model, config.modules_to_save or ())
+        self._install(name, config, encoder, heads, trainable=True)
 
     def load_prefix(self, path: str | Path, name: str, *, is_trainable: bool = False) -> None:
         """A prefix from a folder or a Hub id, as ``save_pretrained`` or PEFT wrote it; it becomes the active one."""
         self._check_new(name)
-        sizes = (self._attachment.layers, self._attachment.heads, self._attachment.head_dim)
-        config, parameters = checkpoint.load_prefix(path, self.base_model, sizes, is_trainable=is_trainable)
+        config, parameters, saved = checkpoint.load_prefix(path, self._attachment, is_trainable=is_trainable)
         encoder = self._encoder(config)
         try:
             encoder.load_state_dict(parameters)
         except RuntimeError as error:
             raise ValueError(f"{path}: the saved MLP does not fit its configuration ({error})") from None
-        self._install(name, config, encoder, trainable=is_trainable)
+        heads = copy_heads(self.base_model, config.modules_to_save or ())
+        heads.load_state_dict(saved)
+        self._install(name, config, encoder, heads, trainable=is_trainable)
 
     def set_prefix(self, name: str) -> None:
         """Make ``name`` the active prefix: the one that forward, generate and training use."""
@@ -106,7 +112,7 @@ class PrefixModel(Wrapper):
         self._find(name)
         if self.active_prefix == name:  # first: another thread may ask for the active prefix at any moment
             self.active_prefix = next((other for other in self.prefix_configs if other != name), None)
-        del self.prefix_configs[name], self.prefixes[name]
+        del self.prefix_configs[name], self.prefixes[name], self.heads[name]
 
     @contextmanager
     def disable_prefix(self) -> Iterator[None]:
@@ -137,11 +143,17 @@ class PrefixModel(Wrapper):
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         use_cache: bool | None = None,
+        token_type_ids: Tensor | None = None,
+        input_features: Tensor | None = None,
+        decoder_input_ids: Tensor | None = None,
+        decoder_attention_mask: Tensor | None = None,
         prefix_names: Sequence[str | None] | None = None,
         adapter_names: Sequence[str | None] | None = None,
         **kwargs: Any,
     ) -> Any:
         """The base model's forward with the active prefix. Positions default to those that the mask implies.
+
+        A Trainer keeps the columns of a data set that have the name of an argument.
 
         Args:
             input_ids: these, and all that are not described, are the base model's.
@@ -151,12 +163,16 @@ class PrefixModel(Wrapper):
             inputs_embeds: see ``input_ids``.
             labels: see ``input_ids``.
             use_cache: see ``input_ids``.
+            token_type_ids: see ``input_ids``.
+            input_features: see ``input_ids``.
+            decoder_input_ids: see ``input_ids``.
+            decoder_attention_mask: see ``input_ids``.
             prefix_names: the prefix of each row, None = no prefix, instead of the active one for all.
             adapter_names: the same in PEFT's words, where "__base__" is no prefix.
             kwargs: see ``input_ids``.
 
         Raises:
-            ValueError: unknown names, another number of names than of rows, or prefixes of different backends.
+            ValueError: unknown names, another number of names than of rows, or prefixes that do not fit one batch.
         """
         given = {
             "input_ids": input_ids,
@@ -166,8 +182,12 @@ class PrefixModel(Wrapper):
             "inputs_embeds": inputs_embeds,
             "labels": labels,
             "use_cache": use_cache,
+            "token_type_ids": token_type_ids,
+            "input_features": input_features,
+            "decoder_input_ids": decoder_input_ids,
+            "decoder_attention_mask": decoder_attention_mask,
         }
-        names = _names(prefix_names, adapter_names, input_ids, inputs_embeds)
+        names = _names(prefix_names, adapter_names, input_ids, inputs_embeds, input_features)
         with self._running(names):
             return self.base_model(**{n: v for n, v in given.items() if v is not None}, **kwargs)
 
@@ -194,37 +214,52 @@ class PrefixModel(Wrapper):
         with self._running(_names(prefix_names, adapter_names, *args[:1], *prompts)):
             return self.base_model.generate(*args, **kwargs)
 
-    def _running(self, names: Sequence[str | None] | None) -> AbstractContextManager[None]:
+    @contextmanager
+    def _running(self, names: Sequence[str | None] | None) -> Iterator[None]:
         """The context in which the rows of a batch have the prefixes ``names``, or all of them the active one."""
         names = [self.active_prefix] if names is None else names
         found = {name: self._find(name) for name in names if name is not None}
-        if self._disabled or not found:
-            return self._attachment.plain()
-        kvs = [encoder() for encoder, _ in found.values()]
-        configs = {name: config for name, (_, config) in found.items()}
-        config = next(iter(configs.values()))
-        if len(set(names)) == 1:
-            return self._attachment.running(kvs[0], config)
-        backends = {name: config.backend for name, config in configs.items()}
-        if len(set(backends.values())) > 1:
-            raise ValueError(f"the prefixes of one batch must have one backend, got {backends}")
-        return self._attachment.running(make_bank(kvs), config, make_rows(names, configs, kvs))
+        with ExitStack() as stack:
+            if self._disabled or not found:
+                stack.enter_context(self._attachment.plain())
+            elif len(set(names)) == 1:
+                ((name, (encoder, config)),) = found.items()
+                kv = encoder()
+                stack.enter_context(heads_in_place(self.base_model, self._heads(name)))
+                stack.enter_context(self._attachment.running(kv, config))
+            else:
+                configs = {name: config for name, (_, config) in found.items()}
+                self._check_together(configs)
+                kvs = [encoder() for encoder, _ in found.values()]
+                rows = make_rows(names, configs, kvs)
+                stack.enter_context(self._attachment.running(make_bank(kvs), next(iter(configs.values())), rows))
+            yield
+
+    def _check_together(self, configs: dict[str, PrefixConfig]) -> None:
+        for field in ("backend", "sites", "layers"):
+            values = {name: getattr(config, field) for name, config in configs.items()}
+            if len(set(values.values())) > 1:
+                raise ValueError(f"the prefixes of one batch must have one {field}, got {values}")
+        if heads := [name for name in configs if len(self._heads(name))]:
+            raise ValueError(f"prefixes with heads cannot share a batch with others, got {heads}")
 
     # Parameters -------------------------------------------------------------------------------------------------------
 
     def state_dict(self, *args: Any, destination: Any = None, prefix: str = "", keep_vars: bool = False) -> Any:
-        """The prefixes' parameters; the frozen base is not in it."""
-        return self.prefixes.state_dict(destination=destination, prefix=f"{prefix}prefixes.", keep_vars=keep_vars)
+        """The parameters of the prefixes and their heads; the frozen base is not in it."""
+        return self._own().state_dict(destination=destination, prefix=prefix, keep_vars=keep_vars)
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """The reverse of ``state_dict``."""
-        inner = {n.removeprefix("prefixes."): t for n, t in state_dict.items()}
-        return self.prefixes.load_state_dict(inner, strict=strict, assign=assign)
+        return self._own().load_state_dict(state_dict, strict=strict, assign=assign)
+
+    def _own(self) -> nn.ModuleDict:
+        return nn.ModuleDict({"prefixes": self.prefixes, "heads": self.heads})
 
     # Files ------------------------------------------------------------------------------------------------------------
 
     def save_pretrained(self, path: str | Path, *, training_state: bool = False) -> None:
-        """Write the active prefix, folded, in PEFT's format.
+        """Write the active prefix, folded, in PEFT's format where PEFT has such prefixes.
 
         Args:
             path: the folder. A kill at any moment leaves the old files or the new ones.
@@ -233,7 +268,8 @@ class PrefixModel(Wrapper):
         if self.active_prefix is None:
             raise ValueError("there is no active prefix to save")
         encoder, config = self._find(self.active_prefix)
-        checkpoint.save_prefix(Path(path), encoder, config, self.base_model, training_state=training_state)
+        heads = self._heads(self.active_prefix)
+        checkpoint.save_prefix(Path(path), encoder, heads, config, self._attachment, training_state=training_state)
 
     @classmethod
     def from_pretrained(
@@ -261,11 +297,11 @@ class PrefixModel(Wrapper):
             raise ValueError(f"a prefix cannot be named {name!r}: its name becomes that of a module")
 
     def _encoder(self, config: PrefixConfig) -> PrefixEncoder:
-        layers, heads, size = self._attachment.layers, self._attachment.heads, self._attachment.head_dim
+        slots, heads, size = self._attachment.layout(config)
         hidden = (config.encoder_hidden_size or heads * size) if config.prefix_projection else None
         encoder = PrefixEncoder(
             config.num_virtual_tokens,
-            layers,
+            len(slots),
             heads,
             size,
             hidden_size=hidden,
@@ -275,7 +311,7 @@ class PrefixModel(Wrapper):
         if config.mode == "embedding":
             width = self.base_model.get_input_embeddings().weight.shape[1]
             encoder.embedding = nn.Parameter(torch.zeros(config.num_virtual_tokens, width))
-            encoder.mlp = FromEmbeddings(self._attachment)
+            encoder.mlp = FromEmbeddings(self._attachment, slots)
         return encoder
 
     def _find(self, name: str) -> tuple[PrefixEncoder, PrefixConfig]:
@@ -285,9 +321,18 @@ class PrefixModel(Wrapper):
         assert isinstance(encoder, PrefixEncoder)
         return encoder, self.prefix_configs[name]
 
-    def _install(self, name: str, config: PrefixConfig, encoder: PrefixEncoder, *, trainable: bool) -> None:
-        encoder.requires_grad_(trainable)
-        encoder.train(self.training)
+    def _heads(self, name: str) -> nn.ModuleDict:
+        heads = self.heads[name]
+        assert isinstance(heads, nn.ModuleDict)
+        return heads
+
+    def _install(
+        self, name: str, config: PrefixConfig, encoder: PrefixEncoder, heads: nn.ModuleDict, *, trainable: bool
+    ) -> None:
+        for module in (encoder, heads):
+            module.requires_grad_(trainable)
+            module.train(self.training)
+        self.heads[name] = heads
         self.prefixes[name] = encoder.to(self.base_model.get_input_embeddings().weight.device)
         self.prefix_configs[name] = config
         self.active_prefix = name

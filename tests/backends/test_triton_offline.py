@@ -1,4 +1,7 @@
-"""Every shipped kernel compiles for every architecture of the table, spills nothing and fits; no GPU is needed.
+"""Shipped kernels compile for every architecture of the table, spill nothing and fit; no GPU is needed.
+
+Half precision on all of them, float32 on one: it multiplies without matrix instructions, and compiles for minutes.
+``python -m benchmarks.compile_kernels --check`` does everything.
 
 In processes of their own: Triton decides at its import whether it interprets, and this test process does.
 """
@@ -28,19 +31,14 @@ def python(*arguments: str) -> subprocess.CompletedProcess[str]:
 def test_everything_shipped_compiles(tmp_path: Path) -> None:
     """Each tile of the table, in the call that reaches it: no spills, memory within the limit, matrix instructions."""
     table = tmp_path / "table.md"
-    done = python("-m", "benchmarks.compile_kernels", "--check", "--variant", "plain", "--write", str(table))
+    only = ("--variant", "plain", "--dtype", "half")
+    done = python("-m", "benchmarks.compile_kernels", "--check", *only, "--write", str(table))
     assert done.returncode == 0, done.stderr[-4000:]
     lines = [line for line in table.read_text().splitlines() if line.startswith(tuple(f"| {a}" for a in ARCHITECTURES))]
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
     found = {(arch, kernel, dtype, size) for arch, kernel, dtype, size, *_ in rows}
-    expected = {
-        (arch, kernel, dtype, size)
-        for arch in ARCHITECTURES
-        for kernel in KERNELS
-        for dtype in ("half", "float")
-        for size in ("64", "128", "256")
-    }
-    assert found == expected
+    sizes = ("64", "128", "256")
+    assert found == {(arch, kernel, "half", size) for arch in ARCHITECTURES for kernel in KERNELS for size in sizes}
 
 
 @pytest.mark.slow

@@ -34,7 +34,10 @@ MORE: dict[str, dict[str, Any]] = {
     "biogpt": _MULTI_HEAD | {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "layerdrop": 0.0},
     "cohere": _LLAMA,
     "cohere2": _LLAMA | {"sliding_window": 6},
-    "deepseek_v3": _MULTI_HEAD | _ROUTED | _LATENT | {"first_k_dense_replace": 1, "n_shared_experts": 1},
+    "deepseek_v3": _MULTI_HEAD
+    | _ROUTED
+    | _LATENT
+    | {"num_key_value_heads": 4, "first_k_dense_replace": 1, "n_shared_experts": 1},
     "ernie4_5": _LLAMA,
     "exaone4": _LLAMA | {"sliding_window": None, "layer_types": ["full_attention"] * 3},
     "gemma": _HEADS,

@@ -325,7 +325,12 @@ def test_a_thousand_prefixes(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_bank_holds_what_the_call_names_once(monkeypatch: pytest.MonkeyPatch) -> None:
     model, states = prefixed(), []
     real = attach.PrefixState
-    monkeypatch.setattr(attach, "PrefixState", lambda kv, **rest: states.append((kv, rest["rows"])) or real(kv, **rest))
+
+    def state(kv: Tensor, slots: Any, **rest: Any) -> Any:
+        states.append((kv, rest["rows"]))
+        return real(kv, slots, **rest)
+
+    monkeypatch.setattr(attach, "PrefixState", state)
     model.generate(tokens(4, 5), prefix_names=["still", None, "short", "still"], num_beams=2, **QUIET)
     ((kv, rows),) = states
     assert kv.shape == (2, 6, 2, 4, 8)

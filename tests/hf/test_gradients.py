@@ -74,7 +74,7 @@ def test_every_layer_against_concatenation(name: str) -> None:
     kv = model.prefixes["default"]()
     layers = list(zip(kv[::2], kv[1::2]))
     positions = torch.arange(11)[None] + P
-    handle = model._attachment._backbone.register_forward_pre_hook(
+    handle = base.get_decoder().register_forward_pre_hook(
         lambda _, args, kwargs: (args, kwargs | {"concatenated_prefix": layers}), with_kwargs=True
     )
     with model.disable_prefix():
@@ -84,7 +84,7 @@ def test_every_layer_against_concatenation(name: str) -> None:
 
     real = mask.bool()
     torch.testing.assert_close(logits[real], expected[real], rtol=1e-5, atol=2e-5)
-    per_layer = (P, 2 * model._attachment.layers, -1)
+    per_layer = (P, 2 * base.config.num_hidden_layers, -1)
     for layer, (got, wanted) in enumerate(zip(grad.view(per_layer).unbind(1), expected_grad.view(per_layer).unbind(1))):
         error = (got - wanted).norm() / wanted.norm()
         assert error <= 1e-5, f"layer {layer // 2}, {'value' if layer % 2 else 'key'}: relative error {error:.1e}"

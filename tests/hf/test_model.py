@@ -8,10 +8,19 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainingArguments
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
+    AutoModelForSpeechSeq2Seq,
+    PreTrainedModel,
+    Trainer,
+    TrainingArguments,
+)
 
 from prefix_attn import PrefixConfig, PrefixModel, get_prefix_model
-from tests.hf.models import CONFIGS, tiny, tokens
+from tests.hf.models import CONFIGS, spread, tiny, tokens
 
 P = 4
 QUIET = {"do_sample": False, "pad_token_id": 0, "eos_token_id": None}
@@ -191,21 +200,53 @@ def test_parameter_count(capsys: pytest.CaptureFixture[str]) -> None:
     assert f"trainable params: {trainable:,} || all params: {total:,}" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("name", ["bloom", "gptj", "mpt", "t5"])
+SMALL = {
+    **dict.fromkeys(("hidden_size", "n_embd", "d_model", "embedding_size"), 16),
+    **dict.fromkeys(("num_hidden_layers", "n_layer", "n_layers", "num_layers", "encoder_layers", "decoder_layers"), 2),
+    **dict.fromkeys(("num_attention_heads", "n_head", "n_heads", "num_heads", "num_key_value_heads"), 2),
+    **dict.fromkeys(("encoder_attention_heads", "decoder_attention_heads", "num_experts", "n_routed_experts"), 2),
+    **dict.fromkeys(("intermediate_size", "d_ff", "encoder_ffn_dim", "decoder_ffn_dim", "moe_intermediate_size"), 24),
+    **dict.fromkeys(("q_lora_rank", "kv_lora_rank", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim", "d_kv"), 8),
+    **dict.fromkeys(("n_group", "topk_group", "num_experts_per_tok", "encoder_sparse_step", "decoder_sparse_step"), 1),
+    "vocab_size": 97,
+    "rotary_dim": 4,
+    "pad_token_id": 0,
+    "max_position_embeddings": 64,
+    "max_source_positions": 32,
+}
+OUTSIDE = "computes attention outside transformers' AttentionInterface"
+NOT_SERVED: dict[str, tuple[Any, str]] = {
+    "bloom": (AutoModelForCausalLM, OUTSIDE),
+    "gptj": (AutoModelForCausalLM, OUTSIDE),
+    "mpt": (AutoModelForCausalLM, OUTSIDE),
+    "falcon": (AutoModelForCausalLM, OUTSIDE),
+    "led": (AutoModelForSeq2SeqLM, OUTSIDE),
+    "mpnet": (AutoModelForSequenceClassification, OUTSIDE),
+    "mamba": (AutoModelForCausalLM, "no layer of MambaForCausalLM calls transformers' AttentionInterface"),
+    "rwkv": (AutoModelForCausalLM, OUTSIDE),
+    "fnet": (AutoModelForSequenceClassification, "no layer of FNetForSequenceClassification calls"),
+    "minimax": (AutoModelForCausalLM, r"layers \[1\] of MiniMaxForCausalLM do not call"),
+    "deepseek_v3": (AutoModelForCausalLM, "DeepseekV3Model has keys of size 16 and values of size 8"),
+    "glm_moe_dsa": (AutoModelForCausalLM, "GlmMoeDsaAttention chooses the keys of each query"),
+    "albert": (AutoModelForSequenceClassification, "runs an attention module more than once"),
+    "pegasus_x": (AutoModelForSeq2SeqLM, r"has no attention at sites \['encoder'\], but at \['cross', 'decoder'\]"),
+    "nllb-moe": (AutoModelForSeq2SeqLM, "computes something else through transformers' AttentionInterface"),
+    "moonshine": (AutoModelForSpeechSeq2Seq, "reads input_values; this version serves models of text, and Whisper"),
+}
+
+
+@pytest.mark.parametrize("name", NOT_SERVED)
 def test_models_that_cannot_be_served(name: str) -> None:
-    small = {"vocab_size": 97, "num_hidden_layers": 2, "num_attention_heads": 2, "hidden_size": 16}
-    small |= {"n_layer": 2, "n_layers": 2, "n_head": 2, "n_heads": 2, "n_embd": 16, "d_model": 16, "rotary_dim": 4}
-    config = AutoConfig.for_model(name, **small)
-    cls = AutoModelForCausalLM
-    if name == "t5":
-        from transformers import AutoModelForSeq2SeqLM as cls
-    base = cls.from_config(config)
-    before = base.config._attn_implementation
-    trainable = [p.requires_grad for p in base.parameters()]
-    with pytest.raises(NotImplementedError, match=type(base).__name__):
+    """Each by name, with the reason, and as it was: sparse, latent, shared and recurrent attention, and other masks."""
+    kind, reason = NOT_SERVED[name]
+    base = spread(kind.from_config(AutoConfig.for_model(name, **SMALL)))
+    models = [m for m in base.modules() if isinstance(m, PreTrainedModel)]
+    before = [m.config._attn_implementation for m in models]
+    with pytest.raises(NotImplementedError, match=reason):
         get_prefix_model(base, PrefixConfig())
-    assert base.config._attn_implementation == before
-    assert [p.requires_grad for p in base.parameters()] == trainable
+    assert [m.config._attn_implementation for m in models] == before
+    assert all(p.requires_grad for p in base.parameters())
+    assert not any(m._forward_pre_hooks or m._forward_hooks for m in base.modules())
 
 
 CONFIG_ERRORS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
@@ -216,8 +257,14 @@ CONFIG_ERRORS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "dropout": ({"dropout": 1.0}, ValueError, "dropout must lie in"),
     "mode": ({"mode": "infix"}, NotImplementedError, "mode='infix': this version has .'kv', 'embedding'"),
     "no MLP": ({"mode": "embedding", "prefix_projection": True}, NotImplementedError, "has no MLP"),
-    "sites": ({"sites": ("encoder",)}, NotImplementedError, "sites"),
-    "task": ({"task_type": "SEQ_2_SEQ_LM"}, NotImplementedError, "'CAUSAL_LM' only"),
+    "no site": ({"sites": ()}, ValueError, "sites must be some of"),
+    "unknown site": ({"sites": ("head",)}, ValueError, "sites must be some of .* got \\('head',\\)"),
+    "site twice": ({"sites": ["cross", "cross"]}, ValueError, "each once"),
+    "no layer": ({"layers": []}, ValueError, "layers must be 'all' or numbers"),
+    "words for layers": ({"layers": "first"}, ValueError, "layers must be 'all' or numbers of layers, .* got 'first'"),
+    "layer twice": ({"layers": [1, 1]}, ValueError, "each once"),
+    "layer from behind": ({"layers": [-1]}, ValueError, "layers must be"),
+    "task": ({"task_type": "MASKED_LM"}, ValueError, "task_type must be one of .* got 'MASKED_LM'"),
 }
 
 
@@ -225,6 +272,28 @@ CONFIG_ERRORS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
 def test_config_errors(fields: dict[str, Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         PrefixConfig(**fields)
+
+
+def test_places_that_the_model_does_not_have() -> None:
+    with pytest.raises(NotImplementedError, match=r"LlamaForCausalLM has no attention at sites \['cross', 'encoder'\]"):
+        get_prefix_model(tiny("llama"), PrefixConfig(sites=("encoder", "cross", "decoder")))
+    with pytest.raises(ValueError, match=r"layers must lie in 0..2 for LlamaForCausalLM, got \[3, 7\]"):
+        get_prefix_model(tiny("llama"), PrefixConfig(layers=[0, 3, 7]))
+
+
+def test_some_layers() -> None:
+    """Those that are not chosen have none; which are, and in which order they were named, is not the same thing."""
+    model = get_prefix_model(tiny("llama"), PrefixConfig(num_virtual_tokens=P, layers=[2, 0])).eval()
+    kv = model.prefixes["default"]()
+    (grad,) = torch.autograd.grad(model(tokens()).logits.square().sum(), model.prefixes["default"].embedding)
+    assert grad.view(P, 4, -1).abs().amax((0, 2)).min() > 0
+    outs = [model(tokens()).logits]
+    for name, layers in (("first", [0]), ("last", [2]), ("both", [0, 2])):
+        model.add_prefix(name, PrefixConfig(num_virtual_tokens=P, layers=layers))
+        model.prefixes[name].set_kv({"first": kv[:2], "last": kv[2:], "both": kv}[name])
+        outs.append(model(tokens()).logits)
+    assert torch.equal(outs[0], outs[3])
+    assert all((outs[0] - out).abs().max() > 1e-3 for out in outs[1:3])
 
 
 def test_text_needs_a_tokenizer() -> None:

@@ -14,6 +14,8 @@ ROWS = {
     name: cells for name, *cells in (line[2:-2].split(" | ") for line in PAGE.splitlines() if line.startswith("| "))
 }
 
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of transformers' own modules, at their import
+
 
 @pytest.fixture(autouse=True)
 def more_models(monkeypatch: pytest.MonkeyPatch) -> None:
