@@ -19,7 +19,12 @@ class PrefixEncoder(nn.Module):
     Parameters are float32 whatever the model's dtype is. ``embedding`` is PEFT's layout: flat (P, 2 * L * H * D), where
     a row viewed as (2 * L, H, D) holds layer l's key at 2 * l and its value at 2 * l + 1; with an MLP (P, H * D). The
     place of the MLP may be taken by any module, and ``embedding`` is then what that module turns into the layout.
+
+    The first tokens can be ``frozen``: F rows in PEFT's layout that are no parameter, which no MLP makes and no dropout
+    touches. ``embedding`` then has rows for the other P - F.
     """
+
+    frozen: Tensor | None
 
     def __init__(
         self,
@@ -31,17 +36,20 @@ class PrefixEncoder(nn.Module):
         hidden_size: int | None = None,
         depth: int = 1,
         dropout: float = 0.0,
+        num_frozen_tokens: int = 0,
     ) -> None:
-        """Sizes P, L, H (key/value heads) and D; ``hidden_size`` = None is flat, ``depth`` counts hidden layers."""
+        """Sizes P, L, H (key/value heads), D and F; ``hidden_size`` = None is flat, ``depth`` counts hidden layers."""
         super().__init__()
         self.num_layers, self.num_heads, self.head_dim = num_layers, num_heads, head_dim
         width = 2 * num_layers * num_heads * head_dim
         self.dropout = nn.Dropout(dropout)
         self.mlp: nn.Module | None = None
+        self.register_buffer("frozen", torch.zeros(num_frozen_tokens, width) if num_frozen_tokens else None)
+        trained = num_virtual_tokens - num_frozen_tokens
         if hidden_size is None:
-            self.embedding = nn.Parameter(torch.zeros(num_virtual_tokens, width))
+            self.embedding = nn.Parameter(torch.zeros(trained, width))
             return
-        self.embedding = nn.Parameter(torch.randn(num_virtual_tokens, num_heads * head_dim))
+        self.embedding = nn.Parameter(torch.randn(trained, num_heads * head_dim))
         sizes = [num_heads * head_dim, *[hidden_size] * depth]
         hidden = [m for n, k in pairwise(sizes) for m in (nn.Linear(n, k), nn.Tanh())]
         self.mlp = nn.Sequential(*hidden, nn.Linear(hidden_size, width))
@@ -49,26 +57,34 @@ class PrefixEncoder(nn.Module):
     @property
     def num_virtual_tokens(self) -> int:
         """P."""
-        return self.embedding.shape[0]
+        return self.num_frozen_tokens + self.embedding.shape[0]
+
+    @property
+    def num_frozen_tokens(self) -> int:
+        """F."""
+        return 0 if self.frozen is None else self.frozen.shape[0]
 
     def prompt_embeddings(self) -> Tensor:
         """(P, 2 * L * H * D) float32: what is stored on disk."""
-        return self.embedding if self.mlp is None else self.mlp(self.embedding)
+        return self._after_frozen(self._trained())
 
     def forward(self) -> Tensor:
         """(2 * L, H, P, D) float32, contiguous: key and value of layer l at 2 * l and 2 * l + 1."""
-        flat = self.dropout(self.prompt_embeddings())
+        flat = self._after_frozen(self.dropout(self._trained()))
         return flat.view(-1, 2 * self.num_layers, self.num_heads, self.head_dim).permute(1, 2, 0, 3).contiguous()
 
     @torch.no_grad()
     def set_kv(self, kv: Tensor) -> None:
         """Start from ``kv`` (2 * L, H, P, D).
 
-        The MLP is fitted in closed form: its last layer's bias becomes the mean over the P rows, its weight the least
-        squares solution of smallest norm for the rest: exact while P is at most the hidden size. The layers below keep
-        their random start, so the rows stay apart and every parameter has a gradient.
+        The MLP is fitted in closed form: its last layer's bias becomes the mean over its rows, its weight the least
+        squares solution of smallest norm for the rest: exact while it has no more rows than hidden units. The layers
+        below keep their random start, so the rows stay apart and every parameter has a gradient.
         """
         rows = kv.permute(2, 0, 1, 3).reshape(kv.shape[2], -1).to(self.embedding)
+        if self.frozen is not None:
+            self.frozen.copy_(rows[: self.num_frozen_tokens])
+            rows = rows[self.num_frozen_tokens :]
         if self.mlp is None:
             self.embedding.copy_(rows)
             return
@@ -84,5 +100,12 @@ class PrefixEncoder(nn.Module):
     def fold(self) -> None:
         """Replace the MLP by the prefix that it makes (Li and Liang 2021, section 4.3)."""
         if self.mlp is not None:
-            self.embedding = nn.Parameter(self.prompt_embeddings().detach().clone(), self.embedding.requires_grad)
+            self.embedding = nn.Parameter(self._trained().detach().clone(), self.embedding.requires_grad)
             self.mlp = None
+
+    def _trained(self) -> Tensor:
+        """(P - F, 2 * L * H * D): the rows that are not frozen."""
+        return self.embedding if self.mlp is None else self.mlp(self.embedding)
+
+    def _after_frozen(self, rows: Tensor) -> Tensor:
+        return rows if self.frozen is None else torch.cat([self.frozen, rows])

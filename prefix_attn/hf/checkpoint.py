@@ -4,8 +4,9 @@
     adapter_model.safetensors    prompt_embeddings (P, 2 * slots * H * D) float32, the folded prefix; heads, if any
     training_state.safetensors   the MLP, if asked for
 
-A slot is a layer at a site. PEFT has a prefix for each layer of one stack; others (encoder-decoder models, a choice of
-layers) have the same files and fields under a ``peft_type`` that PEFT does not know and so refuses.
+A slot is a layer at a site. PEFT has a prefix for each layer of one stack, and calls it a CARTRIDGE where the first
+tokens are frozen; others (encoder-decoder models, a choice of layers) have the same files and fields under a
+``peft_type`` that PEFT does not know and so refuses.
 Both safetensors files carry our configuration in their metadata, so that each is whole by itself: a kill between the
 renames leaves the old prefix or the new one, never half of each. Read without pickle; headers are checked before
 anything is allocated, and values before anything in memory changes.
@@ -35,7 +36,8 @@ from prefix_attn.prefix import PrefixEncoder
 
 ADAPTER_CONFIG, ADAPTER, TRAINING = "adapter_config.json", "adapter_model.safetensors", "training_state.safetensors"
 KEY, HEAD = "prompt_embeddings", "base_model."  # tensors: the prefix, and the beginning of those of heads
-PEFT, OURS = "PREFIX_TUNING", "PREFIX_ATTN"  # peft_type
+PEFT, FROZEN, OURS = "PREFIX_TUNING", "CARTRIDGE", "PREFIX_ATTN"  # peft_type
+READ = (OURS, FROZEN, PEFT)
 _log = logging.getLogger(__name__)
 _Shapes = Mapping[str, tuple[int, ...]]
 
@@ -81,7 +83,7 @@ def load_prefix(
         ValueError: missing, damaged, or made for another model.
     """
     folder = _folder(path)
-    peft = _read_json(folder / ADAPTER_CONFIG, OURS, PEFT)
+    peft = _read_json(folder / ADAPTER_CONFIG, *READ)
     shapes, metadata = _header(folder / ADAPTER)
     config = _config(folder, peft, metadata, shapes)
     _check_base(folder, config, metadata, attachment.base)
@@ -111,7 +113,9 @@ def load_prefix(
             return config, _read_tensors(training, shapes, wanted), saved
         _log.warning("%s belongs to another prefix: training goes on from the folded one", training)
     config.mode, config.prefix_projection = "kv", False  # what is left is the prefix that was made
-    return config, {"embedding": folded}, saved
+    frozen = config.num_frozen_tokens
+    parameters = {"embedding": folded[frozen:]}
+    return config, parameters | ({"frozen": folded[:frozen]} if frozen else {}), saved
 
 
 def save_table(folder: Path, table: Tensor, base: PreTrainedModel) -> None:
@@ -151,7 +155,7 @@ def load_table(path: str | Path, base: PreTrainedModel) -> Tensor:
 def describe(path: str | Path) -> dict[str, Any]:
     """What an adapter holds, as far as that is known without its base model: our configuration and PEFT's sizes."""
     folder = _folder(path)
-    peft = _read_json(folder / ADAPTER_CONFIG, OURS, PEFT)
+    peft = _read_json(folder / ADAPTER_CONFIG, *READ)
     shapes, metadata = _header(folder / ADAPTER)
     config = _config(folder, peft, metadata, shapes)
     known = {name: value for name, value in config.to_dict().items() if value is not None}
@@ -185,7 +189,7 @@ def _read_json(path: Path, *peft_types: str) -> dict[str, Any]:
     found = content.get("peft_type") if isinstance(content, dict) else type(content).__name__
     if found not in peft_types:
         raise ValueError(f"{path}: peft_type must be {' or '.join(peft_types)}, got {found!r}")
-    if found == PEFT and content.get("num_transformer_submodules") not in (None, 1):
+    if found in (PEFT, FROZEN) and content.get("num_transformer_submodules") not in (None, 1):
         raise ValueError(f"{path}: a prefix that PEFT made for an encoder-decoder model; those have another meaning")
     return content
 
@@ -215,12 +219,13 @@ def _read_tensors(path: Path, shapes: _Shapes, wanted: _Shapes) -> dict[str, Ten
 
 def _mlp_shapes(path: Path, shapes: _Shapes, config: PrefixConfig, sizes: tuple[int, int, int]) -> _Shapes:
     layers, heads, head_dim = sizes
-    if len(shapes) != 2 * config.encoder_depth + 3:  # else a hostile depth would have us build that many layers
+    tensors = 2 * config.encoder_depth + 3 + (config.num_frozen_tokens > 0)
+    if len(shapes) != tensors:  # else a hostile depth would have us build that many layers
         raise ValueError(f"{path}: an MLP of encoder_depth={config.encoder_depth} does not have {len(shapes)} tensors")
     with torch.device("meta"):
         hidden = config.encoder_hidden_size or heads * head_dim
-        P, depth = config.num_virtual_tokens, config.encoder_depth
-        encoder = PrefixEncoder(P, layers, heads, head_dim, hidden_size=hidden, depth=depth)
+        P, depth, frozen = config.num_virtual_tokens, config.encoder_depth, config.num_frozen_tokens
+        encoder = PrefixEncoder(P, layers, heads, head_dim, hidden_size=hidden, depth=depth, num_frozen_tokens=frozen)
     return {name: tuple(t.shape) for name, t in encoder.state_dict().items()}
 
 
@@ -232,7 +237,14 @@ def _config(folder: Path, peft: dict[str, Any], metadata: dict[str, str], shapes
         else:
             P, task = peft.get("num_virtual_tokens", 0), peft.get("task_type")
             heads = tuple(dict.fromkeys(n.removeprefix(HEAD).split(".")[0] for n in shapes if n.startswith(HEAD)))
-            config = PrefixConfig(num_virtual_tokens=P, task_type=task, position_mode="shift", modules_to_save=heads)
+            frozen = peft.get("num_frozen_tokens", 1) if peft["peft_type"] == FROZEN else 0
+            config = PrefixConfig(
+                num_virtual_tokens=P,
+                num_frozen_tokens=frozen,
+                task_type=task,
+                position_mode="shift",
+                modules_to_save=heads,
+            )
     except (ValueError, TypeError, AttributeError, RecursionError, NotImplementedError) as error:
         raise ValueError(f"{folder}: {error}") from None
     config.base_model_name_or_path = peft.get("base_model_name_or_path")  # where people can edit it
@@ -273,9 +285,13 @@ def _fingerprint(base: PreTrainedModel) -> dict[str, Any]:
 
 
 def _peft_config(encoder: PrefixEncoder, config: PrefixConfig, attachment: Attachment) -> dict[str, Any]:
-    """The fields of PEFT's PrefixTuningConfig. The prefix is folded, so that PEFT needs no MLP."""
+    """The fields of PEFT's PrefixTuningConfig or CartridgeConfig. The prefix is folded, so that PEFT needs no MLP."""
+    kind = OURS
+    if config.layers == "all" and not attachment.has_decoder:
+        kind = FROZEN if config.num_frozen_tokens else PEFT
+    projection = {"encoder_hidden_size": encoder.num_heads * encoder.head_dim, "prefix_projection": False}
     return {
-        "peft_type": PEFT if config.layers == "all" and not attachment.has_decoder else OURS,
+        "peft_type": kind,
         "task_type": config.task_type,
         "base_model_name_or_path": config.base_model_name_or_path,
         "inference_mode": True,
@@ -284,10 +300,8 @@ def _peft_config(encoder: PrefixEncoder, config: PrefixConfig, attachment: Attac
         "num_transformer_submodules": 2 if attachment.has_decoder else 1,
         "num_attention_heads": encoder.num_heads,
         "num_layers": encoder.num_layers,
-        "encoder_hidden_size": encoder.num_heads * encoder.head_dim,
-        "prefix_projection": False,
         "modules_to_save": list(config.modules_to_save or ()) or None,
-    }
+    } | ({"num_frozen_tokens": config.num_frozen_tokens} if kind == FROZEN else projection)
 
 
 def _is_hub_id(name: str) -> bool:

@@ -32,7 +32,9 @@ class PrefixConfig:
             of ``init_text`` or ``init_token_ids``, "zero" from zeros (which still take softmax mass: not a no-op).
         init_text: cut, or repeated, to P tokens; needs the tokenizer.
         init_token_ids: the same as ids.
-        num_frozen_tokens: 0.
+        num_frozen_tokens: so many tokens at the beginning of the prefix keep the keys and values that they start with
+            (PEFT's CARTRIDGE): they are no parameters, and an MLP makes the others only. 1 keeps the token on which
+            models leave attention that they have no use for; all of them make a hard prompt.
         gate: None.
         position_mode: "shift": the tokens of a stack with a prefix in its self-attention start at position P, as PEFT
             has it; "none": at 0, and the prefix takes no room in the context window. Default: "none" for
@@ -84,15 +86,26 @@ class PrefixConfig:
             raise ValueError("init='text' needs either init_text or init_token_ids")
         if self.mode not in MODES:
             raise NotImplementedError(f"mode={self.mode!r}: this version has {MODES}")
-        if self.mode == "embedding" and self.prefix_projection:
-            raise NotImplementedError("mode='embedding' has no MLP: prefix_projection must be False")
+        if self.mode == "embedding" and (self.prefix_projection or self.num_frozen_tokens):
+            raise NotImplementedError(
+                "mode='embedding' has no MLP, and trains all its tokens: prefix_projection must be False, "
+                "num_frozen_tokens 0"
+            )
+        self._check_frozen()
         self._check_places()
         if isinstance(self.modules_to_save, str):
             raise ValueError(f"modules_to_save must be a list of names, got {self.modules_to_save!r}")
-        here = {"num_frozen_tokens": 0, "gate": None}
-        for name, only in here.items():
-            if getattr(self, name) != only:
-                raise NotImplementedError(f"{name}={getattr(self, name)!r}: this version has {name}={only!r} only")
+        if self.gate is not None:
+            raise NotImplementedError(f"gate={self.gate!r}: this version has gate=None only")
+
+    def _check_frozen(self) -> None:
+        frozen = self.num_frozen_tokens
+        most = self.num_virtual_tokens - self.prefix_projection
+        if isinstance(frozen, bool) or not isinstance(frozen, int) or not 0 <= frozen <= most:
+            why = ", of which an MLP must make one" if self.prefix_projection else ""
+            raise ValueError(
+                f"num_frozen_tokens must lie in 0..{most} of {self.num_virtual_tokens}{why}, got {frozen!r}"
+            )
 
     def _check_places(self) -> None:
         if self.sites is not None:

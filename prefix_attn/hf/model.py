@@ -307,6 +307,7 @@ class PrefixModel(Wrapper):
             hidden_size=hidden,
             depth=config.encoder_depth,
             dropout=config.dropout,
+            num_frozen_tokens=config.num_frozen_tokens,
         )
         if config.mode == "embedding":
             width = self.base_model.get_input_embeddings().weight.shape[1]
