@@ -32,8 +32,9 @@ from tqdm import tqdm
 
 from benchmarks import e2e_report
 from prefix_attn.data import Example, collate, encode, read_examples
-from prefix_attn.evaluate import generate_text, score, validation_loss
+from prefix_attn.evaluate import generate_text, validation_loss
 from prefix_attn.hf.load import load_base
+from prefix_attn.metrics import score
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -8,7 +8,7 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from prefix_attn.evaluate import METRICS
+from prefix_attn.metrics import METRICS
 
 Run = dict[str, Any]
 

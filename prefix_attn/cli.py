@@ -162,14 +162,15 @@ def evaluate(
     batch_size: BatchSize = 16,
     as_json: AsJson = False,
 ) -> None:
-    """Score a prefix with all references: BLEU, NIST, ROUGE-L, chrF++, TER, and the loss on the targets.
+    """Score a prefix: BLEU, NIST, METEOR (with nltk's WordNet), ROUGE-L, CIDEr, chrF++, TER, and the loss on targets.
 
     [bold]prefix-attn evaluate runs/e2e --data testset_w_refs.csv --num-beams 5[/bold]
     """
     from contextlib import nullcontext
 
     from prefix_attn.data import collate, encode, read_examples
-    from prefix_attn.evaluate import generate_text, score, validation_loss
+    from prefix_attn.evaluate import generate_text, validation_loss
+    from prefix_attn.metrics import score
 
     examples = read_examples(data, split=split, source_column=source_column, target_column=target_column)[:limit]
     prefixed, tokenizer = _prefixed(adapter, model)

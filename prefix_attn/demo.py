@@ -40,10 +40,10 @@ def run(steps: int, out: Path, model: str) -> dict[str, Any]:
     import torch
 
     from prefix_attn.data import aws_records
-    from prefix_attn.evaluate import score
     from prefix_attn.hf.config import PrefixConfig
     from prefix_attn.hf.load import load_base
     from prefix_attn.hf.model import PrefixModel, get_prefix_model
+    from prefix_attn.metrics import score
     from prefix_attn.train import Settings, train
 
     console, start = Console(emoji=False), time.perf_counter()

@@ -1,10 +1,8 @@
-"""Generating from a model, and scoring what it writes."""
+"""Generating from a model, and its loss on what it should write."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from itertools import zip_longest
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,8 +12,6 @@ from prefix_attn.data import IGNORED, prompt_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-METRICS = ("bleu", "nist", "rougeL", "chrf", "ter")
 
 
 def generate_text(
@@ -80,64 +76,6 @@ def _generate(
 
 def _first_line(text: str) -> str:
     return next((line.strip() for line in text.splitlines() if line.strip()), "")
-
-
-def score(hypotheses: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, float]:
-    """BLEU, NIST, ROUGE-L, chrF++ and TER of a corpus, each hypothesis against all of its references.
-
-    All but NIST are out of 100; TER is an error rate (lower is better) and can exceed 100.
-
-    Raises:
-        ValueError: nothing to score, a hypothesis has no references, or the two differ in length.
-    """
-    if len(hypotheses) != len(references):
-        raise ValueError(f"{len(hypotheses)} hypotheses but references for {len(references)}")
-    if not hypotheses:
-        raise ValueError("no hypotheses to score")
-    missing = next((i for i, texts in enumerate(references) if not texts), None)
-    if missing is not None:
-        raise ValueError(f"hypothesis {missing} has no references")
-    from sacrebleu.metrics import BLEU, CHRF, TER
-
-    # sacrebleu takes the first references of all hypotheses, then the second ones, ...; None where there are fewer.
-    streams = [list(stream) for stream in zip_longest(*references)]
-    hypotheses = list(hypotheses)
-    return {
-        "bleu": BLEU().corpus_score(hypotheses, streams).score,
-        "nist": _nist(hypotheses, references),
-        "rougeL": _rouge_l(hypotheses, references),
-        "chrf": CHRF(word_order=2).corpus_score(hypotheses, streams).score,
-        "ter": TER().corpus_score(hypotheses, streams).score,
-    }
-
-
-def _rouge_l(hypotheses: Sequence[str], references: Sequence[Sequence[str]]) -> float:
-    """Mean F-measure, with the best reference of each hypothesis."""
-    from rouge_score.rouge_scorer import RougeScorer
-
-    scorer = RougeScorer(["rougeL"], use_stemmer=True)
-    best = [
-        max(scorer.score(text, hypothesis)["rougeL"].fmeasure for text in texts)
-        for hypothesis, texts in zip(hypotheses, references, strict=True)
-    ]
-    return 100 * sum(best) / len(best)
-
-
-def _nist(hypotheses: Sequence[str], references: Sequence[Sequence[str]]) -> float:
-    """NIST (Doddington 2002) with n-grams up to 5, or up to the longest text if that is shorter; 0 without words."""
-    from nltk.translate.nist_score import corpus_nist
-
-    found = [_words(hypothesis) for hypothesis in hypotheses]
-    wanted = [[_words(text) for text in texts] for texts in references]
-    order = min(5, max(len(words) for words in found))
-    if order == 0 or not any(words for texts in wanted for words in texts):
-        return 0.0
-    return float(corpus_nist(wanted, found, n=order))
-
-
-def _words(text: str) -> list[str]:
-    """Lower-case words and punctuation, apart; numbers such as 3.5 stay whole."""
-    return re.findall(r"\d+(?:[.,]\d+)*|\w+|[^\w\s]", text.lower())
 
 
 @torch.no_grad()

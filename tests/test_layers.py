@@ -33,6 +33,7 @@ LEVELS = {
     "prefix_attn.hf": 7,
     "prefix_attn.data": 8,
     "prefix_attn.evaluate": 8,
+    "prefix_attn.metrics": 8,
     "prefix_attn.train": 8,
     "prefix_attn.cli": 9,
     "prefix_attn.demo": 9,

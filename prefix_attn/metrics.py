@@ -1,0 +1,157 @@
+"""Scores of what a model writes: other libraries' where there is a light one."""
+
+from __future__ import annotations
+
+import logging
+import math
+import re
+from collections import Counter
+from collections.abc import Sequence
+from itertools import zip_longest
+from typing import Any
+
+METRICS = ("bleu", "nist", "meteor", "rougeL", "cider", "chrf", "ter")
+SCORED = tuple(name for name in METRICS if name != "meteor")  # what needs no data of its own
+CIDER_N, CIDER_SIGMA = 4, 6.0
+
+_log = logging.getLogger(__name__)
+
+
+def score(hypotheses: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, float]:
+    """BLEU, NIST, METEOR, ROUGE-L, CIDEr, chrF++ and TER of a corpus, each hypothesis against all of its references.
+
+    All but NIST and CIDEr (0 to 10) are out of 100; TER is an error rate (lower is better) and can exceed 100. METEOR
+    is nltk's and needs nltk's WordNet (``python -m nltk.downloader wordnet``): without it the result has no "meteor",
+    and a warning says so.
+
+    Raises:
+        ValueError: nothing to score, a hypothesis has no references, or the two differ in length.
+    """
+    if len(hypotheses) != len(references):
+        raise ValueError(f"{len(hypotheses)} hypotheses but references for {len(references)}")
+    if not hypotheses:
+        raise ValueError("no hypotheses to score")
+    missing = next((i for i, texts in enumerate(references) if not texts), None)
+    if missing is not None:
+        raise ValueError(f"hypothesis {missing} has no references")
+    from sacrebleu.metrics import BLEU, CHRF, TER
+
+    # sacrebleu takes the first references of all hypotheses, then the second ones, ...; None where there are fewer.
+    streams = [list(stream) for stream in zip_longest(*references)]
+    hypotheses = list(hypotheses)
+    scores = {
+        "bleu": BLEU().corpus_score(hypotheses, streams).score,
+        "nist": _nist(hypotheses, references),
+        "meteor": _meteor(hypotheses, references, _wordnet()),
+        "rougeL": _rouge_l(hypotheses, references),
+        "cider": _cider(hypotheses, references),
+        "chrf": CHRF(word_order=2).corpus_score(hypotheses, streams).score,
+        "ter": TER().corpus_score(hypotheses, streams).score,
+    }
+    return {name: value for name, value in scores.items() if value is not None}
+
+
+def _rouge_l(hypotheses: Sequence[str], references: Sequence[Sequence[str]]) -> float:
+    """Mean F-measure, with the best reference of each hypothesis."""
+    from rouge_score.rouge_scorer import RougeScorer
+
+    scorer = RougeScorer(["rougeL"], use_stemmer=True)
+    best = [
+        max(scorer.score(text, hypothesis)["rougeL"].fmeasure for text in texts)
+        for hypothesis, texts in zip(hypotheses, references, strict=True)
+    ]
+    return 100 * sum(best) / len(best)
+
+
+def _nist(hypotheses: Sequence[str], references: Sequence[Sequence[str]]) -> float:
+    """NIST (Doddington 2002) with n-grams up to 5, or up to the longest text if that is shorter; 0 without words."""
+    from nltk.translate.nist_score import corpus_nist
+
+    found = [_words(hypothesis) for hypothesis in hypotheses]
+    wanted = [[_words(text) for text in texts] for texts in references]
+    order = min(5, max(len(words) for words in found))
+    if order == 0 or not any(words for texts in wanted for words in texts):
+        return 0.0
+    return float(corpus_nist(wanted, found, n=order))
+
+
+def _words(text: str) -> list[str]:
+    """Lower-case words and punctuation, apart; numbers such as 3.5 stay whole."""
+    return re.findall(r"\d+(?:[.,]\d+)*|\w+|[^\w\s]", text.lower())
+
+
+def _wordnet() -> Any:
+    """nltk's WordNet, or None where it is not installed."""
+    import nltk
+
+    for archive in ("corpora/wordnet.zip", "corpora/wordnet"):
+        try:
+            nltk.data.find(archive)
+        except LookupError:
+            continue
+        from nltk.corpus import wordnet
+
+        return wordnet
+    _log.warning("METEOR is left out: nltk's WordNet is missing (python -m nltk.downloader wordnet)")
+    return None
+
+
+def _meteor(hypotheses: Sequence[str], references: Sequence[Sequence[str]], wordnet: Any) -> float | None:
+    """Mean METEOR (Banerjee and Lavie 2005) with the best reference of each hypothesis; None without WordNet.
+
+    The stems and synonyms are nltk's, so that values differ from those of the Java program of the paper.
+    """
+    if wordnet is None:
+        return None
+    from nltk.translate.meteor_score import meteor_score
+
+    found = [
+        meteor_score([_words(text) for text in texts], _words(hypothesis), wordnet=wordnet)
+        for hypothesis, texts in zip(hypotheses, references, strict=True)
+    ]
+    return 100 * sum(found) / len(found)
+
+
+def _cider(hypotheses: Sequence[str], references: Sequence[Sequence[str]]) -> float:
+    """CIDEr-D (Vedantam et al. 2015, section 5.1), mean over the corpus, in words without punctuation.
+
+    As pycocoevalcap's CiderScorer, to which the tests compare it: 100 MB, and aac-metrics brings sentence-transformers.
+    That program cuts words in Java; ours are ``_words``. A corpus of one input has no rare words and gives 0.
+    """
+    found = [_ngrams(hypothesis) for hypothesis in hypotheses]
+    wanted = [[_ngrams(text) for text in texts] for texts in references]
+    documents = Counter(ngram for texts in wanted for ngram in set().union(*texts))
+    rarest = math.log(len(wanted))
+
+    def weigh(counts: Counter[tuple[str, ...]]) -> dict[tuple[str, ...], float]:
+        return {ngram: n * (rarest - math.log(max(1, documents[ngram]))) for ngram, n in counts.items()}
+
+    total = 0.0
+    for counts, texts in zip(found, wanted, strict=True):
+        weights = weigh(counts)
+        total += sum(_similarity(weights, weigh(text), _bigrams(counts) - _bigrams(text)) for text in texts) / len(
+            texts
+        )
+    return 10 * total / len(wanted)
+
+
+def _ngrams(text: str) -> Counter[tuple[str, ...]]:
+    words = [word for word in _words(text) if word[0].isalnum() or word[0] == "_"]
+    return Counter(tuple(words[i : i + n]) for n in range(1, CIDER_N + 1) for i in range(len(words) - n + 1))
+
+
+def _bigrams(counts: Counter[tuple[str, ...]]) -> int:
+    """Number of bigrams, which is CIDEr's length of a text."""
+    return sum(n for ngram, n in counts.items() if len(ngram) == 2)
+
+
+def _similarity(found: dict[tuple[str, ...], float], wanted: dict[tuple[str, ...], float], difference: int) -> float:
+    """Mean over n of the clipped cosine, less for texts that differ in length."""
+    total = 0.0
+    for n in range(1, CIDER_N + 1):
+        ours = {ngram: weight for ngram, weight in found.items() if len(ngram) == n}
+        theirs = {ngram: weight for ngram, weight in wanted.items() if len(ngram) == n}
+        product = sum(min(weight, theirs.get(ngram, 0.0)) * theirs.get(ngram, 0.0) for ngram, weight in ours.items())
+        if norm := math.hypot(*ours.values()) * math.hypot(*theirs.values()):
+            total += product / norm
+    return total / CIDER_N * math.exp(-(difference**2) / (2 * CIDER_SIGMA**2))
