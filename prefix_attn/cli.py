@@ -31,7 +31,12 @@ _out, _err = Console(emoji=False), Console(stderr=True, emoji=False)
 Model = Annotated[str, typer.Option(help="'smollm2', a .gguf file, a local folder or the name of a model on the Hub.")]
 Adapter = Annotated[Path, typer.Argument(help="Folder that 'train' or PEFT wrote.", show_default=False)]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
-Data = Annotated[str, typer.Option(help="'aws', a .jsonl or a .csv file (E2E's csv is recognised).")]
+Data = Annotated[
+    str,
+    typer.Option(
+        help="'aws', 'aws-summary', a .jsonl or .csv file (E2E's is recognised), DART's .json, WebNLG's .xml."
+    ),
+]
 Source = Annotated[str, typer.Option(help="Column or key of the input.")]
 Target = Annotated[str, typer.Option(help="Column or key of the output.")]
 Beams = Annotated[int, typer.Option(min=1, help="Beams; 1 is greedy.")]
@@ -79,7 +84,7 @@ def train(
     """
     import torch
 
-    from prefix_attn.data import read_examples
+    from prefix_attn.data import AWS_TASKS, read_examples
     from prefix_attn.hf.config import PrefixConfig
     from prefix_attn.hf.load import load_base
     from prefix_attn.hf.model import get_prefix_model
@@ -88,7 +93,8 @@ def train(
 
     columns = {"source_column": source_column, "target_column": target_column}
     examples = read_examples(data, **columns)
-    held_out = read_examples(validation or data, split="dev", **columns) if validation or data == "aws" else []
+    has_split = data in AWS_TASKS
+    held_out = read_examples(validation or data, split="dev", **columns) if validation or has_split else []
     config = PrefixConfig(
         num_virtual_tokens=virtual_tokens,
         prefix_projection=mlp is not None,

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from xml.etree import ElementTree
 
 import torch
 from torch import Tensor
@@ -25,17 +26,20 @@ if TYPE_CHECKING:
 # by itself is rare. Without any training that is worth 0.2 nats a token on E2E.
 PROMPT = "{source}\n=>"
 SPLITS = ("train", "dev", "test")
+AWS_TASKS = ("aws", "aws-summary")
+SUFFIXES = (".jsonl", ".csv", ".json", ".json.gz", ".xml")
 IGNORED = -100  # label of a token that has no loss
 
-_Pair = tuple[str, str]
+_Row = tuple[str, str, str]  # source, one reference, category
 
 
 @dataclass(frozen=True)
 class Example:
-    """One input and every output that is right for it."""
+    """One input and every output that is right for it; the category is that of a data set that has categories."""
 
     source: str
     references: tuple[str, ...]
+    category: str = ""
 
 
 def read_examples(
@@ -44,25 +48,32 @@ def read_examples(
     """Examples from a file or from a built-in task; rows with the same source become one example.
 
     Args:
-        spec: "aws" (operations of AWS services -> first sentence of their documentation, from the botocore package), or
-            the path of a .jsonl or .csv file. An E2E file (columns mr, ref) needs no column names.
-        split: "train", "dev" or "test"; of "aws" only, a file is read whole.
+        spec: "aws" (operations of AWS services -> first sentence of their documentation, from the botocore package),
+            "aws-summary" (the rest of that documentation -> its first sentence), or the path of a file: .jsonl or .csv,
+            where an E2E file (columns mr, ref) needs no column names; DART's .json or .json.gz; WebNLG's .xml, or a
+            folder of such.
+        split: "train", "dev" or "test"; of "aws" and "aws-summary" only, a file is read whole.
         source_column: column, or JSON key, of the input.
         target_column: column, or JSON key, of the output; in JSON a list of strings gives several references.
 
     Raises:
         ValueError: the file is empty, malformed, or lacks a column; the message names file and line.
     """
-    if str(spec) == "aws":
-        return list(aws_records(split))
+    if str(spec) in AWS_TASKS:
+        return list(aws_records(split, str(spec)))
     path = Path(spec)
-    readers = {".jsonl": _jsonl_pairs, ".csv": _csv_pairs}
-    if path.suffix not in readers:
-        raise ValueError(f"{path}: data must be 'aws' or a file that ends in .jsonl or .csv")
-    if not path.is_file():
+    if not path.is_dir() and not path.name.endswith(SUFFIXES):
+        raise ValueError(f"{path}: data must be one of {AWS_TASKS} or a file that ends in one of {SUFFIXES}")
+    if not path.exists():
         raise ValueError(f"{path}: no such file")
+    if path.suffix == ".jsonl":
+        rows = _jsonl_rows(path, source_column, target_column)
+    elif path.suffix == ".csv":
+        rows = _csv_rows(path, source_column, target_column)
+    else:
+        rows = _webnlg_rows(path) if path.is_dir() or path.suffix == ".xml" else _dart_rows(path)
     try:
-        examples = _group(readers[path.suffix](path, source_column, target_column))
+        examples = _group(rows)
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from None
     if not examples:
@@ -70,15 +81,17 @@ def read_examples(
     return examples
 
 
-def _group(pairs: Iterable[_Pair]) -> list[Example]:
-    """Pairs with one source as one example, in the order of first appearance."""
+def _group(rows: Iterable[_Row]) -> list[Example]:
+    """Rows with one source as one example, in the order of first appearance."""
     references: dict[str, list[str]] = {}
-    for source, target in pairs:
+    categories: dict[str, str] = {}
+    for source, target, category in rows:
         references.setdefault(source, []).append(target)
-    return [Example(source, tuple(targets)) for source, targets in references.items()]
+        categories.setdefault(source, category)
+    return [Example(source, tuple(targets), categories[source]) for source, targets in references.items()]
 
 
-def _jsonl_pairs(path: Path, source_column: str, target_column: str) -> Iterator[_Pair]:
+def _jsonl_rows(path: Path, source_column: str, target_column: str) -> Iterator[_Row]:
     with path.open(encoding="utf-8-sig") as file:
         for number, line in enumerate(file, start=1):
             if not line.strip():
@@ -98,10 +111,10 @@ def _jsonl_pairs(path: Path, source_column: str, target_column: str) -> Iterator
             if not targets:
                 raise ValueError(f"{where}: {target_column!r} is empty")
             for target in targets:
-                yield _text(row[source_column], source_column, where), _text(target, target_column, where)
+                yield _text(row[source_column], source_column, where), _text(target, target_column, where), ""
 
 
-def _csv_pairs(path: Path, source_column: str, target_column: str) -> Iterator[_Pair]:
+def _csv_rows(path: Path, source_column: str, target_column: str) -> Iterator[_Row]:
     with path.open(encoding="utf-8-sig", newline="") as file:
         reader = csv.DictReader(file, strict=True)
         try:
@@ -118,7 +131,8 @@ def _csv_pairs(path: Path, source_column: str, target_column: str) -> Iterator[_
                 if any(cell.strip() for cell in row.get(None) or ()):
                     raise ValueError(f"{where}: more cells than columns; text with a comma needs quotes")
                 source = _text(row[source_column], source_column, where)
-                yield linearise(source) if is_e2e else source, _text(row[target_column], target_column, where)
+                target = _text(row[target_column], target_column, where)
+                yield linearise(source) if is_e2e else source, target, ""
         except csv.Error as error:
             raise ValueError(f"{path}, line {reader.line_num}: not CSV ({error})") from None
 
@@ -138,28 +152,85 @@ def linearise(mr: str) -> str:
     return " | ".join(f"{name.strip()} : {value.strip()}" for name, value in slots) or mr
 
 
+# Triples --------------------------------------------------------------------------------------------------------------
+
+
+def linearise_triples(triples: Iterable[Sequence[str]]) -> str:
+    """Subject, relation and object of each triple as the paper has them: ``e1 : r1 : e2 | e1' : r2 : e2'``."""
+    return " | ".join(" : ".join(part.replace("_", " ").strip(' "') for part in triple) for triple in triples)
+
+
+def _dart_rows(path: Path) -> Iterator[_Row]:
+    """DART's JSON (Nan et al. 2021), plain or compressed; the category is the collection that a set comes from."""
+    try:
+        with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8") as file:
+            entries = json.load(file)
+    except (json.JSONDecodeError, gzip.BadGzipFile, EOFError) as error:
+        raise ValueError(f"{path}: not JSON ({error})") from None
+    for number, entry in enumerate(entries if isinstance(entries, list) else [entries]):
+        where = f"{path}, entry {number}"
+        try:
+            triples = [[_text(part, "tripleset", where) for part in triple] for triple in entry["tripleset"]]
+            if not triples or any(len(triple) != 3 for triple in triples):
+                raise ValueError(f"{where}: 'tripleset' must be a list of triples, got {entry['tripleset']!r:.60}")
+            for annotation in entry["annotations"]:
+                yield linearise_triples(triples), _text(annotation["text"], "text", where), annotation["source"]
+        except (KeyError, TypeError) as error:
+            raise ValueError(
+                f"{where}: must have 'tripleset' and 'annotations' with 'text', 'source' ({error})"
+            ) from None
+
+
+def _webnlg_rows(path: Path) -> Iterator[_Row]:
+    """WebNLG's XML (Gardent et al. 2017), a file or all of a folder: English texts, but for those marked bad."""
+    for file in sorted(path.rglob("*.xml")) if path.is_dir() else [path]:
+        try:
+            entries = ElementTree.parse(file).getroot().iter("entry")
+        except ElementTree.ParseError as error:
+            raise ValueError(f"{file}: not XML ({error})") from None
+        for entry in entries:
+            where = f"{file}, entry {entry.get('eid')}"
+            triples = [(triple.text or "").split(" | ") for triple in entry.iterfind("modifiedtripleset/mtriple")]
+            if not triples or any(len(triple) != 3 for triple in triples):
+                raise ValueError(
+                    f"{where}: needs a modifiedtripleset with 'subject | relation | object' in each mtriple"
+                )
+            for lex in entry.iterfind("lex"):
+                if lex.get("comment") != "bad" and lex.get("lang", "en") == "en":
+                    text = lex.findtext("text") or lex.text
+                    yield linearise_triples(triples), _text(text, "lex", where), entry.get("category", "")
+
+
 # AWS operations -------------------------------------------------------------------------------------------------------
 
 _MAX_MEMBERS = 6  # outputs listed in a source: more would only lengthen it
+_MIN_WORDS = 20  # of a documentation that is to be summarised
 
 
-def aws_records(split: str = "train") -> tuple[Example, ...]:
+def aws_records(split: str = "train", task: str = "aws") -> tuple[Example, ...]:
     """Operations of AWS services and the first sentence of their documentation, split by service.
 
+    Args:
+        split: "train", "dev" or "test".
+        task: "aws": the source is the operation's record; "aws-summary": all of its documentation but that sentence, as
+            XSum has it (Narayan et al. 2018).
+
     Raises:
-        ValueError: no such split, or botocore is not installed.
+        ValueError: no such split or task, or botocore is not installed.
     """
+    if task not in AWS_TASKS:
+        raise ValueError(f"task must be one of {AWS_TASKS}, got {task!r}")
     if split not in SPLITS:
         raise ValueError(f"split must be one of {SPLITS}, got {split!r}")
     spec = importlib.util.find_spec("botocore")
     if spec is None or not spec.submodule_search_locations:
         raise ValueError("the data 'aws' comes from the botocore package: pip install botocore")
-    return _aws_splits(Path(spec.submodule_search_locations[0]) / "data")[split]
+    return _aws_splits(Path(spec.submodule_search_locations[0]) / "data", task)[split]
 
 
-@lru_cache(maxsize=1)
-def _aws_splits(folder: Path) -> dict[str, tuple[Example, ...]]:
-    pairs: dict[str, list[_Pair]] = {split: [] for split in SPLITS}
+@lru_cache(maxsize=2)
+def _aws_splits(folder: Path, task: str = "aws") -> dict[str, tuple[Example, ...]]:
+    rows: dict[str, list[_Row]] = {split: [] for split in SPLITS}
     targets: set[str] = set()  # over all splits: a sentence seen in training must not be asked for in a test
     sources: set[str] = set()
     for service in sorted(path for path in folder.iterdir() if path.is_dir()):
@@ -168,12 +239,12 @@ def _aws_splits(folder: Path) -> dict[str, tuple[Example, ...]]:
             continue
         with gzip.open(versions[-1]) as file:
             description = json.load(file)
-        for source, target in _aws_pairs(description):
+        for source, target in _aws_pairs(description, task):
             if source not in sources and target not in targets:
                 sources.add(source)
                 targets.add(target)
-                pairs[_aws_split(service.name)].append((source, target))
-    return {split: tuple(_group(found)) for split, found in pairs.items()}
+                rows[_aws_split(service.name)].append((source, target, ""))
+    return {split: tuple(_group(found)) for split, found in rows.items()}
 
 
 def _aws_split(service: str) -> str:
@@ -182,12 +253,16 @@ def _aws_split(service: str) -> str:
     return "train" if percent < 92 else "dev" if percent < 97 else "test"
 
 
-def _aws_pairs(description: dict[str, Any]) -> Iterator[_Pair]:
+def _aws_pairs(description: dict[str, Any], task: str) -> Iterator[tuple[str, str]]:
     metadata, shapes = description["metadata"], description["shapes"]
     service = metadata.get("serviceAbbreviation") or metadata["serviceFullName"]
     for name, operation in sorted(description["operations"].items()):
-        target = _first_sentence(operation.get("documentation", ""))
+        target, rest = _first_sentence(operation.get("documentation", ""))
         if target is None:
+            continue
+        if task == "aws-summary":
+            if len(rest.split()) >= _MIN_WORDS:
+                yield rest, target
             continue
         inputs = shapes.get(operation.get("input", {}).get("shape"), {}).get("required", ())
         outputs = shapes.get(operation.get("output", {}).get("shape"), {}).get("members", ())
@@ -205,16 +280,17 @@ def _words(name: str) -> str:
     return " ".join(re.findall(r"[A-Z]+(?![a-z])[0-9]*|[A-Z]?[a-z0-9]+", name)).lower()
 
 
-def _first_sentence(documentation: str) -> str | None:
-    """The first sentence as plain text, or None where there is none of 4 to 40 words."""
+def _first_sentence(documentation: str) -> tuple[str | None, str]:
+    """The first sentence as plain text, or None where there is none of 4 to 40 words; and all that follows it."""
     # Opening tags of a block end the sentence before them, or a heading would run into its paragraph.
     blocks = re.split(r"</?(?:p|ul|ol|li|note|important|h\d|div|br|fullname)\b[^>]*>", documentation)
-    texts = (" ".join(html.unescape(re.sub(r"<[^>]+>", "", block)).split()) for block in blocks)
-    first = next((text for text in texts if text), "")
+    folded = (" ".join(html.unescape(re.sub(r"<[^>]+>", "", block)).split()) for block in blocks)
+    texts = [text for text in folded if text] or [""]
     # An initial or an abbreviation before the period does not end a sentence.
-    match = re.match(r"(.+?(?<!\be\.g)(?<!\bi\.e)(?<!\betc)(?<!\bvs)\.)(?=\s+[A-Z]|$)", first)
+    match = re.match(r"(.+?(?<!\be\.g)(?<!\bi\.e)(?<!\betc)(?<!\bvs)\.)(?=\s+[A-Z]|$)", texts[0])
     sentence = match[1] if match else ""
-    return sentence if 4 <= len(sentence.split()) <= 40 else None
+    rest = " ".join([texts[0][len(sentence) :].strip(), *texts[1:]]).strip()
+    return (sentence if 4 <= len(sentence.split()) <= 40 else None), rest
 
 
 # Tokens ---------------------------------------------------------------------------------------------------------------

@@ -56,14 +56,15 @@ def test_train_generate_evaluate_inspect(
     assert run(monkeypatch, "evaluate", adapter, "--data", data, "--max-new-tokens", 4, "--json") == 0
     results = json.loads(capsys.readouterr().out)
     assert set(results) == {"frozen", "prefix"}
-    assert abs(results["prefix"]["loss"] - metrics["validation_loss"][-1][1]) < 1e-4
+    # Where a processor has bfloat16 units, training validates in bfloat16 and this command in float32.
+    assert results["prefix"]["loss"] == pytest.approx(metrics["validation_loss"][-1][1], rel=2**-8)
     assert results["prefix"]["loss"] < results["frozen"]["loss"] + 1
 
 
 ERRORS = {
     "no adapter": (("inspect", "missing"), "missing: not a folder|missing: neither a folder"),
     "no data": (("train", "--output", "x", "--data", "none.csv"), "none.csv: no such file"),
-    "kind of data": (("train", "--output", "x", "--data", "data.txt"), "must be 'aws' or a file"),
+    "kind of data": (("train", "--output", "x", "--data", "data.txt"), "must be one of"),
     "no text": (
         ("train", "--output", "x", "--data", "{data}", "--position-mode", "rope"),
         "position_mode must be one of",

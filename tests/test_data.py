@@ -53,7 +53,7 @@ def test_linearise_keeps_commas_of_values() -> None:
 
 
 BAD = [
-    ("x.txt", "", "data must be 'aws' or a file that ends in .jsonl or .csv"),
+    ("x.txt", "", "data must be one of ('aws', 'aws-summary') or a file that ends in one of"),
     ("x.jsonl", "", "empty, at least one row is needed"),
     ("x.csv", "", "empty, at least one row is needed"),
     ("x.csv", "source,target\n", "empty, at least one row is needed"),
@@ -68,6 +68,16 @@ BAD = [
     ("x.csv", "source,target\na,b\nc\n", "line 3: 'target' is empty"),
     ("x.csv", "source,target\na,b\nc,d, e\n", "line 3: more cells than columns"),
     ("x.csv", 'source,target\na,"b\n', "not CSV"),
+    ("x.json", "[{", "not JSON"),
+    ("x.json.gz", "[]", "not JSON"),
+    ("x.json", "[]", "empty, at least one row is needed"),
+    ("x.json", "[1]", "entry 0: must have 'tripleset' and 'annotations'"),
+    ("x.json", '[{"tripleset": [["a", "b"]], "annotations": []}]', "entry 0: 'tripleset' must be a list of triples"),
+    ("x.json", '[{"tripleset": [["a", "b", 3]], "annotations": []}]', "entry 0: 'tripleset' must be text, got int"),
+    ("x.json", '[{"tripleset": [["a", "b", "c"]], "annotations": [{"text": "d"}]}]', "entry 0: must have"),
+    ("x.xml", "<benchmark>", "not XML"),
+    ("x.xml", "<benchmark/>", "empty, at least one row is needed"),
+    ("x.xml", '<entry eid="Id1"><lex>a</lex></entry>', "entry Id1: needs a modifiedtripleset"),
 ]
 
 
@@ -87,6 +97,48 @@ def test_missing_and_binary_files_are_named(tmp_path: Path) -> None:
     (tmp_path / "x.csv").write_bytes(b"source,target\n\xff\xfe,b\n")
     with pytest.raises(ValueError, match="not UTF-8 text"):
         read_examples(tmp_path / "x.csv")
+
+
+# Triples --------------------------------------------------------------------------------------------------------------
+
+DART = [
+    {
+        "tripleset": [["Aromi", "eatType", "coffee shop"], ["Aromi", "area", "riverside"]],
+        "annotations": [{"source": "e2e", "text": "Aromi is\na coffee shop."}, {"source": "e2e", "text": "Aromi."}],
+    },
+    {"tripleset": [["[TABLECONTEXT]", "[TITLE]", "A_B"]], "annotations": [{"source": "wiki", "text": "It is A B."}]},
+    {
+        "tripleset": [["Aromi", "eatType", "coffee shop"], ["Aromi", "area", "riverside"]],
+        "annotations": [{"source": "e2e", "text": "A third."}],
+    },
+]
+
+
+@pytest.mark.parametrize("name", ["x.json", "x.json.gz"])
+def test_dart(tmp_path: Path, name: str) -> None:
+    text = json.dumps(DART).encode()
+    (tmp_path / name).write_bytes(gzip.compress(text) if name.endswith(".gz") else text)
+    coffee = "Aromi : eatType : coffee shop | Aromi : area : riverside"
+    assert read_examples(tmp_path / name) == [
+        Example(coffee, ("Aromi is a coffee shop.", "Aromi.", "A third."), "e2e"),
+        Example("[TABLECONTEXT] : [TITLE] : A B", ("It is A B.",), "wiki"),
+    ]
+
+
+def test_webnlg_in_its_two_forms(tmp_path: Path) -> None:
+    """As released, and as enriched, where a text has an element of its own; other languages and bad texts are left."""
+    triples = "<modifiedtripleset><mtriple>Aarhus_Airport | name | &quot;10L/28R&quot;</mtriple></modifiedtripleset>"
+    released = f"""<benchmark><entries><entry category="Airport" eid="Id1">{triples}
+        <lex comment="good" lid="Id1">One &amp; only.</lex><lex comment="bad" lid="Id2">Wrong.</lex>
+        <lex comment="good" lang="ru" lid="Id3">Da.</lex></entry></entries></benchmark>"""
+    enriched = f"""<benchmark><entries><entry category="Food" eid="Id1">{triples.replace("Aarhus_Airport", "A")}
+        <lex comment="good"><sortedtripleset/><text>Another.</text></lex></entry></entries></benchmark>"""
+    (tmp_path / "1triples").mkdir()
+    write(tmp_path / "1triples", "a.xml", released)
+    write(tmp_path, "b.xml", enriched)
+    first = Example("Aarhus Airport : name : 10L/28R", ("One & only.",), "Airport")
+    assert read_examples(tmp_path / "1triples" / "a.xml") == [first]
+    assert read_examples(tmp_path) == [first, Example("A : name : 10L/28R", ("Another.",), "Food")]
 
 
 # AWS ------------------------------------------------------------------------------------------------------------------
@@ -127,6 +179,17 @@ def test_aws_takes_the_first_sentence_of_the_newest_version(tmp_path: Path) -> N
     }
 
 
+def test_aws_summary_leaves_out_what_it_asks_for(tmp_path: Path) -> None:
+    rest = "It is needed when the address is to be moved. " * 3
+    operations = {
+        "Long": operation("Long", f"<p>Accepts an IP address. {rest}</p><p>And a <b>note</b>.</p>"),
+        "Short": operation("Short", "<p>Deletes all of it. At once.</p>"),
+    }
+    service(tmp_path, "one", {"2014-01-01": operations})
+    found = [example for examples in data._aws_splits(tmp_path, "aws-summary").values() for example in examples]
+    assert found == [Example(f"{rest}And a note.", ("Accepts an IP address.",))]
+
+
 def test_aws_of_the_installed_botocore() -> None:
     pytest.importorskip("botocore")
     splits = {split: aws_records(split) for split in ("train", "dev", "test")}
@@ -150,6 +213,8 @@ def test_aws_of_the_installed_botocore() -> None:
 def test_aws_refuses_other_splits() -> None:
     with pytest.raises(ValueError, match="split must be one of"):
         aws_records("validation")
+    with pytest.raises(ValueError, match="task must be one of"):
+        aws_records("test", "aws-title")
 
 
 # Rows -----------------------------------------------------------------------------------------------------------------
