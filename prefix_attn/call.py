@@ -66,7 +66,7 @@ class Call(NamedTuple):
 TENSORS = 15  # leading fields of Call that are tensors
 DIFFERENTIABLE = 7  # of these, the ones that may need a gradient
 
-_SHAPES = {
+_SHAPES = {  # of the fields of Call, in their order
     "query": "B Hq S D",
     "key": "B Hkv T D",
     "value": "B Hkv T Dv",
@@ -84,16 +84,18 @@ _SHAPES = {
 
 def check(call: Call) -> None:
     """Raise ValueError (shapes, ranges, devices) or TypeError (types, dtypes) unless the call is well formed."""
-    _check_types(call)
+    given = [(name, t) for name, t in zip(_SHAPES, call) if t is not None or name in ("query", "key", "value")]
+    for name, tensor in given:
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
+        _check_dtype(name, tensor.dtype, call.query.dtype)
     if (call.prefix_key is None) != (call.prefix_value is None):
         raise ValueError("prefix_key and prefix_value must be given together, or both be None")
     sizes = {} if call.cu_seqlens_q is None else {"B": call.batch}
-    for name in _SHAPES:
-        tensor = getattr(call, name)
-        if tensor is not None:
-            check_shape(name, tensor, _layout(name, call), sizes)
-            if tensor.device != call.query.device:
-                raise ValueError(f"{name} must be on query's device {call.query.device}, got {tensor.device}")
+    for name, tensor in given:
+        check_shape(name, tensor, _layout(name, call), sizes)
+        if tensor.device != call.query.device:
+            raise ValueError(f"{name} must be on query's device {call.query.device}, got {tensor.device}")
     _check_heads(call, sizes)
     _check_bank(call, sizes)
     _check_options(call)
@@ -112,15 +114,17 @@ def check_gate(gate: Tensor, call: Call) -> None:
 
 def check_shape(name: str, tensor: Tensor, layout: str, sizes: dict[str, int]) -> None:
     """Match ``tensor`` against a layout such as "B Hq S D"; sizes seen for the first time are bound."""
-    dims = layout.split()
-    wanted = [1 if dim == "1" else sizes.get(dim) for dim in dims]
-    fits = tensor.dim() == len(dims) and all(w is None or w == n for w, n in zip(wanted, tensor.shape))
+    dims, shape = layout.split(), tensor.shape
+    fits = len(dims) == len(shape)
+    for dim, n in zip(dims, shape):
+        if n != (1 if dim == "1" else sizes.get(dim, n)):
+            fits = False
     if not fits:
-        needs = ", ".join("*" if w is None else str(w) for w in wanted)
-        raise ValueError(f"{name} must be ({', '.join(dims)}) = ({needs}), got {tuple(tensor.shape)}")
-    for dim, n in zip(dims, tensor.shape):
+        needs = ", ".join(str(1 if dim == "1" else sizes.get(dim, "*")) for dim in dims)
+        raise ValueError(f"{name} must be ({', '.join(dims)}) = ({needs}), got {tuple(shape)}")
+    for dim, n in zip(dims, shape):
         if dim != "1":
-            sizes.setdefault(dim, n)
+            sizes[dim] = n
 
 
 def check_ids(name: str, tensor: Tensor, low: int, high: int) -> None:
@@ -140,19 +144,10 @@ def _layout(name: str, call: Call) -> str:
     return _SHAPES[name]
 
 
-def _check_types(call: Call) -> None:
-    for name in _SHAPES:
-        tensor = getattr(call, name)
-        if tensor is None and name not in ("query", "key", "value"):
-            continue
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
-        _check_dtype(name, tensor.dtype, call.query.dtype)
-
-
 def _check_dtype(name: str, dtype: torch.dtype, query: torch.dtype) -> None:
+    allowed: tuple[torch.dtype, ...]
     if name == "query":
-        allowed: tuple[torch.dtype, ...] = _FLOATS
+        allowed = _FLOATS
     elif name in ("key", "value"):
         allowed = (query,)
     elif name in ("prefix_key", "prefix_value", "prefix_gate", "sinks", "bias"):
@@ -171,9 +166,8 @@ def _check_heads(call: Call, sizes: dict[str, int]) -> None:
     for dim, owner in (("D", "query"), ("Dv", "value")):
         if not 1 <= sizes[dim] <= MAX_HEAD_SIZE:
             raise ValueError(f"{owner}'s head size {dim} must lie in 1..{MAX_HEAD_SIZE}, got {sizes[dim]}")
-    for name in ("query", "key", "value", "prefix_key", "prefix_value"):
-        tensor = getattr(call, name)
-        if tensor is not None and tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
+    for name, tensor in zip(_SHAPES, call[:5]):
+        if tensor is not None and tensor.stride(-1) != 1 and tensor.shape[-1] > 1:
             raise ValueError(f"{name}'s last dimension must be contiguous, got stride {tensor.stride(-1)}")
 
 

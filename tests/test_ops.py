@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from prefix_attn import PrefixAttentionFunction, prefix_attention
@@ -76,6 +77,19 @@ def test_raw_op_and_function_differentiate() -> None:
     for out, _ in (attend(call, "composed"), PrefixAttentionFunction.apply(*call, "composed")):
         (grad,) = torch.autograd.grad(out.sum(), leaf)
         assert torch.equal(grad, expected)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")  # torch's own use, in make_dual
+@pytest.mark.parametrize("backend", ["cpu", "composed"])
+def test_transforms_are_refused(backend: str) -> None:
+    """What has no formula raises, also where no input requires a gradient: a dropped tangent would be a silent zero."""
+    arguments = Case().arguments(torch.float32)
+    step = lambda key: prefix_attention(**arguments | {"prefix_key": key}, backend=backend)
+    key = arguments["prefix_key"]
+    with forward_ad.dual_level(), pytest.raises(RuntimeError, match="forward"):
+        step(forward_ad.make_dual(key, torch.ones_like(key)))
+    with pytest.raises(RuntimeError, match="functorch"):
+        torch.func.grad(lambda key: step(key).sum())(key)
 
 
 @pytest.mark.parametrize("backend", ["auto", "eager", "triton"])

@@ -131,4 +131,5 @@ def _partials(prefix: Tensor, slots: int) -> Tensor:
 def _total(partials: Tensor | None, prefix: Tensor | None, unit: float) -> Tensor | None:
     if partials is None or prefix is None:
         return None
-    return (partials.sum(0)[..., : prefix.shape[-1]] * unit).reshape(prefix.shape).to(prefix.dtype)
+    total = partials.sum(0)[..., : prefix.shape[-1]]
+    return (total if unit == 1 else total * unit).reshape(prefix.shape).to(prefix.dtype)
