@@ -33,7 +33,9 @@ def table(runs: Sequence[Run]) -> str:
         cells = [method, settings, str(len(group)), share]
         cells += [_spread([run["validation"][i][1] for run in group], 3) for i in (0, -1)]
         cells.append(_spread([run["seconds_per_step"] for run in group if "seconds_per_step" in run], 2))
-        cells += [_spread([run["metrics"][name] for run in group if name in run.get("metrics", {})], 2) for name in METRICS]
+        cells += [
+            _spread([run["metrics"][name] for run in group if name in run.get("metrics", {})], 2) for name in METRICS
+        ]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
