@@ -84,11 +84,13 @@ _SHAPES = {  # of the fields of Call, in their order
 
 def check(call: Call) -> None:
     """Raise ValueError (shapes, ranges, devices) or TypeError (types, dtypes) unless the call is well formed."""
-    given = [(name, t) for name, t in zip(_SHAPES, call) if t is not None or name in ("query", "key", "value")]
-    for name, tensor in given:
-        if not isinstance(tensor, Tensor):
+    given: list[tuple[str, Tensor]] = []
+    for name, tensor in zip(_SHAPES, call):
+        if isinstance(tensor, Tensor):
+            _check_dtype(name, tensor.dtype, call.query.dtype)
+            given.append((name, tensor))
+        elif tensor is not None or name in ("query", "key", "value"):
             raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
-        _check_dtype(name, tensor.dtype, call.query.dtype)
     if (call.prefix_key is None) != (call.prefix_value is None):
         raise ValueError("prefix_key and prefix_value must be given together, or both be None")
     sizes = {} if call.cu_seqlens_q is None else {"B": call.batch}
