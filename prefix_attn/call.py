@@ -105,11 +105,11 @@ def check(call: Call) -> None:
 
 
 def check_gate(gate: Tensor, call: Call) -> None:
-    """Raise unless ``gate`` is one factor per query head of ``call``."""
+    """Raise unless ``gate`` is one factor per query head of ``call``, for all rows or for each."""
     if not isinstance(gate, Tensor):
         raise TypeError(f"prefix_gate must be a tensor, got {type(gate).__name__}")
     _check_dtype("prefix_gate", gate.dtype, call.query.dtype)
-    check_shape("prefix_gate", gate, "Hq", {"Hq": call.query.shape[1]})
+    check_shape("prefix_gate", gate, "B Hq" if gate.dim() == 2 else "Hq", dict(zip(("B", "Hq"), call.query.shape)))
     if gate.device != call.query.device:
         raise ValueError(f"prefix_gate must be on query's device {call.query.device}, got {gate.device}")
 

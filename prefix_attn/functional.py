@@ -56,7 +56,7 @@ def prefix_attention(
             or the one entry (N = 1).
         prefix_lengths: (N,) int, bank only: valid length of each entry, for banks padded to P. Default P.
         prefix_start: (B,) int: query i sees the prefix where its position is at least ``prefix_start[b]`` (infix).
-        prefix_gate: (Hq,) query's dtype or float32, may need a gradient. out = attention(sequence) + gate *
+        prefix_gate: (Hq,) or (B, Hq) query's dtype or float32, may need a gradient. out = attention(sequence) + gate *
             attention(prefix), two softmaxes; 0 is exactly no prefix. ``sinks`` and the lse are then the sequence's.
         key_lengths: (B,) int: keys of row b from there on are invisible (static caches); default T.
         key_mask: (B, T) bool, True = visible. Any pattern; does not move positions.
@@ -257,7 +257,7 @@ def _gated(call: Call, gate: Tensor, backend: str) -> tuple[Tensor, Tensor]:
     if call.prefix_key is None:
         return out, lse
     other, _ = _run(prefix, dispatch.select(prefix, backend))
-    return (out + gate[:, None, None] * other).to(call.query.dtype), lse
+    return (out + gate[..., None, None] * other).to(call.query.dtype), lse
 
 
 def _split(call: Call) -> tuple[Call, Call]:

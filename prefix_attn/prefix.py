@@ -21,10 +21,12 @@ class PrefixEncoder(nn.Module):
     place of the MLP may be taken by any module, and ``embedding`` is then what that module turns into the layout.
 
     The first tokens can be ``frozen``: F rows in PEFT's layout that are no parameter, which no MLP makes and no dropout
-    touches. ``embedding`` then has rows for the other P - F.
+    touches. ``embedding`` then has rows for the other P - F. A ``gate`` (L, query heads) is the factor of each query
+    head's attention to the prefix, and starts at 0.
     """
 
     frozen: Tensor | None
+    gate: nn.Parameter | None
 
     def __init__(
         self,
@@ -37,14 +39,19 @@ class PrefixEncoder(nn.Module):
         depth: int = 1,
         dropout: float = 0.0,
         num_frozen_tokens: int = 0,
+        gate_heads: int | None = None,
     ) -> None:
-        """Sizes P, L, H (key/value heads), D and F; ``hidden_size`` = None is flat, ``depth`` counts hidden layers."""
+        """Sizes P, L, H (key/value heads), D and F.
+
+        ``hidden_size`` = None is flat, ``depth`` counts hidden layers, ``gate_heads`` are the query heads to gate.
+        """
         super().__init__()
         self.num_layers, self.num_heads, self.head_dim = num_layers, num_heads, head_dim
         width = 2 * num_layers * num_heads * head_dim
         self.dropout = nn.Dropout(dropout)
         self.mlp: nn.Module | None = None
         self.register_buffer("frozen", torch.zeros(num_frozen_tokens, width) if num_frozen_tokens else None)
+        self.gate = None if gate_heads is None else nn.Parameter(torch.zeros(num_layers, gate_heads))
         trained = num_virtual_tokens - num_frozen_tokens
         if hidden_size is None:
             self.embedding = nn.Parameter(torch.zeros(trained, width))

@@ -245,6 +245,23 @@ def test_varlen_equals_one_call_per_sequence(options: dict[str, Any], backend: s
     torch.testing.assert_close(got, torch.autograd.grad((torch.cat(expected) * upstream).sum(), single))
 
 
+def test_gate_of_each_row() -> None:
+    """One call per row, with that row's gate, gives the same; its gradient too."""
+    arguments, gate = Case(B=3).arguments(torch.float64), r(3, 4).double().requires_grad_()
+    rows = ("query", "key", "value")
+    out = prefix_attention(**arguments, prefix_gate=gate)
+    parts = [
+        prefix_attention(**arguments | {n: arguments[n][b : b + 1] for n in rows}, prefix_gate=gate[b])
+        for b in range(3)
+    ]
+    torch.testing.assert_close(out, torch.cat(parts), rtol=1e-12, atol=1e-12)
+    upstream = r(out.shape)
+    grads = (torch.autograd.grad((o * upstream).sum(), gate)[0] for o in (out, torch.cat(parts)))
+    torch.testing.assert_close(*grads, rtol=1e-12, atol=1e-12)
+    with pytest.raises(ValueError, match=r"prefix_gate must be \(B, Hq\) = \(3, 4\), got \(2, 4\)"):
+        prefix_attention(**arguments, prefix_gate=r(2, 4).double())
+
+
 def test_varlen_without_tokens() -> None:
     empty = {"query": r(0, 4, 8), "key": r(0, 2, 8), "value": r(0, 2, 8), "cu_seqlens_q": ints(0, 0, 0)}
     out, lse = prefix_attention_varlen(**PACKED | empty | {"cu_seqlens_k": ints(0, 0, 0)}, return_lse=True)

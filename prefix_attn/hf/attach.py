@@ -115,7 +115,9 @@ class Attachment:
             )
         if config.mode == "embedding" and any(slot.site != "decoder" for slot in self.layout(config).slots):
             raise NotImplementedError(f"mode='embedding': {self._name} is not causal; see PrefixTuning")
-        default = "none" if self.has_decoder or fixed else "shift"
+        if config.gate is not None and len({slot.query_heads for slot in self.layout(config).slots}) > 1:
+            raise NotImplementedError(f"gate: {self._name} has layers with different numbers of query heads")
+        default = "none" if self.has_decoder or fixed or config.gate is not None else "shift"
         return replace(config, position_mode=config.position_mode or default)
 
     def layout(self, config: PrefixConfig) -> Layout:
@@ -139,21 +141,26 @@ class Attachment:
         return Layout(slots, *sizes.pop())
 
     @contextmanager
-    def running(self, kv: Tensor, config: PrefixConfig, rows: Rows | None = None) -> Iterator[None]:
+    def running(
+        self, kv: Tensor, config: PrefixConfig, rows: Rows | None = None, gates: Tensor | None = None
+    ) -> Iterator[None]:
         """Forwards of ``base`` within the context attend to prefixes.
 
         Args:
             kv: a prefix (2 * slots, H, P, D), or a bank (N, 2 * slots, H, P, D).
             config: of the prefix, resolved; of any in a bank.
             rows: of a bank.
+            gates: (slots, Hq), or of a bank (N, slots, Hq).
 
         Raises:
             RuntimeError: on leaving, if a slot of a stack that ran did not ask for it. There is no silent "no prefix".
         """
         bridge = None
-        if kv.requires_grad and torch.is_grad_enabled() and self._is_reentrant():
-            leaf = kv.detach().requires_grad_()
-            kv, bridge = leaf, (kv, leaf)
+        made = [kv] if gates is None else [kv, gates]
+        if torch.is_grad_enabled() and any(t.requires_grad for t in made) and self._is_reentrant():
+            leaves = [t.detach().requires_grad_() for t in made]
+            (kv, *rest), bridge = leaves, (leaves, *made)
+            gates = rest[0] if rest else None
         layout = self.layout(config)
         shift = config.shift if rows is None else rows.shifts
         state = PrefixState(
@@ -162,6 +169,7 @@ class Attachment:
             shifts=dict.fromkeys(layout.shifted, shift),
             backend=config.backend,
             rows=rows,
+            gates=gates,
         )
         with self._set(state, bridge):
             yield
@@ -208,7 +216,7 @@ class Attachment:
         return [own, self.base.get_decoder().get_input_embeddings()] if self.has_decoder else [own]
 
     @contextmanager
-    def _set(self, state: PrefixState | Capture | None, bridge: tuple[Tensor, Tensor] | None) -> Iterator[None]:
+    def _set(self, state: PrefixState | Capture | None, bridge: tuple[Any, ...] | None) -> Iterator[None]:
         before = self._now.state, self._now.bridge
         self._now.state, self._now.bridge = state, bridge
         try:
@@ -329,7 +337,7 @@ class _Now(threading.local):
     """What the forwards of this thread run with: others may run the same model with other prefixes meanwhile."""
 
     state: PrefixState | Capture | None = None
-    bridge: tuple[Tensor, Tensor] | None = None
+    bridge: tuple[Any, ...] | None = None
 
     def __reduce__(self) -> tuple[type[_Now], tuple[()]]:
         """A copy of the model runs nothing yet."""

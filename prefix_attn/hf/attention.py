@@ -32,6 +32,7 @@ class Prefix(NamedTuple):
     value: Tensor | None = None
     ids: Tensor | None = None  # (B,)
     lengths: Tensor | None = None  # (N,)
+    gate: Tensor | None = None  # (Hq,) or (B, Hq)
 
 
 class PrefixState:
@@ -45,6 +46,7 @@ class PrefixState:
         shifts: Mapping[nn.Module, int | Tensor],
         backend: str,
         rows: Rows | None = None,
+        gates: Tensor | None = None,
     ) -> None:
         """One prefix for all rows, or a bank.
 
@@ -54,9 +56,11 @@ class PrefixState:
             shifts: where the tokens of each stack start; (B, 1) for a bank.
             backend: of ``prefix_attention``.
             rows: of a bank.
+            gates: (slots, Hq), or of a bank (N, slots, Hq).
         """
         parts = kv.unbind(-4)
         self.layers = list(zip(parts[::2], parts[1::2]))
+        self.gates = None if gates is None else gates.unbind(-2)
         self.slots = slots
         self.shifts = shifts
         self.backend = backend
@@ -70,9 +74,12 @@ class PrefixState:
         if slot is None:
             return Prefix()
         self.served.add(call.module)
+        gate = None if self.gates is None else self.gates[slot]
         if self.rows is None:
-            return Prefix(*self.layers[slot])
-        return Prefix(*self.layers[slot], grow(self.rows.ids, call.query.shape[0]), self.rows.lengths)
+            return Prefix(*self.layers[slot], gate=gate)
+        ids = grow(self.rows.ids, call.query.shape[0])
+        gate = None if gate is None else gate[ids.clamp(min=0)]  # whatever it is in rows without a prefix
+        return Prefix(*self.layers[slot], ids, self.rows.lengths, gate)
 
 
 class Call(NamedTuple):
@@ -148,7 +155,7 @@ def prefix_attention_forward(
         bias = function(query.shape[2], prefix.key.shape[1], query.device, prefix_distances.first)
         out = _at_a_distance(query, key, value, prefix.key, prefix.value, bias, sequence, options)
     else:
-        options |= {"prefix_ids": prefix.ids, "prefix_lengths": prefix.lengths}
+        options |= {"prefix_ids": prefix.ids, "prefix_lengths": prefix.lengths, "prefix_gate": prefix.gate}
         out = prefix_attention(query, key, value, prefix.key, prefix.value, **sequence, **options)
     assert isinstance(out, Tensor)
     return out.transpose(1, 2).contiguous(), None

@@ -9,29 +9,31 @@ from torch import Tensor, nn
 
 
 class Bridge(torch.autograd.Function):
-    """Hands the gradient that gathered on a leaf to the graph that made the leaf's values.
+    """Hands the gradients that gathered on leaves to the graphs that made the leaves' values.
 
     Reentrant checkpointing runs a backward inside the backward for each layer. Through a shared graph (the MLP, the
-    view per layer) the first would free what the second needs; so layers see a detached leaf, and this node, whose
-    place below all layers makes it run last, passes the leaf's gradient on. It also makes the hidden states require a
+    view per layer) the first would free what the second needs; so layers see detached leaves, and this node, whose
+    place below all layers makes it run last, passes the leaves' gradients on. It also makes the hidden states require a
     gradient, without which reentrant checkpointing drops the prefix's.
     """
 
     @staticmethod
-    def forward(ctx: Any, embeddings: Tensor, kv: Tensor, leaf: Tensor) -> Tensor:
-        """The embeddings, unchanged."""
-        ctx.leaf = leaf
+    def forward(ctx: Any, embeddings: Tensor, leaves: list[Tensor], *made: Tensor) -> Tensor:
+        """The embeddings, unchanged. ``made`` are what the ``leaves`` are copies of."""
+        ctx.leaves = leaves
         return embeddings.view_as(embeddings)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        """The gradient of the embeddings where wanted, and the leaf's."""
-        gathered, ctx.leaf.grad = ctx.leaf.grad, None  # encoder and decoder have a bridge each, from the same leaf
-        return grad if ctx.needs_input_grad[0] else None, gathered, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        """The gradient of the embeddings where wanted, and the leaves'."""
+        gathered = [leaf.grad for leaf in ctx.leaves]
+        for leaf in ctx.leaves:
+            leaf.grad = None  # encoder and decoder have a bridge each, from the same leaves
+        return grad if ctx.needs_input_grad[0] else None, None, *gathered
 
 
-def bridge_next(embeddings: nn.Module, bridge: tuple[Tensor, Tensor]) -> None:
-    """Put a bridge from ``(kv, leaf)`` behind the next call of ``embeddings``."""
+def bridge_next(embeddings: nn.Module, bridge: tuple[Any, ...]) -> None:
+    """Put a bridge from ``(leaves, *made)`` behind the next call of ``embeddings``."""
 
     def hook(_: nn.Module, args: Any, output: Tensor) -> Tensor:
         handle.remove()

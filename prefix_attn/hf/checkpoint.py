@@ -1,11 +1,12 @@
 """Prefixes on disk, in the format of PEFT's prefix tuning.
 
     adapter_config.json          what PEFT reads
-    adapter_model.safetensors    prompt_embeddings (P, 2 * slots * H * D) float32, the folded prefix; heads, if any
+    adapter_model.safetensors    prompt_embeddings (P, 2 * slots * H * D) float32, the folded prefix; if it has them,
+                                 prefix_gate (slots, Hq) float32, and heads
     training_state.safetensors   the MLP, if asked for
 
 A slot is a layer at a site. PEFT has a prefix for each layer of one stack, and calls it a CARTRIDGE where the first
-tokens are frozen; others (encoder-decoder models, a choice of layers) have the same files and fields under a
+tokens are frozen; others (encoder-decoder models, a choice of layers, gates) have the same files and fields under a
 ``peft_type`` that PEFT does not know and so refuses.
 Both safetensors files carry our configuration in their metadata, so that each is whole by itself: a kill between the
 renames leaves the old prefix or the new one, never half of each. Read without pickle; headers are checked before
@@ -35,7 +36,8 @@ from prefix_attn.hf.config import PrefixConfig
 from prefix_attn.prefix import PrefixEncoder
 
 ADAPTER_CONFIG, ADAPTER, TRAINING = "adapter_config.json", "adapter_model.safetensors", "training_state.safetensors"
-KEY, HEAD = "prompt_embeddings", "base_model."  # tensors: the prefix, and the beginning of those of heads
+# Tensors: the prefix, its gate, and the beginning of those of heads.
+KEY, GATE, HEAD = "prompt_embeddings", "prefix_gate", "base_model."
 PEFT, FROZEN, OURS = "PREFIX_TUNING", "CARTRIDGE", "PREFIX_ATTN"  # peft_type
 READ = (OURS, FROZEN, PEFT)
 _log = logging.getLogger(__name__)
@@ -53,18 +55,21 @@ def save_prefix(
 ) -> None:
     """Write a prefix into ``folder``. A kill at any moment leaves each file as it was or as it is to be."""
     with torch.no_grad():
-        folded = encoder.prompt_embeddings().detach().float().cpu().contiguous()
+        prefix = {KEY: encoder.prompt_embeddings().float()}
+    if encoder.gate is not None:
+        prefix[GATE] = encoder.gate
+    prefix = _on_cpu(prefix)
     metadata = {
         "format": "pt",
         "prefix_config": json.dumps(config.to_dict()),
         "base": json.dumps(_fingerprint(attachment.base)),
-        "prefix_sha256": _digest(folded),  # says to which prefix a training state belongs
+        "prefix_sha256": _digest(prefix),  # says to which prefix a training state belongs
     }
     files: dict[str, bytes] = {}
     if training_state and encoder.mlp is not None:
         files[TRAINING] = save(_on_cpu(encoder.state_dict()), metadata)
     files[ADAPTER_CONFIG] = json.dumps(_peft_config(encoder, config, attachment), indent=2).encode()
-    files[ADAPTER] = save({KEY: folded} | _on_cpu(heads.state_dict(prefix=HEAD)), metadata)
+    files[ADAPTER] = save(prefix | _on_cpu(heads.state_dict(prefix=HEAD)), metadata)
     folder.mkdir(parents=True, exist_ok=True)
     for name, content in files.items():
         _replace(folder / name, content)
@@ -95,27 +100,34 @@ def load_prefix(
     sizes = len(slots), heads, head_dim
     _check_sizes(folder / ADAPTER_CONFIG, peft, sizes, attachment.base)
     wanted = {KEY: (config.num_virtual_tokens, 2 * len(slots) * heads * head_dim)}
+    if config.gate is not None:
+        wanted[GATE] = len(slots), slots[0].query_heads
     for name in config.modules_to_save or ():
         head = attachment.base.get_submodule(name).state_dict(prefix=f"{HEAD}{name}.")
         wanted |= {n: tuple(t.shape) for n, t in head.items()}
     tensors = _read_tensors(folder / ADAPTER, shapes, wanted)
-    folded = tensors.pop(KEY).float()
+    prefix = {name: tensors.pop(name).float() for name in (KEY, GATE) if name in wanted}
     saved = {n.removeprefix(HEAD): t for n, t in tensors.items()}
     training = folder / TRAINING
     if is_trainable and (config.prefix_projection or config.mode == "embedding") and training.exists():
         shapes, metadata = _header(training)
-        if metadata.get("prefix_sha256") == _digest(folded):
+        if metadata.get("prefix_sha256") == _digest(prefix):
             if config.mode == "embedding":
                 width = int(attachment.base.get_input_embeddings().weight.shape[1])
-                wanted = {"embedding": (config.num_virtual_tokens, width)}
+                parameters: _Shapes = {"embedding": (config.num_virtual_tokens, width)}
             else:
-                wanted = _mlp_shapes(training, shapes, config, sizes)
-            return config, _read_tensors(training, shapes, wanted), saved
+                parameters = _mlp_shapes(training, shapes, config, sizes)
+            gate = {} if config.gate is None else {"gate": wanted[GATE]}
+            return config, _read_tensors(training, shapes, {**parameters, **gate}), saved
         _log.warning("%s belongs to another prefix: training goes on from the folded one", training)
     config.mode, config.prefix_projection = "kv", False  # what is left is the prefix that was made
     frozen = config.num_frozen_tokens
-    parameters = {"embedding": folded[frozen:]}
-    return config, parameters | ({"frozen": folded[:frozen]} if frozen else {}), saved
+    values = {"embedding": prefix[KEY][frozen:]}
+    if frozen:
+        values["frozen"] = prefix[KEY][:frozen]
+    if config.gate is not None:
+        values["gate"] = prefix[GATE]
+    return config, values, saved
 
 
 def save_table(folder: Path, table: Tensor, base: PreTrainedModel) -> None:
@@ -219,7 +231,7 @@ def _read_tensors(path: Path, shapes: _Shapes, wanted: _Shapes) -> dict[str, Ten
 
 def _mlp_shapes(path: Path, shapes: _Shapes, config: PrefixConfig, sizes: tuple[int, int, int]) -> _Shapes:
     layers, heads, head_dim = sizes
-    tensors = 2 * config.encoder_depth + 3 + (config.num_frozen_tokens > 0)
+    tensors = 2 * config.encoder_depth + 3 + (config.num_frozen_tokens > 0) + (config.gate is not None)
     if len(shapes) != tensors:  # else a hostile depth would have us build that many layers
         raise ValueError(f"{path}: an MLP of encoder_depth={config.encoder_depth} does not have {len(shapes)} tensors")
     with torch.device("meta"):
@@ -287,7 +299,7 @@ def _fingerprint(base: PreTrainedModel) -> dict[str, Any]:
 def _peft_config(encoder: PrefixEncoder, config: PrefixConfig, attachment: Attachment) -> dict[str, Any]:
     """The fields of PEFT's PrefixTuningConfig or CartridgeConfig. The prefix is folded, so that PEFT needs no MLP."""
     kind = OURS
-    if config.layers == "all" and not attachment.has_decoder:
+    if config.layers == "all" and not attachment.has_decoder and config.gate is None:
         kind = FROZEN if config.num_frozen_tokens else PEFT
     projection = {"encoder_hidden_size": encoder.num_heads * encoder.head_dim, "prefix_projection": False}
     return {
@@ -312,8 +324,8 @@ def _on_cpu(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
 
 
-def _digest(tensor: Tensor) -> str:
-    return hashlib.sha256(tensor.numpy().tobytes()).hexdigest()
+def _digest(prefix: Mapping[str, Tensor]) -> str:
+    return hashlib.sha256(b"".join(tensor.numpy().tobytes() for tensor in prefix.values())).hexdigest()
 
 
 def _replace(path: Path, content: bytes) -> None:

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 MODES = ("kv", "embedding")
 INITS = ("random", "text", "zero")
+GATES = (None, "zero")
 POSITION_MODES = ("shift", "none")
 SITES = ("encoder", "cross", "decoder")  # the order of a prefix's keys and values
 TASK_TYPES = ("CAUSAL_LM", "SEQ_2_SEQ_LM", "SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")
@@ -35,10 +36,12 @@ class PrefixConfig:
         num_frozen_tokens: so many tokens at the beginning of the prefix keep the keys and values that they start with
             (PEFT's CARTRIDGE): they are no parameters, and an MLP makes the others only. 1 keeps the token on which
             models leave attention that they have no use for; all of them make a hard prompt.
-        gate: None.
+        gate: None, or "zero": each query head attends to the prefix in a softmax of its own, times a trained factor
+            that starts at 0 (Zhang et al. 2023, LLaMA-Adapter): training starts exactly from the frozen model.
         position_mode: "shift": the tokens of a stack with a prefix in its self-attention start at position P, as PEFT
             has it; "none": at 0, and the prefix takes no room in the context window. Default: "none" for
-            encoder-decoder models, otherwise "shift" where the model lets us.
+            encoder-decoder models and with a gate (shifted, it would not start from the frozen model), otherwise
+            "shift" where the model lets us.
         task_type: PEFT's name of what the model is for. Default: by the model's class.
         modules_to_save: heads (children of the model) of which a copy is trained and saved with the prefix. Default:
             all in classification and question answering, where they usually start at random; otherwise none.
@@ -61,7 +64,7 @@ class PrefixConfig:
     init_text: str | None = None
     init_token_ids: Sequence[int] | None = None
     num_frozen_tokens: int = 0
-    gate: None = None
+    gate: str | None = None
     position_mode: str | None = None
     task_type: str | None = None
     modules_to_save: Sequence[str] | None = None
@@ -78,7 +81,12 @@ class PrefixConfig:
             raise ValueError(f"encoder_hidden_size must be positive or None, got {self.encoder_hidden_size!r}")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout must lie in [0, 1), got {self.dropout!r}")
-        allowed = {"init": INITS, "position_mode": (*POSITION_MODES, None), "task_type": (*TASK_TYPES, None)}
+        allowed = {
+            "init": INITS,
+            "gate": GATES,
+            "position_mode": (*POSITION_MODES, None),
+            "task_type": (*TASK_TYPES, None),
+        }
         for name, values in allowed.items():
             if getattr(self, name) not in values:
                 raise ValueError(f"{name} must be one of {values}, got {getattr(self, name)!r}")
@@ -95,8 +103,10 @@ class PrefixConfig:
         self._check_places()
         if isinstance(self.modules_to_save, str):
             raise ValueError(f"modules_to_save must be a list of names, got {self.modules_to_save!r}")
-        if self.gate is not None:
-            raise NotImplementedError(f"gate={self.gate!r}: this version has gate=None only")
+        if self.gate is not None and self.position_mode == "shift":
+            raise ValueError(
+                "gate='zero' starts from the frozen model, whose tokens are not moved: position_mode='none'"
+            )
 
     def _check_frozen(self) -> None:
         frozen = self.num_frozen_tokens

@@ -226,17 +226,19 @@ class PrefixModel(Wrapper):
                 ((name, (encoder, config)),) = found.items()
                 kv = encoder()
                 stack.enter_context(heads_in_place(self.base_model, self._heads(name)))
-                stack.enter_context(self._attachment.running(kv, config))
+                stack.enter_context(self._attachment.running(kv, config, gates=encoder.gate))
             else:
                 configs = {name: config for name, (_, config) in found.items()}
                 self._check_together(configs)
                 kvs = [encoder() for encoder, _ in found.values()]
                 rows = make_rows(names, configs, kvs)
-                stack.enter_context(self._attachment.running(make_bank(kvs), next(iter(configs.values())), rows))
+                gates: list[Tensor] = [encoder.gate for encoder, _ in found.values() if encoder.gate is not None]
+                bank = make_bank(kvs), next(iter(configs.values())), rows, torch.stack(gates) if gates else None
+                stack.enter_context(self._attachment.running(*bank))
             yield
 
     def _check_together(self, configs: dict[str, PrefixConfig]) -> None:
-        for field in ("backend", "sites", "layers"):
+        for field in ("backend", "sites", "layers", "gate"):
             values = {name: getattr(config, field) for name, config in configs.items()}
             if len(set(values.values())) > 1:
                 raise ValueError(f"the prefixes of one batch must have one {field}, got {values}")
@@ -298,6 +300,7 @@ class PrefixModel(Wrapper):
 
     def _encoder(self, config: PrefixConfig) -> PrefixEncoder:
         slots, heads, size = self._attachment.layout(config)
+        gated = None if config.gate is None else slots[0].query_heads
         hidden = (config.encoder_hidden_size or heads * size) if config.prefix_projection else None
         encoder = PrefixEncoder(
             config.num_virtual_tokens,
@@ -308,6 +311,7 @@ class PrefixModel(Wrapper):
             depth=config.encoder_depth,
             dropout=config.dropout,
             num_frozen_tokens=config.num_frozen_tokens,
+            gate_heads=gated,
         )
         if config.mode == "embedding":
             width = self.base_model.get_input_embeddings().weight.shape[1]

@@ -27,6 +27,7 @@ class Slot(NamedTuple):
     stack: PreTrainedModel
     heads: int
     head_dim: int
+    query_heads: int
 
 
 def find_stacks(base: PreTrainedModel) -> list[PreTrainedModel]:
@@ -90,7 +91,7 @@ def _slot(call: Call, layer: int, stack: PreTrainedModel) -> Slot:
         site = "cross"
     else:
         site = "decoder" if is_causal(call) else "encoder"
-    return Slot(site, layer, call.module, stack, heads, size)
+    return Slot(site, layer, call.module, stack, heads, size, call.query.shape[1])
 
 
 def _layers(stack: PreTrainedModel, modules: set[nn.Module]) -> list[nn.Module]:
