@@ -210,6 +210,37 @@ def inspect(adapter: Adapter, as_json: AsJson = False) -> None:
     _print(found, as_json, table)
 
 
+@app.command()
+def check(
+    model: Model = "smollm2",
+    adapter: Annotated[str | None, typer.Option(help="Folder or Hub id of a prefix; default: a new one.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Try on a model what must hold for a prefix on it: causality, padding, cache, gradients, files, frozen weights.
+
+    Exit status 1 if anything does not hold. [bold]prefix-attn check --model Qwen/Qwen3-0.6B[/bold]
+    """
+    import torch
+
+    from prefix_attn.hf.doctor import examine
+    from prefix_attn.hf.load import load_base
+
+    findings = []
+    with _err.status("trying"):
+        base, _ = load_base(model, dtype=torch.float32)
+        for finding in examine(base, adapter):
+            findings.append(finding._asdict() | {"holds": finding.holds})
+            mark = "[green]holds[/]" if finding.holds else "[bold red]FAILS[/]"
+            _err.print(
+                f"{mark}  {finding.name}: {finding.value:.1e}, at most {finding.bound:.0e}",
+                highlight=False,
+                soft_wrap=True,
+            )
+    _print(findings, as_json, f"{sum(f['holds'] for f in findings)} of {len(findings)} hold")
+    if not all(f["holds"] for f in findings):
+        raise typer.Exit(1)
+
+
 def main() -> None:
     """Run a command; an error is one line on stderr and exit status 1, or a traceback with ``--debug``."""
     try:

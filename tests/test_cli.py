@@ -127,3 +127,11 @@ def test_help_teaches(command: str, monkeypatch: pytest.MonkeyPatch, capsys: pyt
 
 def test_unknown_option_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     assert run(monkeypatch, "inspect", "--nothing") == 2
+
+
+def test_check(files: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(monkeypatch, "check", "--model", files / "model", "--json") == 0
+    assert all(finding["holds"] for finding in json.loads(capsys.readouterr().out))
+    monkeypatch.setattr("prefix_attn.hf.doctor.LOGITS", -1.0)
+    assert run(monkeypatch, "check", "--model", files / "model") == 1
+    assert "FAILS" in capsys.readouterr().err

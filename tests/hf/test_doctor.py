@@ -1,0 +1,56 @@
+"""``prefix-attn check`` finds what is right, and what is not."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from prefix_attn import PrefixConfig, get_prefix_model
+from prefix_attn.hf.doctor import MEASURES, examine
+from tests.hf.models import tiny
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma2"])
+def test_a_model_that_is_served(name: str) -> None:
+    base = tiny(name)
+    before = {n: p.clone() for n, p in base.named_parameters()}
+    findings = list(examine(base))
+    assert len(findings) == len(MEASURES) + 2
+    assert [f.name for f in findings if not f.holds] == []
+    assert all(torch.equal(p, before[n]) for n, p in base.named_parameters())
+
+
+def test_an_adapter_through_an_mlp(tmp_path: Path) -> None:
+    config = PrefixConfig(num_virtual_tokens=3, prefix_projection=True, encoder_hidden_size=8)
+    get_prefix_model(tiny("llama"), config).save_pretrained(tmp_path, training_state=True)
+    assert [f.name for f in examine(tiny("llama"), str(tmp_path)) if not f.holds] == []
+
+
+def test_a_model_that_looks_ahead() -> None:
+    base = tiny("llama")
+    base.lm_head.register_forward_hook(lambda module, inputs, out: out + out.mean(1, keepdim=True))
+    failed = {f.name.split(":")[0] for f in examine(base) if not f.holds}
+    assert "causality" in failed
+    assert "left padding changes no logits" in failed
+
+
+def test_weights_that_move() -> None:
+    base = tiny("llama")
+    weight = base.lm_head.weight
+
+    def drift(module: torch.nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        if module.training:
+            weight.data.add_(1e-3)
+
+    base.lm_head.register_forward_pre_hook(drift)
+    *_, last = examine(base)
+    assert not last.holds
+    assert last.value == 1
+
+
+def test_an_encoder_decoder_is_refused() -> None:
+    with pytest.raises(NotImplementedError, match="causal"):
+        next(examine(tiny("t5")))
