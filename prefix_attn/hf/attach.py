@@ -107,7 +107,7 @@ class Attachment:
             modules_to_save=tuple(chosen),
             base_model_name_or_path=config.base_model_name_or_path or self.base.config._name_or_path or None,
         )
-        fixed = [s for s in self.layout(config).shifted if not self._positions[s].can_shift]
+        fixed = self.fixed(config)
         if config.position_mode == "shift" and fixed:
             raise NotImplementedError(
                 f"position_mode='shift': {type(fixed[0]).__name__} of {self._name} numbers its tokens where nothing "
@@ -119,6 +119,10 @@ class Attachment:
             raise NotImplementedError(f"gate: {self._name} has layers with different numbers of query heads")
         default = "none" if self.has_decoder or fixed or config.gate is not None else "shift"
         return replace(config, position_mode=config.position_mode or default)
+
+    def fixed(self, config: PrefixConfig) -> list[PreTrainedModel]:
+        """The stacks that a prefix enters, and whose tokens cannot be moved behind it."""
+        return [stack for stack in self.layout(config).shifted if not self._positions[stack].can_shift]
 
     def layout(self, config: PrefixConfig) -> Layout:
         """What a prefix of the resolved ``config`` consists of."""
@@ -209,6 +213,11 @@ class Attachment:
     def reads_text(self) -> bool:
         """Whether the input is token ids."""
         return self.base.main_input_name == "input_ids"
+
+    @property
+    def decoder_layers(self) -> int:
+        """The number of layers of causal self-attention."""
+        return sum(slot.site == "decoder" for slot in self._slots)
 
     def embeddings(self) -> list[nn.Module]:
         """The input embeddings of the model, and of its decoder where that has its own input."""

@@ -6,8 +6,8 @@
     training_state.safetensors   the MLP, if asked for
 
 A slot is a layer at a site. PEFT has a prefix for each layer of one stack, and calls it a CARTRIDGE where the first
-tokens are frozen; others (encoder-decoder models, a choice of layers, gates) have the same files and fields under a
-``peft_type`` that PEFT does not know and so refuses.
+tokens are frozen; others (encoder-decoder models, a choice of layers, gates, position_mode="none") have the same files
+and fields under a ``peft_type`` that PEFT does not know and so refuses. ``formats`` reads these and other libraries'.
 Both safetensors files carry our configuration in their metadata, so that each is whole by itself: a kill between the
 renames leaves the old prefix or the new one, never half of each. Read without pickle; headers are checked before
 anything is allocated, and values before anything in memory changes.
@@ -18,30 +18,23 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import math
-import os
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from prefix_attn.hf import files, formats
 from prefix_attn.hf.attach import Attachment
 from prefix_attn.hf.config import PrefixConfig
+from prefix_attn.hf.formats import ADAPTER, ADAPTER_CONFIG, FROZEN, GATE, HEAD, KEY, OURS, PEFT, TRAINING, Stored
+from prefix_attn.hf.slots import Slot
 from prefix_attn.prefix import PrefixEncoder
 
-ADAPTER_CONFIG, ADAPTER, TRAINING = "adapter_config.json", "adapter_model.safetensors", "training_state.safetensors"
-# Tensors: the prefix, its gate, and the beginning of those of heads.
-KEY, GATE, HEAD = "prompt_embeddings", "prefix_gate", "base_model."
-PEFT, FROZEN, OURS = "PREFIX_TUNING", "CARTRIDGE", "PREFIX_ATTN"  # peft_type
-READ = (OURS, FROZEN, PEFT)
 _log = logging.getLogger(__name__)
-_Shapes = Mapping[str, tuple[int, ...]]
 
 
 def save_prefix(
@@ -65,60 +58,63 @@ def save_prefix(
         "base": json.dumps(_fingerprint(attachment.base)),
         "prefix_sha256": _digest(prefix),  # says to which prefix a training state belongs
     }
-    files: dict[str, bytes] = {}
+    contents: dict[str, bytes] = {}
     if training_state and encoder.mlp is not None:
-        files[TRAINING] = save(_on_cpu(encoder.state_dict()), metadata)
-    files[ADAPTER_CONFIG] = json.dumps(_peft_config(encoder, config, attachment), indent=2).encode()
-    files[ADAPTER] = save(prefix | _on_cpu(heads.state_dict(prefix=HEAD)), metadata)
+        contents[TRAINING] = save(_on_cpu(encoder.state_dict()), metadata)
+    contents[ADAPTER_CONFIG] = json.dumps(_peft_config(encoder, config, attachment), indent=2).encode()
+    contents[ADAPTER] = save(prefix | _on_cpu(heads.state_dict(prefix=HEAD)), metadata)
     folder.mkdir(parents=True, exist_ok=True)
-    for name, content in files.items():
-        _replace(folder / name, content)
-    if TRAINING not in files:
+    for name, content in contents.items():
+        files.replace(folder / name, content)
+    if TRAINING not in contents:
         (folder / TRAINING).unlink(missing_ok=True)
 
 
 def load_prefix(
     path: str | Path, attachment: Attachment, *, is_trainable: bool
 ) -> tuple[PrefixConfig, dict[str, Tensor], dict[str, Tensor]]:
-    """(resolved configuration, parameters of the encoder, those of the heads) from a folder or a Hub id.
+    """(resolved configuration, parameters of the encoder, those of the heads) from a folder, a file or a Hub id.
 
     With ``is_trainable`` the MLP, where it was saved; otherwise the folded prefix.
 
     Raises:
         ValueError: missing, damaged, or made for another model.
     """
-    folder = _folder(path)
-    peft = _read_json(folder / ADAPTER_CONFIG, *READ)
-    shapes, metadata = _header(folder / ADAPTER)
-    config = _config(folder, peft, metadata, shapes)
-    _check_base(folder, config, metadata, attachment.base)
+    stored = formats.read(path, decoder_layers=attachment.decoder_layers)
+    config = stored.config
+    if stored.peft_slots is not None and not attachment.has_decoder:
+        name = type(attachment.base).__name__
+        raise ValueError(f"{stored.path}: a prefix of an encoder-decoder model, and {name} is none")
+    _check_base(stored.path, config, stored.metadata, attachment.base)
     try:
         config = attachment.resolve(config)
+        slots, heads, head_dim = attachment.layout(config)
     except (ValueError, NotImplementedError) as error:
-        raise ValueError(f"{folder}: {error}") from None
-    slots, heads, head_dim = attachment.layout(config)
+        raise ValueError(f"{stored.path}: {error}") from None
     sizes = len(slots), heads, head_dim
-    _check_sizes(folder / ADAPTER_CONFIG, peft, sizes, attachment.base)
+    _check_sizes(stored, slots, heads * head_dim, sizes, attachment.base)
     wanted = {KEY: (config.num_virtual_tokens, 2 * len(slots) * heads * head_dim)}
     if config.gate is not None:
         wanted[GATE] = len(slots), slots[0].query_heads
     for name in config.modules_to_save or ():
         head = attachment.base.get_submodule(name).state_dict(prefix=f"{HEAD}{name}.")
         wanted |= {n: tuple(t.shape) for n, t in head.items()}
-    tensors = _read_tensors(folder / ADAPTER, shapes, wanted)
+    tensors = files.checked(stored.path, stored.tensors, wanted)
+    for note in stored.notes:
+        _log.warning("%s: %s", stored.path, note)
     prefix = {name: tensors.pop(name).float() for name in (KEY, GATE) if name in wanted}
     saved = {n.removeprefix(HEAD): t for n, t in tensors.items()}
-    training = folder / TRAINING
+    training = stored.path.parent / TRAINING
     if is_trainable and (config.prefix_projection or config.mode == "embedding") and training.exists():
-        shapes, metadata = _header(training)
-        if metadata.get("prefix_sha256") == _digest(prefix):
+        state = files.read_tensors(training)
+        if files.read_metadata(training).get("prefix_sha256") == _digest(prefix):
             if config.mode == "embedding":
                 width = int(attachment.base.get_input_embeddings().weight.shape[1])
-                parameters: _Shapes = {"embedding": (config.num_virtual_tokens, width)}
+                parameters: files.Shapes = {"embedding": (config.num_virtual_tokens, width)}
             else:
-                parameters = _mlp_shapes(training, shapes, config, sizes)
+                parameters = _mlp_shapes(training, len(state), config, sizes)
             gate = {} if config.gate is None else {"gate": wanted[GATE]}
-            return config, _read_tensors(training, shapes, {**parameters, **gate}), saved
+            return config, files.checked(training, state, {**parameters, **gate}), saved
         _log.warning("%s belongs to another prefix: training goes on from the folded one", training)
     config.mode, config.prefix_projection = "kv", False  # what is left is the prefix that was made
     frozen = config.num_frozen_tokens
@@ -146,8 +142,8 @@ def save_table(folder: Path, table: Tensor, base: PreTrainedModel) -> None:
     }
     tensors = {KEY: table.detach().float().cpu().contiguous()}
     folder.mkdir(parents=True, exist_ok=True)
-    _replace(folder / ADAPTER_CONFIG, json.dumps(peft, indent=2).encode())
-    _replace(folder / ADAPTER, save(tensors, {"format": "pt", "base": json.dumps(_fingerprint(base))}))
+    files.replace(folder / ADAPTER_CONFIG, json.dumps(peft, indent=2).encode())
+    files.replace(folder / ADAPTER, save(tensors, {"format": "pt", "base": json.dumps(_fingerprint(base))}))
 
 
 def load_table(path: str | Path, base: PreTrainedModel) -> Tensor:
@@ -156,84 +152,34 @@ def load_table(path: str | Path, base: PreTrainedModel) -> Tensor:
     Raises:
         ValueError: missing, damaged, or made for another model.
     """
-    folder = _folder(path)
-    peft = _read_json(folder / ADAPTER_CONFIG, "PROMPT_TUNING")
-    shapes, metadata = _header(folder / ADAPTER)
+    folder = files.find(path, ADAPTER_CONFIG, ADAPTER)
+    peft = files.read_json(folder / ADAPTER_CONFIG)
+    if peft.get("peft_type") != "PROMPT_TUNING":
+        raise ValueError(f"{folder / ADAPTER_CONFIG}: peft_type must be PROMPT_TUNING, got {peft.get('peft_type')!r}")
+    metadata = files.read_metadata(folder / ADAPTER)
     _check_base(folder, PrefixConfig(base_model_name_or_path=peft.get("base_model_name_or_path")), metadata, base)
     wanted = {KEY: (peft.get("num_virtual_tokens", 0), int(base.get_input_embeddings().weight.shape[1]))}
-    return _read_tensors(folder / ADAPTER, shapes, wanted)[KEY].float()
+    return files.checked(folder / ADAPTER, files.read_tensors(folder / ADAPTER), wanted)[KEY].float()
 
 
 def describe(path: str | Path) -> dict[str, Any]:
-    """What an adapter holds, as far as that is known without its base model: our configuration and PEFT's sizes."""
-    folder = _folder(path)
-    peft = _read_json(folder / ADAPTER_CONFIG, *READ)
-    shapes, metadata = _header(folder / ADAPTER)
-    config = _config(folder, peft, metadata, shapes)
-    known = {name: value for name, value in config.to_dict().items() if value is not None}
-    sizes = {name: peft.get(name) for name in ("num_layers", "num_attention_heads", "token_dim")}
-    tensors = {f"tensor {name}": str(shape) for name, shape in shapes.items()}
-    parameters = sum(math.prod(shape) for shape in shapes.values())
+    """What a prefix on disk holds, as far as that is known without its base model: our configuration, PEFT's sizes."""
+    stored = formats.read(path)
+    known = {name: value for name, value in stored.config.to_dict().items() if value is not None}
+    sizes = {name: stored.sizes.get(name) for name in ("num_layers", "num_attention_heads", "token_dim")}
+    tensors = {f"tensor {name}": str(tuple(tensor.shape)) for name, tensor in stored.tensors.items()}
+    parameters = sum(tensor.numel() for tensor in stored.tensors.values())
     known.setdefault("base_model_name_or_path", None)
-    return known | sizes | tensors | {"parameters": parameters, "training_state": (folder / TRAINING).is_file()}
+    training = (stored.path.parent / TRAINING).is_file()
+    found = {"format": stored.format} | known | sizes | tensors | {"parameters": parameters, "training_state": training}
+    return found | stored.of_peft_s_decoder | ({"notes": list(stored.notes)} if stored.notes else {})
 
 
-def _folder(path: str | Path) -> Path:
-    if Path(path).is_dir():
-        return Path(path)
-    if Path(path).exists() or not _is_hub_id(str(path)):
-        raise ValueError(f"{path}: not a folder with {ADAPTER_CONFIG} and {ADAPTER}")
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(str(path), allow_patterns=[ADAPTER_CONFIG, ADAPTER, TRAINING]))
-    except Exception as error:  # offline, not there, private, gated: a dozen types, one meaning
-        raise ValueError(f"{path}: neither a folder nor a Hub repository within reach ({error})") from error
-
-
-def _read_json(path: Path, *peft_types: str) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise ValueError(f"{path}: no such file; is this the folder of an adapter?") from None
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: not JSON ({error})") from None
-    found = content.get("peft_type") if isinstance(content, dict) else type(content).__name__
-    if found not in peft_types:
-        raise ValueError(f"{path}: peft_type must be {' or '.join(peft_types)}, got {found!r}")
-    if found in (PEFT, FROZEN) and content.get("num_transformer_submodules") not in (None, 1):
-        raise ValueError(f"{path}: a prefix that PEFT made for an encoder-decoder model; those have another meaning")
-    return content
-
-
-def _header(path: Path) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]:
-    """Shapes and metadata of a safetensors file, of which no tensor is read."""
-    try:
-        with safe_open(path, framework="pt") as f:
-            return {n: tuple(f.get_slice(n).get_shape()) for n in f.keys()}, f.metadata() or {}  # noqa: SIM118
-    except FileNotFoundError:
-        raise ValueError(f"{path}: no such file") from None
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path}: damaged, or not safetensors ({error})") from None
-
-
-def _read_tensors(path: Path, shapes: _Shapes, wanted: _Shapes) -> dict[str, Tensor]:
-    """The tensors of ``path``, which must have the shapes ``wanted`` and finite values."""
-    if dict(shapes) != dict(wanted):
-        raise ValueError(f"{path}: base model and configuration need {dict(wanted)}, the file has {dict(shapes)}")
-    with safe_open(path, framework="pt") as f:
-        tensors = {name: f.get_tensor(name) for name in wanted}
-    for name, tensor in tensors.items():
-        if not tensor.is_floating_point() or not tensor.isfinite().all():
-            raise ValueError(f"{path}: {name} must hold finite floating-point numbers")
-    return tensors
-
-
-def _mlp_shapes(path: Path, shapes: _Shapes, config: PrefixConfig, sizes: tuple[int, int, int]) -> _Shapes:
+def _mlp_shapes(path: Path, tensors: int, config: PrefixConfig, sizes: tuple[int, int, int]) -> files.Shapes:
     layers, heads, head_dim = sizes
-    tensors = 2 * config.encoder_depth + 3 + (config.num_frozen_tokens > 0) + (config.gate is not None)
-    if len(shapes) != tensors:  # else a hostile depth would have us build that many layers
-        raise ValueError(f"{path}: an MLP of encoder_depth={config.encoder_depth} does not have {len(shapes)} tensors")
+    needed = 2 * config.encoder_depth + 3 + (config.num_frozen_tokens > 0) + (config.gate is not None)
+    if tensors != needed:  # else a hostile depth would have us build that many layers
+        raise ValueError(f"{path}: an MLP of encoder_depth={config.encoder_depth} does not have {tensors} tensors")
     with torch.device("meta"):
         hidden = config.encoder_hidden_size or heads * head_dim
         P, depth, frozen = config.num_virtual_tokens, config.encoder_depth, config.num_frozen_tokens
@@ -241,36 +187,14 @@ def _mlp_shapes(path: Path, shapes: _Shapes, config: PrefixConfig, sizes: tuple[
     return {name: tuple(t.shape) for name, t in encoder.state_dict().items()}
 
 
-def _config(folder: Path, peft: dict[str, Any], metadata: dict[str, str], shapes: _Shapes) -> PrefixConfig:
-    """Ours where we wrote the file, otherwise PEFT's fields and PEFT's positions."""
-    try:
-        if "prefix_config" in metadata or peft["peft_type"] == OURS:
-            config = PrefixConfig.from_dict(json.loads(metadata.get("prefix_config", "null")))
-        else:
-            P, task = peft.get("num_virtual_tokens", 0), peft.get("task_type")
-            heads = tuple(dict.fromkeys(n.removeprefix(HEAD).split(".")[0] for n in shapes if n.startswith(HEAD)))
-            frozen = peft.get("num_frozen_tokens", 1) if peft["peft_type"] == FROZEN else 0
-            config = PrefixConfig(
-                num_virtual_tokens=P,
-                num_frozen_tokens=frozen,
-                task_type=task,
-                position_mode="shift",
-                modules_to_save=heads,
-            )
-    except (ValueError, TypeError, AttributeError, RecursionError, NotImplementedError) as error:
-        raise ValueError(f"{folder}: {error}") from None
-    config.base_model_name_or_path = peft.get("base_model_name_or_path")  # where people can edit it
-    return config
-
-
-def _check_base(folder: Path, config: PrefixConfig, metadata: dict[str, str], base: PreTrainedModel) -> None:
+def _check_base(folder: Path, config: PrefixConfig, metadata: Mapping[str, str], base: PreTrainedModel) -> None:
     ours = json.dumps(_fingerprint(base))
     if metadata.get("base", ours) != ours:
         raise ValueError(f"{folder}: trained for a base model {metadata['base']}, this one is {ours}")
     theirs, here = config.base_model_name_or_path, base.config._name_or_path
     if not isinstance(theirs, str) or not here or Path(theirs).name == Path(here).name:
         return  # the same model may lie in another folder or under another owner
-    if _is_hub_id(theirs) and _is_hub_id(here):
+    if files.is_hub_id(theirs) and files.is_hub_id(here):
         raise ValueError(
             f"{folder}: trained for {theirs}, this base model is {here}; if they are the same, edit "
             f"base_model_name_or_path in {ADAPTER_CONFIG}"
@@ -278,15 +202,22 @@ def _check_base(folder: Path, config: PrefixConfig, metadata: dict[str, str], ba
     _log.warning("%s was trained for %s and is loaded into %s", folder, theirs, here)
 
 
-def _check_sizes(path: Path, peft: dict[str, Any], sizes: tuple[int, int, int], base: PreTrainedModel) -> None:
-    """Compare by name what the configuration says; the shape of the tensor says the same as one number."""
+def _check_sizes(
+    stored: Stored, slots: list[Slot], width: int, sizes: tuple[int, int, int], base: PreTrainedModel
+) -> None:
+    """Compare by name what the file says of itself; the shape of the tensor says the same as one number."""
     layers, heads, head_dim = sizes
-    needed = {"num_layers": layers, "num_attention_heads": heads, "token_dim": heads * head_dim}
-    for name, size in needed.items():
-        if peft.get(name) not in (None, size):
+    for name, size in {"num_layers": layers, "num_attention_heads": heads, "token_dim": width}.items():
+        if stored.sizes.get(name) not in (None, size):
             raise ValueError(
-                f"{path}: {name} is {peft[name]!r}, {type(base).__name__} needs {size} "
+                f"{stored.path}: {name} is {stored.sizes[name]!r}, {type(base).__name__} needs {size} "
                 f"({layers} layers, {heads} key/value heads of size {head_dim})"
+            )
+    for site, columns in stored.widths.items():
+        needed = 2 * sum(slot.site == site for slot in slots) * width
+        if columns != needed:
+            raise ValueError(
+                f"{stored.path}: has {columns} numbers per token at {site!r}, the base model needs {needed}"
             )
 
 
@@ -299,7 +230,8 @@ def _fingerprint(base: PreTrainedModel) -> dict[str, Any]:
 def _peft_config(encoder: PrefixEncoder, config: PrefixConfig, attachment: Attachment) -> dict[str, Any]:
     """The fields of PEFT's PrefixTuningConfig or CartridgeConfig. The prefix is folded, so that PEFT needs no MLP."""
     kind = OURS
-    if config.layers == "all" and not attachment.has_decoder and config.gate is None:
+    in_place = config.position_mode == "shift" or attachment.fixed(config)  # PEFT moves all tokens that it can
+    if config.layers == "all" and not attachment.has_decoder and config.gate is None and in_place:
         kind = FROZEN if config.num_frozen_tokens else PEFT
     projection = {"encoder_hidden_size": encoder.num_heads * encoder.head_dim, "prefix_projection": False}
     return {
@@ -316,27 +248,9 @@ def _peft_config(encoder: PrefixEncoder, config: PrefixConfig, attachment: Attac
     } | ({"num_frozen_tokens": config.num_frozen_tokens} if kind == FROZEN else projection)
 
 
-def _is_hub_id(name: str) -> bool:
-    return re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", name) is not None and not Path(name).exists()
-
-
 def _on_cpu(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
 
 
 def _digest(prefix: Mapping[str, Tensor]) -> str:
     return hashlib.sha256(b"".join(tensor.numpy().tobytes() for tensor in prefix.values())).hexdigest()
-
-
-def _replace(path: Path, content: bytes) -> None:
-    """Write under a temporary name, flush, rename."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with temporary.open("wb") as f:
-            f.write(content)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise

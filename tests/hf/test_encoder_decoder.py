@@ -316,16 +316,12 @@ def test_round_trip(name: str, changes: dict[str, Any], tmp_path: Path) -> None:
 
 def test_files_that_do_not_fit(tmp_path: Path) -> None:
     get_prefix_model(tiny("bart"), PrefixConfig(num_virtual_tokens=P)).save_pretrained(tmp_path / "ours")
-    with pytest.raises(ValueError, match="ours: trained for a base model"):
+    with pytest.raises(ValueError, match=r"ours/adapter_model.safetensors: trained for a base model"):
         PrefixModel.from_pretrained(tiny("llama"), tmp_path / "ours")
     with pytest.raises(ValueError, match="num_layers is 7, BartForConditionalGeneration needs 8"):
         PrefixModel.from_pretrained(tiny("bart", encoder_layers=4), tmp_path / "ours")
     (tmp_path / "ours" / checkpoint.ADAPTER_CONFIG).write_text('{"peft_type": "PREFIX_ATTN"}')
     PrefixModel.from_pretrained(tiny("bart"), tmp_path / "ours")
-    peft = get_peft_model(tiny("bart"), PrefixTuningConfig(task_type="SEQ_2_SEQ_LM", num_virtual_tokens=P))
-    peft.save_pretrained(tmp_path / "theirs")
-    with pytest.raises(ValueError, match="a prefix that PEFT made for an encoder-decoder model"):
-        PrefixModel.from_pretrained(tiny("bart"), tmp_path / "theirs")
 
 
 def test_trainer(tmp_path: Path) -> None:

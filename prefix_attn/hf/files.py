@@ -1,0 +1,142 @@
+"""Files: read without trust, written without halves.
+
+Nothing is unpickled but tensors and the containers that hold them, nothing is believed that a file says of its own
+size, and whatever is wrong with one is a ValueError that names it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import warnings
+import zipfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+def find(path: str | Path, *names: str) -> Path:
+    """A file or folder that exists, or what has ``names`` in a repository of the Hub.
+
+    Raises:
+        ValueError: neither.
+    """
+    if Path(path).exists():
+        return Path(path)
+    if not is_hub_id(str(path)):
+        raise ValueError(f"{path}: not a folder with an adapter, nor a file")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(str(path), allow_patterns=list(names)))
+    except Exception as error:  # offline, not there, private, gated: a dozen types, one meaning
+        raise ValueError(f"{path}: neither a folder nor a Hub repository within reach ({error})") from error
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether ``name`` could be that of a repository on the Hub, and is not a path here."""
+    return re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", name) is not None and not Path(name).exists()
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object."""
+    try:
+        content = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise ValueError(f"{path}: no such file; is this the folder of an adapter?") from None
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: not JSON ({error})") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: must be a JSON object, got {type(content).__name__!r}")
+    return content
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """What a safetensors file says besides its tensors; nothing for what torch.save wrote."""
+    if path.suffix != ".safetensors":
+        return {}
+    with _opened(path) as f:
+        return f.metadata() or {}
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file, whose header is checked first, or of what torch.save wrote."""
+    if path.suffix == ".safetensors":
+        with _opened(path) as f:
+            return {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118
+    content = read_pickle(path)
+    if not isinstance(content, dict) or not all(isinstance(name, str) for name in content):
+        raise ValueError(f"{path}: must hold tensors by name, got {type(content).__name__!r}")
+    return {name: backed(path, name, tensor) for name, tensor in content.items()}
+
+
+def checked(path: Path, tensors: Mapping[str, Tensor], wanted: Shapes) -> dict[str, Tensor]:
+    """``tensors``, if they have the shapes ``wanted`` and finite values. ``path`` is theirs, for messages."""
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    if shapes != dict(wanted):
+        raise ValueError(f"{path}: base model and configuration need {dict(wanted)}, the file has {shapes}")
+    for name, tensor in tensors.items():
+        if not tensor.is_floating_point() or not tensor.isfinite().all():
+            raise ValueError(f"{path}: {name} must hold finite floating-point numbers")
+    return dict(tensors)
+
+
+def read_pickle(path: Path) -> Any:
+    """What torch.save wrote: tensors and containers. Nothing else is unpickled, no code of the file runs."""
+    try:
+        with warnings.catch_warnings(), torch.serialization.safe_globals([nn.ParameterList]):
+            warnings.simplefilter("ignore")  # of pickle protocols: what follows says more
+            # Mapped, so that a file that lies about its size allocates nothing.
+            mapped = zipfile.is_zipfile(path)
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+    except FileNotFoundError:
+        raise ValueError(f"{path}: no such file") from None
+    except Exception as error:  # the bytes of a stranger raise anything: KeyError, IndexError, struct.error...
+        refused = re.search(r"GLOBAL (\S+)", str(error))
+        reason = f"it wants to run {refused[1]}" if refused else type(error).__name__
+        raise ValueError(f"{path}: damaged, or more than tensors ({reason})") from None
+
+
+def backed(path: Path, name: str, tensor: Any) -> Tensor:
+    """``tensor``, if it is one of floating-point numbers that the file really holds."""
+    if not isinstance(tensor, Tensor) or tensor.layout != torch.strided or tensor.device.type != "cpu":
+        raise ValueError(f"{path}: {name} must be a tensor, got {type(tensor).__name__!r}")
+    if not tensor.is_floating_point():
+        raise ValueError(f"{path}: {name} must hold finite floating-point numbers, got {tensor.dtype}")
+    if tensor.numel() * tensor.element_size() > path.stat().st_size:  # strides of 0, for one
+        raise ValueError(f"{path}: {name} claims the size {tuple(tensor.shape)}, more than the file holds")
+    return tensor.detach()
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    """A safetensors file."""
+    try:
+        with safe_open(path, framework="pt") as f:
+            yield f
+    except FileNotFoundError:
+        raise ValueError(f"{path}: no such file") from None
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path}: damaged, or not safetensors ({error})") from None
+
+
+def replace(path: Path, content: bytes) -> None:
+    """Write under a temporary name, flush, rename: a kill leaves the old file or the new one."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with temporary.open("wb") as f:
+            f.write(content)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise

@@ -1,0 +1,396 @@
+"""Prefixes as they lie on disk: ours, and those of other libraries, which are recognised by their files.
+
+    ours, and PEFT's    adapter_config.json with peft_type, adapter_model.safetensors (or .bin): prompt_embeddings
+    adapters'           adapter_config.json with architecture, pytorch_adapter.bin or adapter.safetensors
+    Cartridges'         a .pt file: trainable_keys and trainable_values, frozen_keys and frozen_values
+    PrefixTuning's      pytorch_model.bin beside config.json: wte and control_trans (Li and Liang 2021, their code)
+
+MLPs are folded on reading: their authors' code keeps them for training alone.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig
+from transformers.activations import ACT2FN
+
+from prefix_attn.hf import files
+from prefix_attn.hf.config import SITES, PrefixConfig
+
+ADAPTER_CONFIG, ADAPTER, TRAINING = "adapter_config.json", "adapter_model.safetensors", "training_state.safetensors"
+# Tensors: the prefix, its gate, and the beginning of those of heads.
+KEY, GATE, HEAD = "prompt_embeddings", "prefix_gate", "base_model."
+PEFT, FROZEN, OURS = "PREFIX_TUNING", "CARTRIDGE", "PREFIX_ATTN"  # peft_type
+_OLD_ADAPTER = "adapter_model.bin"  # PEFT's, before safetensors
+_ADAPTERS = ("adapter.safetensors", "pytorch_adapter.bin")
+_ADAPTERS_HEADS = ("model_head.safetensors", "pytorch_model_head.bin")
+_ORIGINAL = "pytorch_model.bin"
+_ON_HUB = (ADAPTER_CONFIG, ADAPTER, TRAINING, _OLD_ADAPTER, *_ADAPTERS, *_ADAPTERS_HEADS)
+_LARGEST = 2**31  # numbers in a prefix: what a few kilobytes of a hostile MLP could ask us to make
+
+
+class Stored(NamedTuple):
+    """A prefix as it is stored: all that is known of it without its base model.
+
+    ``tensors`` has the prefix under ``KEY``, (P, 2 * slots * H * D), with slots by site in the order of ``SITES``, then
+    by layer; under ``GATE`` its gate, if ours has one; and the parameters of heads under ``HEAD``.
+    """
+
+    format: str
+    path: Path
+    config: PrefixConfig  # not resolved
+    tensors: dict[str, Tensor]
+    sizes: Mapping[str, Any] = {}  # where known, in PEFT's words: num_layers (slots), num_attention_heads, token_dim
+    widths: Mapping[str, int] = {}  # the columns of each site, where known
+    metadata: Mapping[str, str] = {}
+    notes: Sequence[str] = ()
+    peft_slots: Sequence[int] | None = None  # of each decoder layer, in the file of an encoder-decoder model
+
+    @property
+    def of_peft_s_decoder(self) -> dict[str, Any]:
+        """What became of the slots in PEFT's file of an encoder-decoder model; empty for others."""
+        if self.peft_slots is None:
+            return {}
+        used = list(self.peft_slots)
+        layers = {slot: [layer for layer, its in enumerate(used) if its == slot] for slot in used}
+        return {
+            "slot_of_layer": used,
+            "dead_slots": sorted(set(range(self.sizes["peft_layers"])) - set(used)),
+            "layers_that_share": [them for them in layers.values() if len(them) > 1],
+        }
+
+
+def read(path: str | Path, *, decoder_layers: int | None = None) -> Stored:
+    """The prefix in a folder, a file or a repository of the Hub (of which ours, PEFT's and adapters' are read).
+
+    Args:
+        path: where it is.
+        decoder_layers: of the base model, which PEFT's files of encoder-decoder models leave open.
+
+    Raises:
+        ValueError: not a prefix of a known format, damaged, or without meaning here.
+    """
+    place = files.find(path, *_ON_HUB)
+    try:
+        if place.is_file():
+            return _file(place)
+        if (place / ADAPTER_CONFIG).exists() or not any((place / name).exists() for name in _pickles(place)):
+            known = files.read_json(place / ADAPTER_CONFIG)
+            return _adapters(place, known) if "peft_type" not in known else _peft(place, known, decoder_layers)
+        return _file(_one_of(place))
+    except (TypeError, AttributeError, KeyError, RuntimeError, NotImplementedError, RecursionError) as error:
+        raise ValueError(f"{place}: {type(error).__name__}: {error}") from None
+
+
+def slots_of_peft(layers: int, decoder_layers: int) -> list[int]:
+    """Which of the ``layers`` slots of PEFT's file each layer of an encoder-decoder model's decoder attends to.
+
+    PEFT repeats the keys and values of all layers, [K0 V0 K1 V1 ... K0 V0 K1 V1 ...], hands four to each layer, and
+    drops the last two, which were for cross attention: layer i has slot 2i mod L. Where L is even, every second slot
+    is dead and layers i and i + L/2 share one.
+    """
+    return [2 * layer % layers for layer in range(decoder_layers)]
+
+
+def _file(path: Path) -> Stored:
+    content = files.read_pickle(path)
+    names = list(content) if isinstance(content, dict) else []
+    if "trainable_keys" in names:
+        return _cartridge(path, content)
+    if any(str(name).split(".")[0] == "control_trans" for name in names):
+        return _original(path, {str(name): files.backed(path, str(name), t) for name, t in content.items()})
+    raise ValueError(
+        f"{path}: neither a cartridge (trainable_keys) nor a checkpoint of the original PrefixTuning (control_trans), "
+        f"got {[str(name) for name in names[:4]] or type(content).__name__}"
+    )
+
+
+def _pickles(folder: Path) -> list[str]:
+    return [_ORIGINAL, *sorted(p.name for kind in ("*.pt", "*.torch") for p in folder.glob(kind))]
+
+
+def _one_of(folder: Path) -> Path:
+    """The one file that holds a prefix."""
+    found = [folder / name for name in _pickles(folder) if (folder / name).exists()]
+    last = folder / "cache_last.pt"  # what Cartridges leaves after its last step
+    if len(found) > 1 and last not in found:
+        raise ValueError(f"{folder}: has {[path.name for path in found]}; name one of them")
+    return last if last in found else found[0]
+
+
+# Ours, and PEFT's -----------------------------------------------------------------------------------------------------
+
+
+def _peft(folder: Path, peft: dict[str, Any], decoder_layers: int | None) -> Stored:
+    kind, submodules = peft["peft_type"], peft.get("num_transformer_submodules")
+    if kind not in (OURS, FROZEN, PEFT):
+        raise ValueError(f"{folder / ADAPTER_CONFIG}: peft_type must be {OURS}, {FROZEN} or {PEFT}, got {kind!r}")
+    path = folder / ADAPTER
+    if not path.exists() and (folder / _OLD_ADAPTER).exists():
+        path = folder / _OLD_ADAPTER
+    metadata, tensors = files.read_metadata(path), files.read_tensors(path)
+    config = _peft_config(folder, peft, tensors, metadata)
+    sizes = {name: peft.get(name) for name in ("num_layers", "num_attention_heads", "token_dim")}
+    stored = Stored("ours" if "prefix_config" in metadata else "PEFT", path, config, tensors, sizes, metadata=metadata)
+    if kind == OURS or submodules in (None, 1):
+        return stored
+    if submodules != 2:
+        raise ValueError(f"{folder / ADAPTER_CONFIG}: num_transformer_submodules must be 1 or 2, got {submodules!r}")
+    return _of_decoder(stored, decoder_layers)
+
+
+def _peft_config(
+    folder: Path, peft: dict[str, Any], tensors: Iterable[str], metadata: Mapping[str, str]
+) -> PrefixConfig:
+    """Ours where we wrote the file, otherwise PEFT's fields and PEFT's positions."""
+    try:
+        if "prefix_config" in metadata or peft["peft_type"] == OURS:
+            config = PrefixConfig.from_dict(json.loads(metadata.get("prefix_config", "null")))
+        else:
+            config = PrefixConfig(
+                num_virtual_tokens=peft.get("num_virtual_tokens", 0),
+                num_frozen_tokens=peft.get("num_frozen_tokens", 1) if peft["peft_type"] == FROZEN else 0,
+                task_type=peft.get("task_type"),
+                position_mode="shift",
+                modules_to_save=_heads(tensors),
+            )
+    except (ValueError, TypeError, AttributeError, RecursionError, NotImplementedError) as error:
+        raise ValueError(f"{folder}: {error}") from None
+    config.base_model_name_or_path = peft.get("base_model_name_or_path")  # where people can edit it
+    return config
+
+
+def _of_decoder(stored: Stored, decoder_layers: int | None) -> Stored:
+    """PEFT's file of an encoder-decoder model: what its decoder really attends to, one prefix for each layer."""
+    layers, rows = stored.sizes["num_layers"], stored.tensors.get(KEY)
+    if type(layers) is not int or layers < 1 or rows is None or rows.dim() != 2 or rows.shape[1] % (2 * layers):
+        raise ValueError(f"{stored.path}: {KEY} must be (P, 2 * {layers} layers * width)")
+    notes = []
+    if decoder_layers is None:
+        decoder_layers = layers
+        notes.append(f"taken for granted: a decoder of {layers} layers, as many as num_layers; the base model decides")
+    if decoder_layers > layers:
+        raise ValueError(f"{stored.path}: has {layers} layers, and the decoder of the base model {decoder_layers}")
+    used = slots_of_peft(layers, decoder_layers)
+    pairs = rows.view(rows.shape[0], layers, -1)[:, used]
+    stored.config.sites = ("decoder",)
+    stored = stored._replace(
+        format="PEFT (encoder-decoder)",
+        tensors=stored.tensors | {KEY: pairs.flatten(1)},
+        sizes={**stored.sizes, "num_layers": decoder_layers, "peft_layers": layers},
+        peft_slots=used,
+    )
+    dead, shared = (stored.of_peft_s_decoder[name] for name in ("dead_slots", "layers_that_share"))
+    if dead:
+        notes.append(f"slots {dead} of {layers} were never used in PEFT: their parameters are as they started")
+    if shared:
+        notes.append(f"decoder layers {shared} shared their parameters in PEFT: each has a copy of its own now")
+    return stored._replace(notes=notes)
+
+
+# adapters' ------------------------------------------------------------------------------------------------------------
+
+_POOL = re.compile(r"(?:.*\.)?prefix_tuning\.(?:pool\.)?prefix_tunings\.([^.]+)\.([^.]+)\.(.+)")
+_LOCATIONS = {"encoder_prefix": "encoder", "cross_prefix": "cross", "self_prefix": "decoder", "self": "decoder"}
+
+
+def _adapters(folder: Path, known: dict[str, Any]) -> Stored:
+    options = known.get("config")
+    if not isinstance(options, dict) or options.get("architecture") != "prefix_tuning":
+        raise ValueError(
+            f"{folder / ADAPTER_CONFIG}: neither PEFT's (peft_type) nor a prefix of adapters (architecture)"
+        )
+    if options.get("use_gating") or options.get("leave_out"):
+        raise ValueError(f"{folder / ADAPTER_CONFIG}: use_gating and leave_out are not read")
+    path = next((folder / name for name in _ADAPTERS if (folder / name).exists()), folder / _ADAPTERS[-1])
+    parts: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in files.read_tensors(path).items():
+        match = _POOL.fullmatch(name)
+        if match is None or match[1] != known.get("name", match[1]) or match[2] not in _LOCATIONS:
+            raise ValueError(f"{path}: {name} is not of the prefix {known.get('name')!r}")
+        part = parts.setdefault(match[2], {})
+        # The pool of prefixes is in the file once for each layer that uses it.
+        if match[3] in part and not torch.equal(part[match[3]], tensor):
+            raise ValueError(f"{path}: {name} differs from its other copies")
+        part[match[3]] = tensor
+    P = options.get("prefix_length")
+    rows = {
+        _LOCATIONS[name]: fold(path, part, P, ACT2FN[str(options.get("non_linearity", "tanh")).lower()])
+        for name, part in parts.items()
+    }
+    model_type, notes = known.get("model_type"), []
+    if "t5" in str(model_type).lower():
+        notes.append("adapters counts the distances of T5's tokens P too far, which nothing here does: outputs differ")
+    heads, head_notes = _adapters_heads(folder, str(known.get("model_class")))
+    config = PrefixConfig(
+        num_virtual_tokens=next(iter(rows.values())).shape[0] if rows else 0,
+        sites=sorted(rows, key=SITES.index) if _has_decoder(model_type) else None,
+        position_mode="none",
+        modules_to_save=_heads(heads),
+        base_model_name_or_path=known.get("model_name") or None,
+    )
+    base = {"model_type": model_type, "hidden_size": known.get("hidden_size")}
+    return _joined("adapters", path, config, rows, {"base": json.dumps(base)}, [*notes, *head_notes], heads=heads)
+
+
+def _adapters_heads(folder: Path, model_class: str) -> tuple[dict[str, Tensor], list[str]]:
+    """The head of a classifier, which is trained with the prefix; that of a language model is the base model's own."""
+    path = next((folder / name for name in _ADAPTERS_HEADS if (folder / name).exists()), None)
+    if path is None or model_class.endswith(("ForConditionalGeneration", "ForCausalLM", "LMHeadModel")):
+        return {}, []
+    if re.search(r"For(SequenceClassification|TokenClassification|QuestionAnswering)$", model_class) is None:
+        return {}, [f"{path.name} is not read: it belongs to a {model_class}"]
+    return {f"{HEAD}{name}": tensor for name, tensor in files.read_tensors(path).items()}, []
+
+
+# Cartridges' ----------------------------------------------------------------------------------------------------------
+
+
+def _cartridge(path: Path, content: Mapping[str, Any]) -> Stored:
+    def layers(name: str) -> list[Tensor]:
+        tensors = [files.backed(path, f"{name}.{i}", t) for i, t in enumerate(content.get(name) or [])]
+        if any(t.dim() != 4 or t.shape[0] != 1 for t in tensors):
+            raise ValueError(f"{path}: {name} must be (1, heads, tokens, head size)")
+        return [t[0].float() for t in tensors]
+
+    keys, values = layers("trainable_keys"), layers("trainable_values")
+    old = "fixed" if "fixed_keys" in content else "frozen"
+    first_keys, first_values = layers(f"{old}_keys"), layers(f"{old}_values")
+    frozen = first_keys[0].shape[1] if first_keys else 0
+    shapes = [{tuple(t.shape) for t in (*k, *v)} for k, v in ((keys, values), (first_keys, first_values))]
+    if len(shapes[0]) != 1 or len(shapes[1]) > 1 or len(keys) != len(values) or len(first_keys) != len(first_values):
+        raise ValueError(f"{path}: keys and values of all layers must have one shape, got {shapes}")
+    if first_keys:
+        if len(first_keys) != len(keys) or first_keys[0].shape[::2] != keys[0].shape[::2]:
+            raise ValueError(f"{path}: {old}_keys {shapes[1]} do not fit trainable_keys {shapes[0]}")
+        keys = [torch.cat(pair, dim=1) for pair in zip(first_keys, keys)]
+        values = [torch.cat(pair, dim=1) for pair in zip(first_values, values)]
+    heads, P, head_dim = keys[0].shape
+    kv = torch.stack([t for pair in zip(keys, values) for t in pair])  # (2 * L, H, P, D)
+    return Stored(
+        "Cartridges",
+        path,
+        PrefixConfig(num_virtual_tokens=P, num_frozen_tokens=frozen, position_mode="shift", modules_to_save=()),
+        {KEY: kv.permute(2, 0, 1, 3).flatten(1)},
+        {"num_layers": len(keys), "num_attention_heads": heads, "token_dim": heads * head_dim},
+    )
+
+
+# PrefixTuning's -------------------------------------------------------------------------------------------------------
+
+_MODULES = {"encoder": ("wte_enc", "control_trans_enc"), "cross": ("wte2", "control_trans2")}
+_MODULES["decoder"] = ("wte", "control_trans")
+
+
+def _original(path: Path, tensors: dict[str, Tensor]) -> Stored:
+    beside = path.with_name("config.json")
+    known = files.read_json(beside) if beside.exists() else {}
+    width, layers = known.get("n_embd", known.get("d_model")), known.get("n_layer", known.get("decoder_layers"))
+    heads = known.get("n_head", known.get("decoder_attention_heads"))
+    rows = {}
+    for site, (table, mlp) in _MODULES.items():
+        part = {
+            f"wte.{n.removeprefix(table + '.')}": tensors.pop(n) for n in list(tensors) if n.startswith(table + ".")
+        }
+        inside = [n for n in tensors if n == mlp or n.startswith(mlp + ".")]
+        part |= {n.replace(mlp, "control_trans", 1): tensors.pop(n) for n in inside}
+        if not inside and part:
+            raise ValueError(f"{path}: {table} without {mlp}: a prefix in infix format, whose keys depend on the input")
+        if part:
+            rows[site] = fold(path, part, known.get("preseqlen"), torch.tanh)
+    if tensors:
+        raise ValueError(f"{path}: has {sorted(tensors)[:4]} besides a prefix")
+    if isinstance(width, int) and any(r.shape[1] == width for r in rows.values()):
+        raise ValueError(f"{path}: a prefix of input embeddings (PrefixEmbTuning), not of keys and values")
+    seq2seq = len(rows) > 1 or "decoder_layers" in known
+    config = PrefixConfig(
+        num_virtual_tokens=rows["decoder"].shape[0],
+        sites=sorted(rows, key=SITES.index) if seq2seq else None,
+        position_mode="none" if seq2seq else "shift",  # their BART does not count what is cached, their GPT-2 does
+        modules_to_save=(),
+        base_model_name_or_path=known.get("_name_or_path") or None,
+    )
+    metadata, sizes = {}, {}
+    if known:
+        metadata = {"base": json.dumps({"model_type": known.get("model_type"), "hidden_size": width})}
+        slots = layers * len(rows) if isinstance(layers, int) else None
+        sizes = {"num_layers": slots, "num_attention_heads": heads, "token_dim": width}
+    return _joined("PrefixTuning", path, config, rows, metadata, [], sizes=sizes)
+
+
+# What they have in common ---------------------------------------------------------------------------------------------
+
+
+def fold(path: Path, part: Mapping[str, Tensor], length: Any, activation: Any) -> Tensor:
+    """(P, width) float32 from ``wte`` and the MLP ``control_trans``, or from ``control_trans`` alone.
+
+    Args:
+        path: for messages.
+        part: tensors by name.
+        length: P, for a prefix without MLP, which is one row of numbers (P * width,), or past keys and values
+            (2 * L, 1, H, P, D).
+        activation: between the MLP's layers.
+    """
+    flat = part.get("control_trans")
+    if flat is not None and flat.dim() == 5 and flat.shape[1] == 1:
+        return flat[:, 0].permute(2, 0, 1, 3).flatten(1).float()
+    if flat is not None:
+        if flat.dim() != 1 or type(length) is not int or length < 1 or flat.numel() % length:
+            raise ValueError(f"{path}: {tuple(flat.shape)} numbers are no prefix of length {length!r}")
+        return flat.view(length, -1).float()
+    names = sorted({int(n.split(".")[1]) for n in part if re.fullmatch(r"control_trans\.\d{1,3}\.(weight|bias)", n)})
+    if not names or set(part) != {
+        "wte.weight",
+        *(f"control_trans.{i}.{kind}" for i in names for kind in ("weight", "bias")),
+    }:
+        raise ValueError(f"{path}: an MLP must have wte and layers of weight and bias, got {sorted(part)[:8]}")
+    layers = [(part[f"control_trans.{i}.weight"].float(), part[f"control_trans.{i}.bias"].float()) for i in names]
+    hidden = part["wte.weight"].float()
+    if hidden.dim() != 2 or any(w.dim() != 2 or b.shape != w.shape[:1] for w, b in layers):
+        raise ValueError(f"{path}: an MLP must have matrices, got { {n: tuple(t.shape) for n, t in part.items()} }")
+    sizes = [hidden.shape[1], *(w.shape[0] for w, _ in layers)]
+    if any(n != w.shape[1] for n, (w, _) in zip(sizes, layers)) or hidden.shape[0] * max(sizes) > _LARGEST:
+        raise ValueError(f"{path}: the layers of the MLP do not fit one another: {list(pairwise(sizes))}")
+    for number, (weight, bias) in enumerate(layers):
+        hidden = torch.nn.functional.linear(activation(hidden) if number else hidden, weight, bias)
+    return hidden
+
+
+def _joined(
+    name: str,
+    path: Path,
+    config: PrefixConfig,
+    rows: Mapping[str, Tensor],
+    metadata: dict[str, str],
+    notes: Sequence[str],
+    *,
+    sizes: Mapping[str, Any] | None = None,
+    heads: Mapping[str, Tensor] | None = None,
+) -> Stored:
+    """One prefix from those of several sites."""
+    order = sorted(rows, key=SITES.index)
+    if len({r.shape[0] for r in rows.values()}) != 1:
+        raise ValueError(f"{path}: its sites have prefixes of different lengths, {[len(r) for r in rows.values()]}")
+    tensors = {KEY: torch.cat([rows[site] for site in order], dim=1), **(heads or {})}
+    widths = {site: rows[site].shape[1] for site in order} if config.sites else {}
+    return Stored(name, path, config, tensors, sizes or {}, widths, metadata, notes)
+
+
+def _heads(names: Iterable[str]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(n.removeprefix(HEAD).split(".")[0] for n in names if n.startswith(HEAD)))
+
+
+def _has_decoder(model_type: Any) -> bool:
+    """Whether models of this type have an encoder and a decoder."""
+    try:
+        return bool(AutoConfig.for_model(model_type).is_encoder_decoder)
+    except (ValueError, TypeError, AttributeError):
+        return False
