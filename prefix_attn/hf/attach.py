@@ -15,12 +15,12 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
-from prefix_attn.hf.attention import MASKED, NAME, STATE, Call, Capture, PrefixState
+from prefix_attn.hf.attention import FIRST, MASKED, NAME, STATE, Call, Capture, PrefixState
 from prefix_attn.hf.banks import Rows
 from prefix_attn.hf.bridge import Bridge, bridge_next
 from prefix_attn.hf.config import SITES, PrefixConfig
 from prefix_attn.hf.heads import find_heads
-from prefix_attn.hf.positions import Positions, shifted
+from prefix_attn.hf.positions import Positions, past, shifted
 from prefix_attn.hf.slots import Slot, find_slots, find_stacks, is_causal
 
 
@@ -115,9 +115,14 @@ class Attachment:
             )
         if config.mode == "embedding" and any(slot.site != "decoder" for slot in self.layout(config).slots):
             raise NotImplementedError(f"mode='embedding': {self._name} is not causal; see PrefixTuning")
+        if config.mode == "infix" and (self.has_decoder or not self.base.can_generate()):
+            raise NotImplementedError(
+                f"mode='infix': {self._name} has no sequence of input and output between which an infix could stand"
+            )
         if config.gate is not None and len({slot.query_heads for slot in self.layout(config).slots}) > 1:
             raise NotImplementedError(f"gate: {self._name} has layers with different numbers of query heads")
-        default = "none" if self.has_decoder or fixed or config.gate is not None else "shift"
+        stays = self.has_decoder or fixed or config.gate is not None or config.mode == "infix"
+        default = "none" if stays else "shift"
         return replace(config, position_mode=config.position_mode or default)
 
     def fixed(self, config: PrefixConfig) -> list[PreTrainedModel]:
@@ -146,7 +151,12 @@ class Attachment:
 
     @contextmanager
     def running(
-        self, kv: Tensor, config: PrefixConfig, rows: Rows | None = None, gates: Tensor | None = None
+        self,
+        kv: Tensor,
+        config: PrefixConfig,
+        rows: Rows | None = None,
+        gates: Tensor | None = None,
+        starts: Tensor | None = None,
     ) -> Iterator[None]:
         """Forwards of ``base`` within the context attend to prefixes.
 
@@ -155,6 +165,7 @@ class Attachment:
             config: of the prefix, resolved; of any in a bank.
             rows: of a bank.
             gates: (slots, Hq), or of a bank (N, slots, Hq).
+            starts: (B,) int64, the first column of each row that sees an infix.
 
         Raises:
             RuntimeError: on leaving, if a slot of a stack that ran did not ask for it. There is no silent "no prefix".
@@ -174,6 +185,7 @@ class Attachment:
             backend=config.backend,
             rows=rows,
             gates=gates,
+            starts=starts,
         )
         with self._set(state, bridge):
             yield
@@ -301,6 +313,8 @@ class Attachment:
         positions = self._positions[stack]
         kwargs = dict(zip(positions.names, args)) | kwargs | {STATE: state}
         kwargs |= positions.arguments(kwargs, state.shifts.get(stack, 0))
+        if state.starts is not None:
+            kwargs[FIRST] = past(kwargs)
         if bridge is not None:
             if kwargs.get("inputs_embeds") is not None:
                 kwargs["inputs_embeds"] = Bridge.apply(kwargs["inputs_embeds"], *bridge)

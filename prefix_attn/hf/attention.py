@@ -23,6 +23,7 @@ NAME = "prefix_attn"
 MASKED = "prefix_attn_masked"  # for modules whose is_causal does not say what their mask does
 STATE = "prefix_state"  # the keyword argument
 DISTANCES = "prefix_distances"  # another, for stacks whose tokens are moved by their distance from the prefix
+FIRST = "prefix_first"  # another, for an infix: the column of the first query, which caches of a fixed size do not tell
 
 
 class Prefix(NamedTuple):
@@ -33,6 +34,7 @@ class Prefix(NamedTuple):
     ids: Tensor | None = None  # (B,)
     lengths: Tensor | None = None  # (N,)
     gate: Tensor | None = None  # (Hq,) or (B, Hq)
+    start: Tensor | None = None  # (B,)
 
 
 class PrefixState:
@@ -47,6 +49,7 @@ class PrefixState:
         backend: str,
         rows: Rows | None = None,
         gates: Tensor | None = None,
+        starts: Tensor | None = None,
     ) -> None:
         """One prefix for all rows, or a bank.
 
@@ -57,6 +60,7 @@ class PrefixState:
             backend: of ``prefix_attention``.
             rows: of a bank.
             gates: (slots, Hq), or of a bank (N, slots, Hq).
+            starts: (B,) int64: the first column of each row that sees an infix; None = all see their prefix.
         """
         parts = kv.unbind(-4)
         self.layers = list(zip(parts[::2], parts[1::2]))
@@ -65,6 +69,7 @@ class PrefixState:
         self.shifts = shifts
         self.backend = backend
         self.rows = rows
+        self.starts = starts
         self.entered: set[nn.Module] = set()
         self.served: set[nn.Module] = set()
 
@@ -75,11 +80,17 @@ class PrefixState:
             return Prefix()
         self.served.add(call.module)
         gate = None if self.gates is None else self.gates[slot]
+        start = None if self.starts is None else self._start(self.starts, call)
         if self.rows is None:
-            return Prefix(*self.layers[slot], gate=gate)
+            return Prefix(*self.layers[slot], gate=gate, start=start)
         ids = grow(self.rows.ids, call.query.shape[0])
         gate = None if gate is None else gate[ids.clamp(min=0)]  # whatever it is in rows without a prefix
-        return Prefix(*self.layers[slot], ids, self.rows.lengths, gate)
+        return Prefix(*self.layers[slot], ids, self.rows.lengths, gate, start)
+
+    def _start(self, starts: Tensor, call: Call) -> Tensor:
+        """``starts`` where the operator has the last query at the last key: caches are larger, or hold a window."""
+        B, _, S, _ = call.query.shape
+        return grow(starts, B) + (call.key.shape[2] - S - call.first)
 
 
 class Call(NamedTuple):
@@ -90,6 +101,7 @@ class Call(NamedTuple):
     key: Tensor  # (B, H, T, D), rotated
     value: Tensor  # (B, H, T, Dv)
     mask: Tensor | None
+    first: int | Tensor = 0  # column of the first query, where that is asked for
 
 
 class Distances(NamedTuple):
@@ -104,6 +116,7 @@ class Capture:
 
     backend = "auto"
     shifts: Mapping[nn.Module, int | Tensor] = {}
+    starts = None
 
     def __init__(self) -> None:
         """Empty."""
@@ -133,6 +146,7 @@ def prefix_attention_forward(
     block_indices: Tensor | None = None,
     prefix_state: PrefixState | Capture | None = None,
     prefix_distances: Distances | None = None,
+    prefix_first: int | Tensor = 0,
     **_: Any,  # transformers hands every attention function what any of them might want
 ) -> tuple[Tensor, None]:
     """transformers' attention interface: (B, H, S, D) in, (B, S, H, D) out."""
@@ -143,7 +157,7 @@ def prefix_attention_forward(
     options: dict[str, Any] = {"scale": scaling, "softcap": softcap, "dropout_p": dropout}
     prefix = Prefix()
     if prefix_state is not None:
-        prefix = prefix_state.take(Call(module, query, key, value, attention_mask))
+        prefix = prefix_state.take(Call(module, query, key, value, attention_mask, prefix_first))
         options["backend"] = prefix_state.backend
     function = None if prefix_distances is None else prefix_distances.functions.get(module)
     if prefix_distances is not None and function is not None and prefix.key is not None and prefix.value is not None:
@@ -155,7 +169,8 @@ def prefix_attention_forward(
         bias = function(query.shape[2], prefix.key.shape[1], query.device, prefix_distances.first)
         out = _at_a_distance(query, key, value, prefix.key, prefix.value, bias, sequence, options)
     else:
-        options |= {"prefix_ids": prefix.ids, "prefix_lengths": prefix.lengths, "prefix_gate": prefix.gate}
+        options |= {"prefix_ids": prefix.ids, "prefix_lengths": prefix.lengths}
+        options |= {"prefix_gate": prefix.gate, "prefix_start": prefix.start}
         out = prefix_attention(query, key, value, prefix.key, prefix.value, **sequence, **options)
     assert isinstance(out, Tensor)
     return out.transpose(1, 2).contiguous(), None

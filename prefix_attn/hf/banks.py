@@ -11,6 +11,8 @@ from torch import Tensor
 
 from prefix_attn.hf.config import PrefixConfig
 
+NO_PREFIX = "__base__"  # among PEFT's adapter_names
+
 
 class Rows(NamedTuple):
     """The prefixes of a batch's rows, as numbers of their places in a bank of N."""
@@ -18,6 +20,23 @@ class Rows(NamedTuple):
     ids: Tensor  # (B,) int64, -1 = no prefix
     shifts: Tensor | int  # (B, 1) int64: what is added to the positions of the row's tokens; or 0 for all
     lengths: Tensor  # (N,) int64, of the prefixes
+
+
+def row_names(
+    names: Sequence[str | None] | None, peft_names: Sequence[str | None] | None, *prompts: Tensor | None
+) -> Sequence[str | None] | None:
+    """The names that a call gives, of which there must be one for each row of its prompts."""
+    if names is not None and peft_names is not None:
+        raise ValueError("prefix_names and adapter_names say the same: give one of them")
+    given = names if peft_names is None else peft_names
+    if given is None:
+        return None
+    if isinstance(given, str) or not all(name is None or isinstance(name, str) for name in given):
+        raise TypeError(f"prefix_names must be a list with a name, or None, for each row, got {given!r}")
+    rows = next((prompt.shape[0] for prompt in prompts if prompt is not None), 1)
+    if len(given) != rows:
+        raise ValueError(f"prefix_names must have a name, or None, for each of {rows} rows, got {len(given)}")
+    return given if peft_names is None else [None if name == NO_PREFIX else name for name in given]
 
 
 def make_bank(kvs: Sequence[Tensor]) -> Tensor:
@@ -45,5 +64,5 @@ def grow(per_row: Tensor, batch: int) -> Tensor:
     """
     rows = per_row.shape[0]
     if batch % rows:
-        raise ValueError(f"prefix_names has {rows} names, and the model runs {batch} rows")
+        raise ValueError(f"prefix_names or infix_start is for {rows} rows, and the model runs {batch}")
     return per_row if batch == rows else per_row.repeat_interleave(batch // rows, dim=0)

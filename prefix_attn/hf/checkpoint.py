@@ -6,8 +6,9 @@
     training_state.safetensors   the MLP, if asked for
 
 A slot is a layer at a site. PEFT has a prefix for each layer of one stack, and calls it a CARTRIDGE where the first
-tokens are frozen; others (encoder-decoder models, a choice of layers, gates, position_mode="none") have the same files
-and fields under a ``peft_type`` that PEFT does not know and so refuses. ``formats`` reads these and other libraries'.
+tokens are frozen; others (encoder-decoder models, a choice of layers, gates, an infix, position_mode="none") have the
+same files and fields under a ``peft_type`` that PEFT does not know and so refuses. ``formats`` reads these and other
+libraries'.
 Both safetensors files carry our configuration in their metadata, so that each is whole by itself: a kill between the
 renames leaves the old prefix or the new one, never half of each. Read without pickle; headers are checked before
 anything is allocated, and values before anything in memory changes.
@@ -116,7 +117,7 @@ def load_prefix(
             gate = {} if config.gate is None else {"gate": wanted[GATE]}
             return config, files.checked(training, state, {**parameters, **gate}), saved
         _log.warning("%s belongs to another prefix: training goes on from the folded one", training)
-    config.mode, config.prefix_projection = "kv", False  # what is left is the prefix that was made
+    config.fold()  # what is left is the prefix that was made
     frozen = config.num_frozen_tokens
     values = {"embedding": prefix[KEY][frozen:]}
     if frozen:
@@ -231,7 +232,8 @@ def _peft_config(encoder: PrefixEncoder, config: PrefixConfig, attachment: Attac
     """The fields of PEFT's PrefixTuningConfig or CartridgeConfig. The prefix is folded, so that PEFT needs no MLP."""
     kind = OURS
     in_place = config.position_mode == "shift" or attachment.fixed(config)  # PEFT moves all tokens that it can
-    if config.layers == "all" and not attachment.has_decoder and config.gate is None and in_place:
+    known = config.layers == "all" and config.gate is None and config.mode != "infix"
+    if known and in_place and not attachment.has_decoder:
         kind = FROZEN if config.num_frozen_tokens else PEFT
     projection = {"encoder_hidden_size": encoder.num_heads * encoder.head_dim, "prefix_projection": False}
     return {

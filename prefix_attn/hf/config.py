@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal
 
-MODES = ("kv", "embedding")
+MODES = ("kv", "embedding", "infix")
 INITS = ("random", "text", "zero")
 GATES = (None, "zero")
 POSITION_MODES = ("shift", "none")
@@ -25,7 +25,9 @@ class PrefixConfig:
         encoder_depth: hidden layers of the MLP.
         dropout: on the prefix, in training.
         mode: what is trained: "kv", keys and values in every layer; "embedding", input embeddings alone, of which the
-            frozen model makes keys and values (Li and Liang 2021, section 7.2); they stay visible past windows.
+            frozen model makes keys and values (Li and Liang 2021, section 7.2); they stay visible past windows;
+            "infix", keys and values between input and output, which the output alone attends to (section 7.3): see
+            ``infix_start`` of ``PrefixModel.forward``.
         sites: attention that gets a prefix of its own: "encoder" (self-attention that is not causal), "cross" (of a
             decoder to its encoder), "decoder" (causal self-attention). Default: all that the model has.
         layers: "all", or the numbers of the layers that get one, at each site.
@@ -40,8 +42,9 @@ class PrefixConfig:
             that starts at 0 (Zhang et al. 2023, LLaMA-Adapter): training starts exactly from the frozen model.
         position_mode: "shift": the tokens of a stack with a prefix in its self-attention start at position P, as PEFT
             has it; "none": at 0, and the prefix takes no room in the context window. Default: "none" for
-            encoder-decoder models and with a gate (shifted, it would not start from the frozen model), otherwise
-            "shift" where the model lets us.
+            encoder-decoder models, with a gate (shifted, it would not start from the frozen model) and for an infix
+            (whose keys serve rows of any length, from positions of their own), otherwise "shift" where the model lets
+            us.
         task_type: PEFT's name of what the model is for. Default: by the model's class.
         modules_to_save: heads (children of the model) of which a copy is trained and saved with the prefix. Default:
             all in classification and question answering, where they usually start at random; otherwise none.
@@ -82,6 +85,7 @@ class PrefixConfig:
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout must lie in [0, 1), got {self.dropout!r}")
         allowed = {
+            "mode": MODES,
             "init": INITS,
             "gate": GATES,
             "position_mode": (*POSITION_MODES, None),
@@ -92,8 +96,6 @@ class PrefixConfig:
                 raise ValueError(f"{name} must be one of {values}, got {getattr(self, name)!r}")
         if self.init == "text" and (self.init_text is None) == (self.init_token_ids is None):
             raise ValueError("init='text' needs either init_text or init_token_ids")
-        if self.mode not in MODES:
-            raise NotImplementedError(f"mode={self.mode!r}: this version has {MODES}")
         if self.mode == "embedding" and (self.prefix_projection or self.num_frozen_tokens):
             raise NotImplementedError(
                 "mode='embedding' has no MLP, and trains all its tokens: prefix_projection must be False, "
@@ -103,6 +105,8 @@ class PrefixConfig:
         self._check_places()
         if isinstance(self.modules_to_save, str):
             raise ValueError(f"modules_to_save must be a list of names, got {self.modules_to_save!r}")
+        if self.mode == "infix" and self.position_mode == "shift":
+            raise ValueError("mode='infix' leaves the tokens where they are: position_mode='none'")
         if self.gate is not None and self.position_mode == "shift":
             raise ValueError(
                 "gate='zero' starts from the frozen model, whose tokens are not moved: position_mode='none'"
@@ -133,6 +137,11 @@ class PrefixConfig:
     def shift(self) -> int:
         """What the prefix adds to the positions of the tokens after it."""
         return self.num_virtual_tokens if self.position_mode == "shift" else 0
+
+    def fold(self) -> None:
+        """Say that the prefix itself is left of an MLP or embeddings."""
+        self.mode = "kv" if self.mode == "embedding" else self.mode
+        self.prefix_projection = False
 
     def to_dict(self) -> dict[str, Any]:
         """Fields as JSON can hold them."""

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,17 +14,16 @@ from transformers import PreTrainedModel
 
 from prefix_attn.hf import checkpoint
 from prefix_attn.hf.attach import Attachment
-from prefix_attn.hf.banks import make_bank, make_rows
+from prefix_attn.hf.banks import NO_PREFIX, make_bank, make_rows, row_names
 from prefix_attn.hf.config import PrefixConfig
 from prefix_attn.hf.heads import copy_heads, heads_in_place
+from prefix_attn.hf.infix import end_of_prompt, start_of_targets
 from prefix_attn.hf.initial import FromEmbeddings, initial_embeddings, initial_kv
 from prefix_attn.hf.wrapper import Wrapper
 from prefix_attn.prefix import PrefixEncoder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-NO_PREFIX = "__base__"  # among PEFT's adapter_names
 
 
 def get_prefix_model(
@@ -130,7 +130,7 @@ class PrefixModel(Wrapper):
         for name in self.prefix_configs:
             encoder, config = self._find(name)
             encoder.fold()
-            config.mode, config.prefix_projection = "kv", False
+            config.fold()
 
     # Running ----------------------------------------------------------------------------------------------------------
 
@@ -149,6 +149,7 @@ class PrefixModel(Wrapper):
         decoder_attention_mask: Tensor | None = None,
         prefix_names: Sequence[str | None] | None = None,
         adapter_names: Sequence[str | None] | None = None,
+        infix_start: Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
         """The base model's forward with the active prefix. Positions default to those that the mask implies.
@@ -169,10 +170,14 @@ class PrefixModel(Wrapper):
             decoder_attention_mask: see ``input_ids``.
             prefix_names: the prefix of each row, None = no prefix, instead of the active one for all.
             adapter_names: the same in PEFT's words, where "__base__" is no prefix.
+            infix_start: (B,) int, for prefixes with ``mode="infix"``: the first column of each row that sees them;
+                columns of padding and of the cache count. Default: the column before the first label that is not -100,
+                where that label is predicted.
             kwargs: see ``input_ids``.
 
         Raises:
-            ValueError: unknown names, another number of names than of rows, or prefixes that do not fit one batch.
+            ValueError: unknown names, another number of names than of rows, prefixes that do not fit one batch, or
+                nothing that says where an infix stands.
         """
         given = {
             "input_ids": input_ids,
@@ -187,8 +192,8 @@ class PrefixModel(Wrapper):
             "decoder_input_ids": decoder_input_ids,
             "decoder_attention_mask": decoder_attention_mask,
         }
-        names = _names(prefix_names, adapter_names, input_ids, inputs_embeds, input_features)
-        with self._running(names):
+        names = row_names(prefix_names, adapter_names, input_ids, inputs_embeds, input_features)
+        with self._running(names, partial(start_of_targets, infix_start, given)):
             return self.base_model(**{n: v for n, v in given.items() if v is not None}, **kwargs)
 
     @torch.no_grad()
@@ -197,6 +202,7 @@ class PrefixModel(Wrapper):
         *args: Any,
         prefix_names: Sequence[str | None] | None = None,
         adapter_names: Sequence[str | None] | None = None,
+        infix_start: Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
         """The base model's generate, with the active prefix, or those of ``prefix_names``, which are made once.
@@ -205,20 +211,29 @@ class PrefixModel(Wrapper):
             args: the base model's, as ``kwargs``.
             prefix_names: the prefix of each row of the prompt, None = no prefix. Its beams and sequences have it too.
             adapter_names: the same in PEFT's words, where "__base__" is no prefix.
+            infix_start: as for ``forward``; default: the last column of the prompt.
             kwargs: see ``args``.
 
         Raises:
             ValueError: as ``forward``.
         """
-        prompts = (kwargs.get(name) for name in ("inputs", "inputs_embeds", self.base_model.main_input_name))
-        with self._running(_names(prefix_names, adapter_names, *args[:1], *prompts)):
+        names = ("inputs", "inputs_embeds", self.base_model.main_input_name)
+        prompts = (*args[:1], *(kwargs.get(name) for name in names))
+        names = row_names(prefix_names, adapter_names, *prompts)
+        with self._running(names, partial(end_of_prompt, infix_start, *prompts)):
             return self.base_model.generate(*args, **kwargs)
 
     @contextmanager
-    def _running(self, names: Sequence[str | None] | None) -> Iterator[None]:
-        """The context in which the rows of a batch have the prefixes ``names``, or all of them the active one."""
+    def _running(self, names: Sequence[str | None] | None, start: Callable[[], Tensor]) -> Iterator[None]:
+        """The context in which the rows of a batch have the prefixes ``names``, or all of them the active one.
+
+        ``start`` says in which column of each row an infix begins to be seen.
+        """
         names = [self.active_prefix] if names is None else names
         found = {name: self._find(name) for name in names if name is not None}
+        starts = None
+        if not self._disabled and any(config.mode == "infix" for _, config in found.values()):
+            starts = start()
         with ExitStack() as stack:
             if self._disabled or not found:
                 stack.enter_context(self._attachment.plain())
@@ -226,7 +241,7 @@ class PrefixModel(Wrapper):
                 ((name, (encoder, config)),) = found.items()
                 kv = encoder()
                 stack.enter_context(heads_in_place(self.base_model, self._heads(name)))
-                stack.enter_context(self._attachment.running(kv, config, gates=encoder.gate))
+                stack.enter_context(self._attachment.running(kv, config, gates=encoder.gate, starts=starts))
             else:
                 configs = {name: config for name, (_, config) in found.items()}
                 self._check_together(configs)
@@ -234,7 +249,10 @@ class PrefixModel(Wrapper):
                 rows = make_rows(names, configs, kvs)
                 gates: list[Tensor] = [encoder.gate for encoder, _ in found.values() if encoder.gate is not None]
                 bank = make_bank(kvs), next(iter(configs.values())), rows, torch.stack(gates) if gates else None
-                stack.enter_context(self._attachment.running(*bank))
+                if starts is not None:  # in rows with another prefix all columns see it
+                    infix = [name is not None and configs[name].mode == "infix" for name in names]
+                    starts = starts * torch.tensor(infix, device=starts.device)
+                stack.enter_context(self._attachment.running(*bank, starts))
             yield
 
     def _check_together(self, configs: dict[str, PrefixConfig]) -> None:
@@ -341,20 +359,3 @@ class PrefixModel(Wrapper):
         self.prefixes[name] = encoder.to(self.base_model.get_input_embeddings().weight.device)
         self.prefix_configs[name] = config
         self.active_prefix = name
-
-
-def _names(
-    names: Sequence[str | None] | None, peft_names: Sequence[str | None] | None, *prompts: Tensor | None
-) -> Sequence[str | None] | None:
-    """The names that a call gives, of which there must be one for each row of its prompts."""
-    if names is not None and peft_names is not None:
-        raise ValueError("prefix_names and adapter_names say the same: give one of them")
-    given = names if peft_names is None else peft_names
-    if given is None:
-        return None
-    if isinstance(given, str) or not all(name is None or isinstance(name, str) for name in given):
-        raise TypeError(f"prefix_names must be a list with a name, or None, for each row, got {given!r}")
-    rows = next((prompt.shape[0] for prompt in prompts if prompt is not None), 1)
-    if len(given) != rows:
-        raise ValueError(f"prefix_names must have a name, or None, for each of {rows} rows, got {len(given)}")
-    return given if peft_names is None else [None if name == NO_PREFIX else name for name in given]

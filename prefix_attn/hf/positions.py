@@ -54,7 +54,7 @@ class Positions:
             return {"position_ids": (self._first + from_mask(kwargs) if given is None else given) + shift}
         if not self._distances or (isinstance(shift, int) and shift == 0):
             return {}
-        return {DISTANCES: Distances(_past(kwargs) + shift, self._distances)}
+        return {DISTANCES: Distances(past(kwargs) + shift, self._distances)}
 
 
 def shifted(embedding: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], shift: int | Tensor) -> dict[str, Any]:
@@ -81,16 +81,16 @@ def from_mask(kwargs: dict[str, Any]) -> Tensor:
     length, mask = tokens.shape[1], kwargs.get("attention_mask")
     if isinstance(mask, Tensor) and mask.dim() == 2:
         return (mask.long().cumsum(-1) - 1).clamp(min=0)[:, -length:]
-    return torch.arange(length, device=tokens.device)[None] + _past(kwargs)
+    return torch.arange(length, device=tokens.device)[None] + past(kwargs)
+
+
+def past(kwargs: dict[str, Any]) -> int | Tensor:
+    """The number of tokens in the cache."""
+    cache = kwargs.get("past_key_values")
+    return 0 if cache is None else cache.get_seq_length()
 
 
 def _tokens(kwargs: dict[str, Any]) -> Tensor:
     """(B, S) ids or (B, S, width) embeddings, whichever the stack was given."""
     embeddings = kwargs.get("inputs_embeds")
     return kwargs["input_ids"] if embeddings is None else embeddings
-
-
-def _past(kwargs: dict[str, Any]) -> int | Tensor:
-    """The number of tokens in the cache."""
-    cache = kwargs.get("past_key_values")
-    return 0 if cache is None else cache.get_seq_length()

@@ -255,7 +255,7 @@ CONFIG_ERRORS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "text": ({"init": "text"}, ValueError, "needs either init_text or init_token_ids"),
     "positions": ({"position_mode": "rope"}, ValueError, "position_mode must be one of"),
     "dropout": ({"dropout": 1.0}, ValueError, "dropout must lie in"),
-    "mode": ({"mode": "infix"}, NotImplementedError, "mode='infix': this version has .'kv', 'embedding'"),
+    "mode": ({"mode": "suffix"}, ValueError, "mode must be one of .* got 'suffix'"),
     "no MLP": ({"mode": "embedding", "prefix_projection": True}, NotImplementedError, "has no MLP"),
     "no site": ({"sites": ()}, ValueError, "sites must be some of"),
     "unknown site": ({"sites": ("head",)}, ValueError, "sites must be some of .* got \\('head',\\)"),
