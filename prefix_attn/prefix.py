@@ -12,6 +12,21 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
+# Of the MLP: what keeps shapes and has no parameters.
+ACTIVATIONS: dict[str, type[nn.Module]] = {
+    "elu": nn.ELU,
+    "gelu": nn.GELU,
+    "identity": nn.Identity,
+    "leaky_relu": nn.LeakyReLU,
+    "mish": nn.Mish,
+    "relu": nn.ReLU,
+    "selu": nn.SELU,
+    "sigmoid": nn.Sigmoid,
+    "silu": nn.SiLU,
+    "softplus": nn.Softplus,
+    "tanh": nn.Tanh,
+}
+
 
 class PrefixEncoder(nn.Module):
     """Makes the keys and values of all layers.
@@ -37,13 +52,15 @@ class PrefixEncoder(nn.Module):
         *,
         hidden_size: int | None = None,
         depth: int = 1,
+        activation: str = "tanh",
         dropout: float = 0.0,
         num_frozen_tokens: int = 0,
         gate_heads: int | None = None,
     ) -> None:
         """Sizes P, L, H (key/value heads), D and F.
 
-        ``hidden_size`` = None is flat, ``depth`` counts hidden layers, ``gate_heads`` are the query heads to gate.
+        ``hidden_size`` = None is flat, ``depth`` counts hidden layers, each with an ``activation`` of ACTIVATIONS;
+        ``gate_heads`` are the query heads to gate.
         """
         super().__init__()
         self.num_layers, self.num_heads, self.head_dim = num_layers, num_heads, head_dim
@@ -58,7 +75,7 @@ class PrefixEncoder(nn.Module):
             return
         self.embedding = nn.Parameter(torch.randn(trained, num_heads * head_dim))
         sizes = [num_heads * head_dim, *[hidden_size] * depth]
-        hidden = [m for n, k in pairwise(sizes) for m in (nn.Linear(n, k), nn.Tanh())]
+        hidden = [m for n, k in pairwise(sizes) for m in (nn.Linear(n, k), ACTIVATIONS[activation]())]
         self.mlp = nn.Sequential(*hidden, nn.Linear(hidden_size, width))
 
     @property

@@ -6,8 +6,10 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal
 
+from prefix_attn.prefix import ACTIVATIONS
+
 MODES = ("kv", "embedding", "infix")
-INITS = ("random", "text", "zero")
+INITS = ("random", "text", "document", "prefix", "zero", "uniform")
 GATES = (None, "zero")
 POSITION_MODES = ("shift", "none")
 SITES = ("encoder", "cross", "decoder")  # the order of a prefix's keys and values
@@ -23,6 +25,7 @@ class PrefixConfig:
         prefix_projection: train an MLP that makes the prefix (Li and Liang 2021, section 4.3) instead of the prefix.
         encoder_hidden_size: width of the MLP's hidden layers; default: key/value heads times head size.
         encoder_depth: hidden layers of the MLP.
+        encoder_activation: after each of them: a name in ``prefix_attn.prefix.ACTIVATIONS``.
         dropout: on the prefix, in training.
         mode: what is trained: "kv", keys and values in every layer; "embedding", input embeddings alone, of which the
             frozen model makes keys and values (Li and Liang 2021, section 7.2); they stay visible past windows;
@@ -32,9 +35,14 @@ class PrefixConfig:
             decoder to its encoder), "decoder" (causal self-attention). Default: all that the model has.
         layers: "all", or the numbers of the layers that get one, at each site.
         init: "random" starts from the model's own keys and values of its start token and random ones, "text" from those
-            of ``init_text`` or ``init_token_ids``, "zero" from zeros (which still take softmax mass: not a no-op).
-        init_text: cut, or repeated, to P tokens; needs the tokenizer.
+            of ``init_text`` or ``init_token_ids``, "document" from those of its start token and of pieces of that text
+            which are drawn from all of it (Cartridges); "prefix" from another prefix, "zero" from zeros (which still
+            take softmax mass: not a no-op), "uniform" from numbers in [0, 1), as the paper's ablation has "random" (Li
+            and Liang 2021, section 7.4). An MLP is fitted to each of them.
+        init_text: for "text", cut or repeated to P tokens; for "document" of any length. Needs the tokenizer.
         init_token_ids: the same as ids.
+        init_prefix: for "prefix": the name of one in the model, a folder or a Hub id; with at least P tokens, of which
+            the first P are taken.
         num_frozen_tokens: so many tokens at the beginning of the prefix keep the keys and values that they start with
             (PEFT's CARTRIDGE): they are no parameters, and an MLP makes the others only. 1 keeps the token on which
             models leave attention that they have no use for; all of them make a hard prompt.
@@ -59,6 +67,7 @@ class PrefixConfig:
     prefix_projection: bool = False
     encoder_hidden_size: int | None = None
     encoder_depth: int = 1
+    encoder_activation: str = "tanh"
     dropout: float = 0.0
     mode: str = "kv"
     sites: Sequence[str] | None = None
@@ -66,6 +75,7 @@ class PrefixConfig:
     init: str = "random"
     init_text: str | None = None
     init_token_ids: Sequence[int] | None = None
+    init_prefix: str | None = None
     num_frozen_tokens: int = 0
     gate: str | None = None
     position_mode: str | None = None
@@ -87,6 +97,7 @@ class PrefixConfig:
         allowed = {
             "mode": MODES,
             "init": INITS,
+            "encoder_activation": tuple(ACTIVATIONS),
             "gate": GATES,
             "position_mode": (*POSITION_MODES, None),
             "task_type": (*TASK_TYPES, None),
@@ -94,8 +105,10 @@ class PrefixConfig:
         for name, values in allowed.items():
             if getattr(self, name) not in values:
                 raise ValueError(f"{name} must be one of {values}, got {getattr(self, name)!r}")
-        if self.init == "text" and (self.init_text is None) == (self.init_token_ids is None):
-            raise ValueError("init='text' needs either init_text or init_token_ids")
+        if self.init in ("text", "document") and (self.init_text is None) == (self.init_token_ids is None):
+            raise ValueError(f"init={self.init!r} needs either init_text or init_token_ids")
+        if self.init == "prefix" and not self.init_prefix:
+            raise ValueError("init='prefix' needs init_prefix, a name, a folder or a Hub id")
         if self.mode == "embedding" and (self.prefix_projection or self.num_frozen_tokens):
             raise NotImplementedError(
                 "mode='embedding' has no MLP, and trains all its tokens: prefix_projection must be False, "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -11,9 +12,12 @@ from transformers import PreTrainedModel
 from prefix_attn.hf.attach import Attachment
 from prefix_attn.hf.config import PrefixConfig
 from prefix_attn.hf.slots import Slot
+from prefix_attn.prefix import PrefixEncoder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+PIECE = 64  # tokens of a document in a row: a sentence or two
 
 
 class FromEmbeddings(nn.Module):
@@ -32,29 +36,90 @@ class FromEmbeddings(nn.Module):
 
 
 def initial_kv(attachment: Attachment, config: PrefixConfig, tokenizer: PreTrainedTokenizerBase | None) -> Tensor:
-    """(2 * slots, H, P, D) float32: the model's own keys and values of P tokens, or zeros."""
+    """(2 * slots, H, P, D) float32: the model's own keys and values of P tokens, or numbers."""
     base, P = attachment.base, config.num_virtual_tokens
-    slots = attachment.layout(config).slots
-    if config.init == "text" and not attachment.reads_text and any(slot.site != "decoder" for slot in slots):
-        raise ValueError(f"init='text': the encoder of {type(base).__name__} reads {base.main_input_name}")
+    slots, heads, size = attachment.layout(config)
+    if config.init in ("zero", "uniform"):
+        return _numbers(config.init, 2 * len(slots), heads, P, size)
+    if (
+        config.init in ("text", "document")
+        and not attachment.reads_text
+        and any(slot.site != "decoder" for slot in slots)
+    ):
+        raise ValueError(f"init={config.init!r}: the encoder of {type(base).__name__} reads {base.main_input_name}")
     first = (getattr(base.config.get_text_config(), name, None) for name in ("bos_token_id", "decoder_start_token_id"))
     ids = [_initial_ids(embeddings, i, config, tokenizer) for embeddings, i in zip(attachment.embeddings(), first)]
     kv = attachment.kv(slots, *ids)
     if (length := kv.shape[2]) < P:
         raise ValueError(f"num_virtual_tokens must be at most {length} for {type(base).__name__}, got {P}")
-    kv = kv[:, :, :P].float().cpu()
-    return torch.zeros_like(kv) if config.init == "zero" else kv
+    return kv[:, :, :P].float().cpu()
 
 
 def initial_embeddings(
     base: PreTrainedModel, config: PrefixConfig, tokenizer: PreTrainedTokenizerBase | None
 ) -> Tensor:
-    """(P, hidden size) float32: the model's own input embeddings of P tokens, or zeros."""
+    """(P, hidden size) float32: the model's own input embeddings of P tokens, or numbers."""
     module = base.get_input_embeddings()
+    if config.init in ("zero", "uniform"):
+        return _numbers(config.init, config.num_virtual_tokens, module.weight.shape[1]).to(module.weight.device)
     first = getattr(base.config.get_text_config(), "bos_token_id", None)
     with torch.no_grad():
-        embeddings = module(_initial_ids(module, first, config, tokenizer).to(module.weight.device)).float()
-    return torch.zeros_like(embeddings) if config.init == "zero" else embeddings.clone()
+        return module(_initial_ids(module, first, config, tokenizer).to(module.weight.device)).float().clone()
+
+
+@torch.no_grad()
+def start_from_prefix(
+    encoder: PrefixEncoder, config: PrefixConfig, other: PrefixEncoder, source: PrefixConfig, attachment: Attachment
+) -> None:
+    """Let ``encoder`` start from the first tokens of ``other``, in the slots that it has; not from its gate.
+
+    Raises:
+        ValueError: the other has fewer tokens, not all of the slots, or no embeddings where these are wanted.
+    """
+    P, name = config.num_virtual_tokens, config.init_prefix
+    if other.num_virtual_tokens < P:
+        raise ValueError(
+            f"init_prefix: {name} has {other.num_virtual_tokens} tokens, num_virtual_tokens={P} needs more"
+        )
+    if config.mode == "embedding":
+        if source.mode != "embedding":
+            raise ValueError(f"init_prefix: {name} has keys and values, of which mode='embedding' cannot start")
+        encoder.embedding.data = other.embedding[:P].detach().clone()
+        return
+    wanted, there = ([(s.site, s.layer) for s in attachment.layout(c).slots] for c in (config, source))
+    if missing := [f"{site} {layer}" for site, layer in wanted if (site, layer) not in there]:
+        raise ValueError(f"init_prefix: {name} has nothing for layers {', '.join(missing)}")
+    rows = other.prompt_embeddings()[:P].view(P, len(there), 2, other.num_heads, other.head_dim)
+    rows = rows[:, [there.index(slot) for slot in wanted]]
+    encoder.set_kv(rows.flatten(1, 2).permute(1, 2, 0, 3))
+
+
+def draw_pieces(config: PrefixConfig, tokenizer: PreTrainedTokenizerBase | None) -> PrefixConfig:
+    """``config`` with the P tokens that ``init="document"`` starts from in the place of the document.
+
+    They are pieces of PIECE tokens, in their order and without overlap, at places drawn from torch's generator. A
+    document of at most P tokens stays whole.
+    """
+    if config.init != "document":
+        return config
+    ids, P = _text_ids(config, tokenizer), config.num_virtual_tokens
+    if (spare := len(ids) - P) > 0:
+        skipped = torch.randint(spare + 1, (-(-P // PIECE),)).sort().values
+        place = torch.arange(P)
+        ids = torch.tensor(ids)[place + skipped[place // PIECE]].tolist()
+    return replace(config, init_text=None, init_token_ids=ids)
+
+
+def _numbers(init: str, *shape: int) -> Tensor:
+    return torch.rand(shape) if init == "uniform" else torch.zeros(shape)
+
+
+def _text_ids(config: PrefixConfig, tokenizer: PreTrainedTokenizerBase | None) -> list[int]:
+    if config.init_token_ids is not None:
+        return list(config.init_token_ids)
+    if tokenizer is None:
+        raise ValueError("init_text needs the tokenizer: get_prefix_model(base, config, tokenizer=...)")
+    return tokenizer(config.init_text, add_special_tokens=False, verbose=False)["input_ids"]
 
 
 def _initial_ids(
@@ -62,18 +127,15 @@ def _initial_ids(
 ) -> Tensor:
     assert isinstance(embeddings.weight, Tensor)
     P, vocabulary = config.num_virtual_tokens, embeddings.weight.shape[0]
-    if config.init != "text":
+    if config.init == "random":
         ids = torch.randint(vocabulary, (P,))
+    else:
+        text = _text_ids(config, tokenizer)
+        if not text or not all(0 <= i < vocabulary for i in text):
+            raise ValueError(f"the initial text must have tokens in 0..{vocabulary - 1}, got {text[:8]}")
+        ids = torch.tensor(text).repeat(-(-P // len(text)))[:P]
+    if config.init != "text" and isinstance(first, int) and 0 <= first < vocabulary:
         # The first position is where models leave the attention that they have no use for, and they know it by its bos.
         # SmolLM2 on E2E, P = 10, four seeds: 3.25 without prefix, 3.24 to 3.31 with bos, 3.30 to 3.51 without it.
-        if isinstance(first, int) and 0 <= first < vocabulary:
-            ids[0] = first
-        return ids
-    ids = config.init_token_ids
-    if ids is None:
-        if tokenizer is None:
-            raise ValueError("init_text needs the tokenizer: get_prefix_model(base, config, tokenizer=...)")
-        ids = tokenizer(config.init_text, add_special_tokens=False)["input_ids"]
-    if not len(ids) or not all(0 <= i < vocabulary for i in ids):
-        raise ValueError(f"the initial text must have tokens in 0..{vocabulary - 1}, got {list(ids)[:8]}")
-    return torch.tensor(ids).repeat(-(-P // len(ids)))[:P]
+        ids[0] = first
+    return ids

@@ -18,7 +18,7 @@ from prefix_attn.hf.banks import NO_PREFIX, make_bank, make_rows, row_names
 from prefix_attn.hf.config import PrefixConfig
 from prefix_attn.hf.heads import copy_heads, heads_in_place
 from prefix_attn.hf.infix import end_of_prompt, start_of_targets
-from prefix_attn.hf.initial import FromEmbeddings, initial_embeddings, initial_kv
+from prefix_attn.hf.initial import FromEmbeddings, draw_pieces, initial_embeddings, initial_kv, start_from_prefix
 from prefix_attn.hf.wrapper import Wrapper
 from prefix_attn.prefix import PrefixEncoder
 
@@ -80,9 +80,11 @@ class PrefixModel(Wrapper):
     def add_prefix(self, name: str, config: PrefixConfig, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
         """A new trainable prefix, initialised as ``config`` says; it becomes the active one."""
         self._check_new(name)
-        config = self._attachment.resolve(config)
+        config = draw_pieces(self._attachment.resolve(config), tokenizer)
         encoder = self._encoder(config)
-        if config.mode == "embedding":
+        if config.init == "prefix":
+            start_from_prefix(encoder, config, *self._other(config), self._attachment)
+        elif config.mode == "embedding":
             encoder.embedding.data = initial_embeddings(self.base_model, config, tokenizer)
         else:
             encoder.set_kv(initial_kv(self._attachment, config, tokenizer))
@@ -92,14 +94,7 @@ class PrefixModel(Wrapper):
     def load_prefix(self, path: str | Path, name: str, *, is_trainable: bool = False) -> None:
         """A prefix from a folder or a Hub id, as ``save_pretrained`` or PEFT wrote it; it becomes the active one."""
         self._check_new(name)
-        config, parameters, saved = checkpoint.load_prefix(path, self._attachment, is_trainable=is_trainable)
-        encoder = self._encoder(config)
-        try:
-            encoder.load_state_dict(parameters)
-        except RuntimeError as error:
-            raise ValueError(f"{path}: the saved MLP does not fit its configuration ({error})") from None
-        heads = copy_heads(self.base_model, config.modules_to_save or ())
-        heads.load_state_dict(saved)
+        config, encoder, heads = self._load(path, is_trainable=is_trainable)
         self._install(name, config, encoder, heads, trainable=is_trainable)
 
     def set_prefix(self, name: str) -> None:
@@ -327,6 +322,7 @@ class PrefixModel(Wrapper):
             size,
             hidden_size=hidden,
             depth=config.encoder_depth,
+            activation=config.encoder_activation,
             dropout=config.dropout,
             num_frozen_tokens=config.num_frozen_tokens,
             gate_heads=gated,
@@ -336,6 +332,25 @@ class PrefixModel(Wrapper):
             encoder.embedding = nn.Parameter(torch.zeros(config.num_virtual_tokens, width))
             encoder.mlp = FromEmbeddings(self._attachment, slots)
         return encoder
+
+    def _load(self, path: str | Path, *, is_trainable: bool) -> tuple[PrefixConfig, PrefixEncoder, nn.ModuleDict]:
+        config, parameters, saved = checkpoint.load_prefix(path, self._attachment, is_trainable=is_trainable)
+        encoder = self._encoder(config)
+        try:
+            encoder.load_state_dict(parameters)
+        except RuntimeError as error:
+            raise ValueError(f"{path}: the saved MLP does not fit its configuration ({error})") from None
+        heads = copy_heads(self.base_model, config.modules_to_save or ())
+        heads.load_state_dict(saved)
+        return config, encoder, heads
+
+    def _other(self, config: PrefixConfig) -> tuple[PrefixEncoder, PrefixConfig]:
+        """The prefix that ``config.init_prefix`` names, here or in files."""
+        assert config.init_prefix is not None
+        if config.init_prefix in self.prefix_configs:
+            return self._find(config.init_prefix)
+        other, encoder, _ = self._load(config.init_prefix, is_trainable=config.mode == "embedding")
+        return encoder, other
 
     def _find(self, name: str) -> tuple[PrefixEncoder, PrefixConfig]:
         if name not in self.prefix_configs:
