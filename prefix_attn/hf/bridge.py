@@ -1,4 +1,4 @@
-"""The way of a prefix's gradient through reentrant gradient checkpointing."""
+"""Gradient checkpointing: its switch, and the way of a prefix's gradient through the reentrant kind."""
 
 from __future__ import annotations
 
@@ -40,3 +40,15 @@ def bridge_next(embeddings: nn.Module, bridge: tuple[Any, ...]) -> None:
         return Bridge.apply(output, *bridge)
 
     handle = embeddings.register_forward_hook(hook)
+
+
+def set_checkpointing(model: Any, *, use_reentrant: bool | None) -> None:
+    """Switch gradient checkpointing of a model on, of one kind or the other, or off (None).
+
+    transformers 5.24 gave its methods other names, and warns of the old ones.
+    """
+    kind = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
+    if use_reentrant is None:
+        getattr(model, f"{kind}_checkpointing_disable")()
+    else:
+        getattr(model, f"{kind}_checkpointing_enable")({"use_reentrant": use_reentrant})

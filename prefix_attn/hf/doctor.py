@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from prefix_attn.hf.bridge import set_checkpointing
 from prefix_attn.hf.config import PrefixConfig
 from prefix_attn.hf.model import PrefixModel, get_prefix_model
 
@@ -109,11 +110,11 @@ def _gradients(model: PrefixModel, ids: Tensor) -> float:
 def _checkpointing(model: PrefixModel, ids: Tensor) -> float:
     plain = _gradient(model, ids)
     with _in_training(model):
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        set_checkpointing(model, use_reentrant=False)
         try:
             return _far(_gradient(model, ids), plain)
         finally:
-            model.gradient_checkpointing_disable()
+            set_checkpointing(model, use_reentrant=None)
 
 
 @torch.no_grad()

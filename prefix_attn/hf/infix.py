@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from prefix_attn.hf.positions import past
+
 IGNORED = -100  # label of a token that has no loss
 
 
@@ -27,7 +29,7 @@ def start_of_targets(start: Tensor | None, given: Mapping[str, Any]) -> Tensor:
     Raises:
         ValueError: neither start nor labels, or not one for each row. NotImplementedError: packed sequences.
     """
-    positions, labels, cache = (given.get(name) for name in ("position_ids", "labels", "past_key_values"))
+    positions, labels = given.get("position_ids"), given.get("labels")
     readable = positions is not None and not torch.compiler.is_compiling()
     if readable and bool((positions.diff(dim=-1) < 0).any()):
         raise NotImplementedError("mode='infix': packed sequences have more than one start; give each a row of its own")
@@ -38,7 +40,7 @@ def start_of_targets(start: Tensor | None, given: Mapping[str, Any]) -> Tensor:
         raise ValueError("mode='infix' needs infix_start (B,), the first column of each row that sees it, or labels")
     targets = labels != IGNORED
     first = torch.where(targets.any(-1), (targets.int().argmax(-1) - 1).clamp(min=0), labels.shape[1])
-    return first if cache is None else first + cache.get_seq_length()
+    return first + past(given)
 
 
 def end_of_prompt(start: Tensor | None, *prompts: Tensor | None) -> Tensor:

@@ -12,14 +12,15 @@ from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel, StaticCache
+from transformers import Cache, DynamicCache, PreTrainedModel, StaticCache
 from transformers.utils import ModelOutput
 
 from prefix_attn.hf.attach import evaluating
-from prefix_attn.hf.positions import from_mask
+from prefix_attn.hf.positions import cache_of, from_mask
 
 
 class Insertion:
@@ -39,11 +40,12 @@ class Insertion:
         self._layers = base.get_encoder() if self._decoder else _backbone(base)
         self._entrance = _entrance(base, self._layers)
         self._names = list(inspect.signature(self._entrance.forward).parameters)
-        if base.can_generate() and self._decoder is None and "past_key_values" not in self._names:
+        if base.can_generate() and self._decoder is None and not self._counts_tokens(base):
             raise NotImplementedError(f"{self._name} has no past_key_values: virtual tokens would enter at every step")
         # The positions of other models are their own affair: RoBERTa's begin at 2.
         self._is_causal = base.can_generate() or any(getattr(m, "is_causal", False) for m in base.modules())
         self.embeddings = base.get_input_embeddings()
+        self._filled: WeakSet[Cache] = WeakSet()  # with virtual tokens
         with torch.no_grad(), evaluating(base):
             self._rehearse(base.config.get_text_config().pad_token_id)
 
@@ -82,6 +84,15 @@ class Insertion:
         if not last:
             raise RuntimeError(f"{self._name} did not run {type(self._entrance).__name__}: no virtual token entered it")
 
+    def _counts_tokens(self, base: PreTrainedModel) -> bool:
+        """Whether a cache of the model says how many tokens it holds; one of recurrent layers alone does not."""
+        if not {"past_key_values", "cache"} & set(self._names):
+            return False
+        try:
+            return DynamicCache(config=base.config).get_seq_length() == 0
+        except ValueError:
+            return False
+
     def _rehearse(self, padding: int | None) -> None:
         """Three forwards of four tokens, none of which is padding: models tell it by its id."""
         ids = torch.tensor([[i for i in range(5) if i != padding][:4]], device=self.embeddings.weight.device)
@@ -97,11 +108,16 @@ class Insertion:
 
     def _insert(self, table: Tensor, kwargs: dict[str, Any]) -> tuple[dict[str, Any], _Places | None]:
         """The entrance's arguments with the virtual tokens, and where they are if it is their first forward."""
-        tokens, mask, cache = (kwargs.get(name) for name in ("inputs_embeds", "attention_mask", "past_key_values"))
+        tokens, mask, cache = kwargs.get("inputs_embeds"), kwargs.get("attention_mask"), cache_of(kwargs)
         tokens = self.embeddings(kwargs["input_ids"]) if tokens is None else tokens
         (B, S), P = tokens.shape[:2], len(table)
         past = 0 if cache is None else cache.get_seq_length()
-        _check(kwargs, past + S - (P if past else 0))
+        length = past + S - (P if past else 0)
+        if past and mask is None and cache in self._filled:  # generate drops a mask that hides nothing
+            mask = tokens.new_ones(B, length, dtype=torch.int64)
+        _check(kwargs | {"attention_mask": mask}, length)
+        if cache is not None and not past:
+            self._filled.add(cache)
         mask = torch.ones(B, S, dtype=torch.int64, device=tokens.device) if mask is None else mask
         places = _Places(mask, P)
         new = {"input_ids": None, "inputs_embeds": tokens, "attention_mask": places.insert(mask.new_ones(()), mask)}
@@ -167,7 +183,7 @@ def _entrance(base: PreTrainedModel, layers: nn.Module) -> nn.Module:
 
 def _check(kwargs: dict[str, Any], length: int) -> None:
     """Refuse arguments of the entrance in which virtual tokens would be lost; ``length`` is that of a whole mask."""
-    mask, cache, position_ids = (kwargs.get(name) for name in ("attention_mask", "past_key_values", "position_ids"))
+    mask, cache, position_ids = kwargs.get("attention_mask"), cache_of(kwargs), kwargs.get("position_ids")
     if isinstance(cache, StaticCache):
         raise NotImplementedError("a static cache has no room for virtual tokens in every row; take a dynamic one")
     if mask is None and cache is not None and cache.get_seq_length():

@@ -120,9 +120,9 @@ def _convert(file: Path, folder: Path) -> None:
             dtype=torch.float32,
             quantization_config=GgufConfig(dequantize=True),  # the default leaves a model that refuses to be saved
         )
-        # A GGUF names the end of a chat turn, or nothing that transformers reads, as the end of text.
+        # A GGUF names the end of a chat turn, or nothing that transformers reads, as the end of text and as padding.
         if END_OF_TEXT in tokenizer.get_vocab():
-            tokenizer.eos_token = END_OF_TEXT
+            tokenizer.eos_token = tokenizer.pad_token = END_OF_TEXT
         tokenizer.clean_up_tokenization_spaces = False  # "a ." must not decode to "a."
         tokenizer.save_pretrained(folder)
         model.save_pretrained(folder)

@@ -188,7 +188,7 @@ class PrefixModel(Wrapper):
             "decoder_attention_mask": decoder_attention_mask,
         }
         names = row_names(prefix_names, adapter_names, input_ids, inputs_embeds, input_features)
-        with self._running(names, partial(start_of_targets, infix_start, given)):
+        with self._running(names, partial(start_of_targets, infix_start, given | kwargs)):
             return self.base_model(**{n: v for n, v in given.items() if v is not None}, **kwargs)
 
     @torch.no_grad()

@@ -7,7 +7,7 @@ that depends on the distance between query and key. BART and its kin ask a modul
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, cast
 
 import torch
@@ -84,9 +84,9 @@ def from_mask(kwargs: dict[str, Any]) -> Tensor:
     return torch.arange(length, device=tokens.device)[None] + past(kwargs)
 
 
-def past(kwargs: dict[str, Any]) -> int | Tensor:
+def past(kwargs: Mapping[str, Any]) -> int | Tensor:
     """The number of tokens in the cache."""
-    cache = kwargs.get("past_key_values")
+    cache = cache_of(kwargs)
     return 0 if cache is None else cache.get_seq_length()
 
 
@@ -94,3 +94,9 @@ def _tokens(kwargs: dict[str, Any]) -> Tensor:
     """(B, S) ids or (B, S, width) embeddings, whichever the stack was given."""
     embeddings = kwargs.get("inputs_embeds")
     return kwargs["input_ids"] if embeddings is None else embeddings
+
+
+def cache_of(kwargs: Mapping[str, Any]) -> Any:
+    """The cache among the arguments of a model, or None: "past_key_values", and "cache" since transformers 5.24."""
+    cache = kwargs.get("cache")
+    return kwargs.get("past_key_values") if cache is None else cache

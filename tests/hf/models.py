@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from transformers import (
     AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
     AutoModelForSpeechSeq2Seq,
+    LlamaForCausalLM,
     PreTrainedModel,
 )
 
@@ -133,6 +135,10 @@ def spread(model: PreTrainedModel) -> PreTrainedModel:
         if parameter.dim() > 1:
             torch.nn.init.normal_(parameter, std=0.2)
     return model
+
+
+# Of a model's argument and output, since transformers 5.24 and before.
+CACHE = "cache" if "cache" in inspect.signature(LlamaForCausalLM.forward).parameters else "past_key_values"
 
 
 def tokens(batch: int = 2, length: int = 9) -> torch.Tensor:

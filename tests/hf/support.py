@@ -20,6 +20,7 @@ import transformers
 from torch import Tensor
 
 from prefix_attn import PrefixConfig, PrefixModel, get_prefix_model
+from prefix_attn.hf.bridge import set_checkpointing
 from tests.hf import test_gradients
 from tests.hf.models import _LLAMA, _MULTI_HEAD, CONFIGS, VOCABULARY, tiny, tokens
 
@@ -129,7 +130,7 @@ def checkpointing(name: str) -> None:
 
     expected = grad()
     for use_reentrant in (False, True):
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": use_reentrant})
+        set_checkpointing(model, use_reentrant=use_reentrant)
         close(grad(), expected)
 
 

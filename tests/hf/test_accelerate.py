@@ -14,8 +14,10 @@ from transformers import Trainer, TrainingArguments
 
 from prefix_attn import accelerate
 from prefix_attn.hf import attention
+from prefix_attn.hf.bridge import set_checkpointing
 from tests.hf.models import tiny, tokens
 
+pytestmark = pytest.mark.peft
 P = 5
 ADAPTERS: dict[str, Callable[[], Any]] = {
     "flat": lambda: PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=P),
@@ -129,7 +131,7 @@ def test_gradient_checkpointing(use_reentrant: bool) -> None:
         return [p.grad.clone() for p in parameters if p.grad is not None]
 
     expected = grads()
-    model.get_base_model().gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+    set_checkpointing(model.get_base_model(), use_reentrant=use_reentrant)
     for got, wanted in zip(grads(), expected, strict=True):
         torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-6)
 

@@ -18,8 +18,9 @@ from torch import Tensor
 from prefix_attn import PrefixConfig, PrefixModel
 from prefix_attn.hf import attach
 from prefix_attn.hf import model as model_module
+from prefix_attn.hf.bridge import set_checkpointing
 from tests.hf import test_gradients  # noqa: F401  registers the attention "concatenating"
-from tests.hf.models import VOCABULARY, tiny, tokens
+from tests.hf.models import CACHE, VOCABULARY, tiny, tokens
 
 CONFIGS = {
     "long": {"num_virtual_tokens": 7},
@@ -111,7 +112,7 @@ def test_turns_that_share_a_cache(name: str) -> None:
     with torch.no_grad():
         expected = model(ids, prefix_names=ROWS).logits
         first = model(ids[:, :8], prefix_names=ROWS, use_cache=True)
-        second = model(ids[:, 8:], prefix_names=ROWS, past_key_values=first.past_key_values)
+        second = model(ids[:, 8:], prefix_names=ROWS, **{CACHE: first[CACHE]})
     torch.testing.assert_close(torch.cat([first.logits, second.logits], dim=1), expected, **CLOSE)
 
 
@@ -160,8 +161,7 @@ def test_training(checkpointing: str | None, projection: bool) -> None:
         own = grads([row for row, name in enumerate(names) if name == prefix])
         expected |= {name: grad for name, grad in own.items() if name.startswith(prefix)}
     if checkpointing is not None:
-        options = {"use_reentrant": checkpointing == "reentrant"}
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
+        set_checkpointing(model, use_reentrant=checkpointing == "reentrant")
     for _ in range(2):
         for name, grad in grads([0, 1, 2, 3], prefix_names=names).items():
             if name.startswith("still"):

@@ -20,8 +20,9 @@ from transformers import (
 )
 
 from prefix_attn import PrefixConfig, PrefixModel, PrefixTuning, get_prefix_model
+from prefix_attn.hf.bridge import set_checkpointing
 from tests.hf.by_hand import WIDTH, P, causal, concatenated, other, relative
-from tests.hf.models import VOCABULARY, tiny, tokens
+from tests.hf.models import CACHE, VOCABULARY, tiny, tokens
 
 SHARED = ["gpt2", "opt", "gpt_neox", "llama", "qwen2", "qwen3", "phi3", "smollm3"]
 PER_ROW = ["mistral", "gemma2", "gemma3_text", "gpt_oss"]  # their window is 6
@@ -31,7 +32,8 @@ PER_ROW = ["mistral", "gemma2", "gemma3_text", "gpt_oss"]  # their window is 6
 def test_against_concatenation(name: str) -> None:
     """Logits, and the gradient through every layer; with right padding."""
     model, plain = PrefixTuning(causal(name), P, WIDTH), causal(name, attn_implementation="eager")
-    assert model.shared == (name in SHARED)
+    in_interface = name == "gptj" and CACHE == "cache"  # it is since transformers 5.24
+    assert model.shared == (name in SHARED or in_interface)
     ids = tokens(3, 11)
     mask = torch.ones_like(ids)
     mask[1, 8:] = 0
@@ -80,7 +82,7 @@ FORMS: dict[str, tuple[str, Any, dict[str, Any], bool]] = {
         {"use_bidirectional_attention": True, "sliding_window": 64, "head_dim": 8},
         False,
     ),
-    "attention of its own": ("gptj", AutoModelForCausalLM, {}, False),
+    "attention of its own": ("bloom", AutoModelForCausalLM, {}, False),
     "recurrent layers": ("falcon_h1", AutoModelForCausalLM, {}, False),
     "an encoder": ("bert", AutoModelForMaskedLM, {}, False),
     "an encoder-decoder": ("bart", AutoModelForSeq2SeqLM, {}, False),
@@ -138,8 +140,7 @@ def test_caches_of_the_caller(name: str) -> None:
     with torch.no_grad():
         expected = model(ids).logits
         first = model(ids[:, :9], attention_mask=torch.ones(1, 9), use_cache=True)
-        cache = first.past_key_values
-        rest = model(ids[:, 9:], attention_mask=torch.ones(1, 14), past_key_values=cache).logits
+        rest = model(ids[:, 9:], attention_mask=torch.ones(1, 14), **{CACHE: first[CACHE]}).logits
     torch.testing.assert_close(torch.cat([first.logits, rest], dim=1), expected, rtol=1e-5, atol=2e-5)
     options = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
     assisted = model.generate(ids.repeat(1, 3), prompt_lookup_num_tokens=3, **options)
@@ -184,7 +185,7 @@ def test_gradient_checkpointing_changes_no_gradient(name: str, use_reentrant: bo
         return model.prefix.grad.clone()
 
     expected = grad()
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": use_reentrant})
+    set_checkpointing(model, use_reentrant=use_reentrant)
     for _ in range(2):
         assert expected.abs().max() > 0
         torch.testing.assert_close(grad(), expected, rtol=1e-4, atol=1e-6)
@@ -318,7 +319,7 @@ def test_half_precision() -> None:
 
 def test_two_forwards_before_one_backward() -> None:
     model = PrefixTuning(tiny("llama"), P, WIDTH).train()
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    set_checkpointing(model, use_reentrant=False)
     grads = []
     for batches in ([tokens(2, 9)], [tokens(3, 7)], [tokens(2, 9), tokens(3, 7)]):
         loss = sum(model(ids, labels=ids, use_cache=False).loss for ids in batches)
@@ -353,7 +354,7 @@ def test_mode_embedding_is_prefix_tuning(name: str) -> None:
     (grad,) = torch.autograd.grad((logits * weight).sum(), encoder.embedding)
     (expected_grad,) = torch.autograd.grad((expected * weight).sum(), alone.prefix)
     assert relative(grad, expected_grad) <= 1e-6
-    model.train().gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
+    set_checkpointing(model.train(), use_reentrant=True)
     (model(tokens(), use_cache=False).logits * weight).sum().backward()
     assert relative(encoder.embedding.grad, expected_grad) <= 1e-5
 
@@ -367,6 +368,7 @@ def test_mode_embedding_starts_from_a_text() -> None:
     assert (got - expected).abs().max() <= 1e-5
 
 
+@pytest.mark.peft
 def test_mode_embedding_folds_into_keys_and_values(tmp_path: Path) -> None:
     """Saved folded, as PEFT's prefix tuning; with the training state the embeddings go on."""
     model = get_prefix_model(tiny("llama"), PrefixConfig(num_virtual_tokens=P, mode="embedding")).eval()

@@ -11,6 +11,7 @@ from peft import PeftModel, PrefixTuningConfig, get_peft_model
 from torch import Tensor
 
 from prefix_attn import PrefixConfig, PrefixModel, get_prefix_model
+from prefix_attn.hf.bridge import set_checkpointing
 from tests.hf.concatenation import concatenation
 from tests.hf.models import ENCODERS, tiny, tokens
 
@@ -56,6 +57,7 @@ def test_every_layer_against_concatenation(name: str, mode: str) -> None:
         assert (got - wanted).norm() <= 1e-5 * wanted.norm()
 
 
+@pytest.mark.peft
 @pytest.mark.parametrize("name", ["bert", "roberta", "xlm-roberta", "electra"])
 def test_peft_s_prefixes_and_heads(name: str, tmp_path: Path) -> None:
     """What PEFT saved gives the same logits here, and what is saved here gives them in PEFT."""
@@ -162,7 +164,7 @@ def test_gradient_checkpointing_changes_no_gradient(name: str, use_reentrant: bo
         return [p.grad.clone() for p in parameters]
 
     expected = grads()
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": use_reentrant})
+    set_checkpointing(model, use_reentrant=use_reentrant)
     for _ in range(2):
         torch.testing.assert_close(grads(), expected, rtol=1e-4, atol=1e-6)
 

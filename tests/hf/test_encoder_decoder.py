@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, Seq2SeqTrainer, Seq2SeqTrainingArgumen
 
 from prefix_attn import PrefixConfig, PrefixModel, get_prefix_model
 from prefix_attn.hf import checkpoint
+from prefix_attn.hf.bridge import set_checkpointing
 from tests.hf.concatenation import concatenation
 from tests.hf.models import ENCODER_DECODERS, tiny, tokens
 
@@ -115,7 +116,7 @@ def test_every_slot_against_concatenation(name: str, case: str) -> None:
     parts = [g.view(P, 2 * len(chosen), -1).unbind(1) for g in (grad, expected_grad)]
     for i, (got, wanted) in enumerate(zip(*parts)):
         error = (got - wanted).norm() / wanted.norm()
-        assert error <= 2e-5, f"{chosen[i // 2][0]} {i // 2}, {'value' if i % 2 else 'key'}: relative error {error:.1e}"
+        assert error <= 5e-5, f"{chosen[i // 2][0]} {i // 2}, {'value' if i % 2 else 'key'}: relative error {error:.1e}"
 
 
 @pytest.mark.parametrize("name", ENCODER_DECODERS)
@@ -186,12 +187,13 @@ def test_gradient_checkpointing_changes_no_gradient(name: str, use_reentrant: bo
     if not projection:
         per_slot = expected[0].view(P, 14, -1).abs().amax((0, 2))
         assert per_slot.min() > 0
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": use_reentrant})
+    set_checkpointing(model, use_reentrant=use_reentrant)
     for _ in range(2):
         for got, wanted in zip(grads(), expected):
             torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.peft
 @pytest.mark.parametrize("name", ["bart", "mbart", "marian", "pegasus", "t5", "mt5"])
 def test_what_peft_means_by_shift(name: str) -> None:
     """PEFT has a prefix in the decoder alone; with L layers, that of layer i is its slot 2 * i mod L."""

@@ -38,6 +38,7 @@ def seq2seq(name: str) -> dict[str, Tensor]:
 # PEFT -----------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.peft
 @pytest.mark.parametrize(
     ("name", "layers", "decoder"),
     [("bart", 4, 4), ("bart", 3, 3), ("bart", 3, 2), ("t5", 4, 4), ("t5", 3, 2), ("pegasus", 2, 2), ("mt5", 6, 6)],
@@ -77,6 +78,7 @@ def test_peft_s_decoder_is_too_long_for_its_file(tmp_path: Path) -> None:
         load(tmp_path, "llama")
 
 
+@pytest.mark.peft
 @pytest.mark.parametrize("safe", [True, False], ids=["safetensors", "bin"])
 @pytest.mark.parametrize("frozen", [0, 1, P])
 def test_peft_s_cartridges(frozen: int, safe: bool, tmp_path: Path) -> None:

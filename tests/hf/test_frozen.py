@@ -99,6 +99,7 @@ def test_files(form: str, is_trainable: bool, tmp_path: Path) -> None:
     assert again.prefixes["default"].embedding.shape == (P - F, WIDTH)
 
 
+@pytest.mark.peft
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 def test_peft_loads_a_cartridge_of_ours(name: str, tmp_path: Path) -> None:
     ours = prefixed(name, prefix_projection=True, encoder_hidden_size=8).eval()
@@ -110,6 +111,7 @@ def test_peft_loads_a_cartridge_of_ours(name: str, tmp_path: Path) -> None:
     torch.testing.assert_close(peft(input_ids=tokens()).logits, ours(tokens()).logits, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.peft
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 def test_a_cartridge_of_peft_loads(name: str, tmp_path: Path) -> None:
     config = CartridgeConfig(task_type="CAUSAL_LM", num_virtual_tokens=P, num_frozen_tokens=F)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from prefix_attn import PrefixConfig, PrefixModel, get_prefix_model
+from prefix_attn.hf.bridge import set_checkpointing
 from tests.hf import test_gradients
 from tests.hf.models import CONFIGS, ENCODERS, VOCABULARY, tiny, tokens
 from tests.hf.test_banks import CLOSE, QUIET, left_padded, only
@@ -129,7 +130,7 @@ def test_checkpointing_changes_no_gradient(projection: bool, use_reentrant: bool
         return [p.grad.clone() for p in parameters]
 
     expected = grads()
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": use_reentrant})
+    set_checkpointing(model, use_reentrant=use_reentrant)
     for _ in range(2):
         for got, wanted in zip(grads(), expected):
             assert wanted.abs().max() > 0

@@ -11,6 +11,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
 
 from prefix_attn import PrefixConfig, get_prefix_model
+from prefix_attn.hf.bridge import set_checkpointing
 from tests.hf.models import CONFIGS, tiny, tokens
 
 P = 4
@@ -105,7 +106,7 @@ def test_gradient_checkpointing_changes_no_gradient(name: str, use_reentrant: bo
         return [p.grad.clone() for p in parameters]
 
     expected = grads()
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": use_reentrant})
+    set_checkpointing(model, use_reentrant=use_reentrant)
     for _ in range(2):
         for got, wanted in zip(grads(), expected):
             assert wanted.abs().max() > 0
@@ -128,7 +129,7 @@ def test_two_forwards_before_one_backward_under_checkpointing() -> None:
 
     model.train()
     expected = grads()
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    set_checkpointing(model, use_reentrant=False)
     torch.testing.assert_close(grads(), expected)
 
 

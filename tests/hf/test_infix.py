@@ -13,7 +13,8 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from prefix_attn import PrefixConfig, PrefixModel, get_prefix_model
 from prefix_attn.data import collate
 from prefix_attn.evaluate import generate_text, validation_loss
-from tests.hf.models import VOCABULARY, tiny, tokens
+from prefix_attn.hf.bridge import set_checkpointing
+from tests.hf.models import CACHE, VOCABULARY, tiny, tokens
 from tests.hf.test_banks import CLOSE, QUIET, left_padded, only
 from tests.hf.test_gate import open_gates
 from tests.hf.test_gradients import full_mask
@@ -109,9 +110,8 @@ def test_start_from_labels() -> None:
     with torch.no_grad():
         first = model(ids[:, :5], infix_start=torch.tensor([0, 6, 12], dtype=torch.int32), use_cache=True)
         rows = [1, 2]
-        cache = first.past_key_values
-        cache.batch_select_indices(torch.tensor(rows))
-        second = model(ids[rows, 5:], labels=labels[rows, 5:], past_key_values=cache).logits
+        first[CACHE].batch_select_indices(torch.tensor(rows))
+        second = model(ids[rows, 5:], labels=labels[rows, 5:], **{CACHE: first[CACHE]}).logits
     torch.testing.assert_close(second, expected[rows, 5:], **CLOSE)
 
 
@@ -158,7 +158,7 @@ def test_checkpointing_with_gates_and_frozen_tokens(use_reentrant: bool) -> None
         return [p.grad.clone() for p in parameters]
 
     expected = grads()
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": use_reentrant})
+    set_checkpointing(model, use_reentrant=use_reentrant)
     for got, wanted in zip(grads(), expected):
         assert wanted.abs().max() > 0
         torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-6)

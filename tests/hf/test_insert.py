@@ -16,7 +16,7 @@ from transformers import (
 
 from prefix_attn import PrefixTuning
 from tests.hf.by_hand import WIDTH, P, concatenated, other, relative
-from tests.hf.models import tiny, tokens
+from tests.hf.models import CACHE, tiny, tokens
 
 
 @pytest.mark.parametrize("name", ["t5", "bart"])
@@ -107,13 +107,13 @@ def test_refused_calls() -> None:
     """Wherever virtual tokens would silently be lost, or seen by some alone."""
     model = PrefixTuning(tiny("mistral"), P, WIDTH).eval()
     ids = tokens()
-    cache = model(ids, use_cache=True).past_key_values
-    frozen = tiny("mistral")(ids, use_cache=True).past_key_values
+    cache = model(ids, use_cache=True)[CACHE]
+    frozen = tiny("mistral")(ids, use_cache=True)[CACHE]
     packed = torch.cat([torch.arange(5), torch.arange(4)])[None]
     calls = {
-        "need an attention_mask": ({"input_ids": ids, "past_key_values": cache}, ValueError),
+        "need an attention_mask": ({"input_ids": ids, CACHE: cache}, ValueError),
         r"attention_mask must be \(B, 14\)": (
-            {"input_ids": ids, "past_key_values": frozen, "attention_mask": torch.ones(2, 18)},
+            {"input_ids": ids, CACHE: frozen, "attention_mask": torch.ones(2, 18)},
             ValueError,
         ),
         r"attention_mask must be \(B, 9\), .* got \(2, 1, 9, 9\)": (

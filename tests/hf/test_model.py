@@ -217,7 +217,6 @@ SMALL = {
 OUTSIDE = "computes attention outside transformers' AttentionInterface"
 NOT_SERVED: dict[str, tuple[Any, str]] = {
     "bloom": (AutoModelForCausalLM, OUTSIDE),
-    "gptj": (AutoModelForCausalLM, OUTSIDE),
     "mpt": (AutoModelForCausalLM, OUTSIDE),
     "falcon": (AutoModelForCausalLM, OUTSIDE),
     "led": (AutoModelForSeq2SeqLM, OUTSIDE),

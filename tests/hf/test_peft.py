@@ -16,6 +16,7 @@ from prefix_attn import PrefixConfig, PrefixModel, get_prefix_model
 from prefix_attn.hf.load import load_base
 from tests.hf.models import tiny, tokens
 
+pytestmark = pytest.mark.peft
 NAMES = ("llama", "gpt2", "qwen2", "mistral", "opt", "gpt_neox")
 P = 5
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import transformers
 
 from tests.hf import support
 from tests.hf.models import CONFIGS
 
 PAGE = (Path(__file__).resolve().parent.parent.parent / "docs" / "models.md").read_text(encoding="utf-8")
+INTRODUCTION = PAGE.partition("|")[0]
 ROWS = {
     name: cells for name, *cells in (line[2:-2].split(" | ") for line in PAGE.splitlines() if line.startswith("| "))
 }
@@ -25,8 +27,13 @@ def more_models(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("name", sorted(CONFIGS | support.MORE))
 def test_row(name: str) -> None:
-    """Every cell tried again."""
-    assert support.row(name) == ROWS[name]
+    """Every cell tried again. With another transformers a model may do more than the page says, and nothing less."""
+    got, page = support.row(name), ROWS[name]
+    if transformers.__version__ in INTRODUCTION:
+        assert got == page
+    elif not page[0].startswith("refused") or not got[0].startswith("refused"):
+        assert set(got) <= {"yes", "not in the model"}
+        assert all(cell == "yes" for cell, on_page in zip(got, page) if on_page == "yes")
 
 
 def test_the_page_is_whole() -> None:
