@@ -42,6 +42,7 @@ Target = Annotated[str, typer.Option(help="Column or key of the output.")]
 Beams = Annotated[int, typer.Option(min=1, help="Beams; 1 is greedy.")]
 NewTokens = Annotated[int, typer.Option(min=1, help="Limit of each output.")]
 BatchSize = Annotated[int, typer.Option(min=1, help="Rows at once.")]
+_PREFIX, _START = "The prefix", "Where it starts"  # panels of train's help
 
 
 @app.callback()
@@ -57,12 +58,58 @@ def train(
     validation: Annotated[str | None, typer.Option(help="File to validate on; 'aws' has its own split.")] = None,
     source_column: Source = "source",
     target_column: Target = "target",
-    virtual_tokens: Annotated[int, typer.Option(min=1, help="Length of the prefix.")] = 10,
-    mlp: Annotated[int | None, typer.Option(help="Train through an MLP of this width (dropped at the end).")] = None,
-    init_text: Annotated[str | None, typer.Option(help="Start from the activations of this text.")] = None,
+    virtual_tokens: Annotated[int, typer.Option(min=1, help="Its length.", rich_help_panel=_PREFIX)] = 10,
+    mode: Annotated[
+        str,
+        typer.Option(
+            help="'kv': keys and values of every layer; 'embedding': input embeddings alone; 'infix': keys and values "
+            "between source and target, which the target alone attends to.",
+            rich_help_panel=_PREFIX,
+        ),
+    ] = "kv",
+    mlp: Annotated[
+        int | None,
+        typer.Option(help="Train through an MLP of this width (dropped at the end).", rich_help_panel=_PREFIX),
+    ] = None,
+    mlp_depth: Annotated[int, typer.Option(min=1, help="Its hidden layers.", rich_help_panel=_PREFIX)] = 1,
+    mlp_activation: Annotated[
+        str, typer.Option(help="'tanh', 'relu', 'gelu', 'silu', ...", rich_help_panel=_PREFIX)
+    ] = "tanh",
+    dropout: Annotated[float, typer.Option(help="On the prefix.", rich_help_panel=_PREFIX)] = 0.0,
+    gate: Annotated[
+        str | None,
+        typer.Option(
+            help="'zero': a factor for each head that starts at 0, so that training starts from the frozen model.",
+            rich_help_panel=_PREFIX,
+        ),
+    ] = None,
+    frozen_tokens: Annotated[
+        int, typer.Option(min=0, help="So many at its beginning stay as they start.", rich_help_panel=_PREFIX)
+    ] = 0,
     position_mode: Annotated[
-        str, typer.Option(help="'shift' (as PEFT) or 'none' (the prefix takes no positions).")
-    ] = "shift",
+        str | None,
+        typer.Option(
+            help="'shift' (as PEFT) or 'none' (the prefix takes no positions); default: what fits.",
+            rich_help_panel=_PREFIX,
+        ),
+    ] = None,
+    init: Annotated[
+        str,
+        typer.Option(
+            help="'random': activations of random tokens; 'zero'; 'uniform': numbers in [0, 1), the paper's random.",
+            rich_help_panel=_START,
+        ),
+    ] = "random",
+    init_text: Annotated[
+        str | None, typer.Option(help="Instead: activations of this text.", rich_help_panel=_START)
+    ] = None,
+    init_document: Annotated[
+        Path | None,
+        typer.Option(help="Instead: of pieces drawn from this text file.", dir_okay=False, rich_help_panel=_START),
+    ] = None,
+    init_prefix: Annotated[
+        str | None, typer.Option(help="Instead: another adapter's prefix.", rich_help_panel=_START)
+    ] = None,
     steps: Annotated[int, typer.Option(min=1)] = 200,
     batch_size: BatchSize = 8,
     learning_rate: Annotated[float | None, typer.Option(help="Default: 1e-2, with --mlp 1e-3.")] = None,
@@ -81,6 +128,8 @@ def train(
     [bold]prefix-attn train --data aws --output runs/aws[/bold]
 
     [bold]prefix-attn train --data devset.csv --mlp 512 --steps 500 --output runs/e2e[/bold]
+
+    [bold]prefix-attn train --data devset.csv --mode infix --init-text "table-to-text:" --output runs/infix[/bold]
     """
     import torch
 
@@ -99,10 +148,15 @@ def train(
         num_virtual_tokens=virtual_tokens,
         prefix_projection=mlp is not None,
         encoder_hidden_size=mlp,
-        init="random" if init_text is None else "text",
-        init_text=init_text,
+        encoder_depth=mlp_depth,
+        encoder_activation=mlp_activation,
+        dropout=dropout,
+        mode=mode,
+        num_frozen_tokens=frozen_tokens,
+        gate=gate,
         position_mode=position_mode,
         base_model_name_or_path=model,
+        **_start(init, init_text, init_document, init_prefix),
     )
     torch.manual_seed(seed)
     base, tokenizer = _load(load_base, model)
@@ -251,6 +305,24 @@ def main() -> None:
         message = " ".join(str(error).split())
         _err.print(f"[bold red]error:[/] {escape(message)}", highlight=False, soft_wrap=True)
         raise SystemExit(1) from None
+
+
+def _start(init: str, text: str | None, document: Path | None, prefix: str | None) -> dict[str, Any]:
+    """The fields of PrefixConfig that say where a prefix starts."""
+    given = {"text": text, "document": document, "prefix": prefix}
+    named = [name for name, value in given.items() if value is not None]
+    if len(named) > 1:
+        raise ValueError(f"a prefix has one start, got {' and '.join(f'--init-{name}' for name in named)}")
+    if document is not None:
+        text = _document(document)
+    return {"init": named[0] if named else init, "init_text": text, "init_prefix": prefix}
+
+
+def _document(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from None
 
 
 def _load(load_base: Any, model: str) -> tuple[Any, Any]:

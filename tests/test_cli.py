@@ -61,6 +61,39 @@ def test_train_generate_evaluate_inspect(
     assert results["prefix"]["loss"] < results["frozen"]["loss"] + 1
 
 
+WAYS: dict[str, tuple[tuple[object, ...], dict[str, object]]] = {
+    "infix": (("--mode", "infix", "--frozen-tokens", 1), {"mode": "infix", "num_frozen_tokens": 1}),
+    "deep": (
+        ("--mlp", 8, "--mlp-depth", 2, "--mlp-activation", "gelu", "--dropout", 0.1, "--init-text", "this is"),
+        {"encoder_depth": 2, "encoder_activation": "gelu", "dropout": 0.1, "init": "text"},
+    ),
+    "gate": (("--gate", "zero", "--init-document", "data.jsonl"), {"gate": "zero", "init": "document"}),
+    "embedding": (("--mode", "embedding", "--init", "uniform"), {"mode": "embedding", "init": "uniform"}),
+    "from another": (("--init-prefix", "infix", "--position-mode", "none"), {"init": "prefix", "init_prefix": "infix"}),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_ways_of_training(
+    way: str, files: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What the options say is in the adapter, which evaluates to the loss at the end of its training."""
+    monkeypatch.chdir(files)
+    options, fields = WAYS[way]
+    data = ("--model", "model", "--data", "data.jsonl", "--validation", "data.jsonl", "--virtual-tokens", 3)
+    assert run(monkeypatch, "train", "--output", way, *data, *options, "--steps", 2, "--batch-size", 2, "--json") == 0
+    metrics = json.loads(capsys.readouterr().out)
+    assert run(monkeypatch, "inspect", way, "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert {name: found[name] for name in fields} == fields
+    assert (
+        run(monkeypatch, "evaluate", way, "--data", "data.jsonl", "--no-frozen", "--max-new-tokens", 2, "--json") == 0
+    )
+    results = json.loads(capsys.readouterr().out)
+    # A processor with bfloat16 trains in it, and measures then too.
+    assert abs(results["prefix"]["loss"] - metrics["validation_loss"][-1][1]) < 1e-2
+
+
 ERRORS = {
     "no adapter": (("inspect", "missing"), "missing: not a folder|missing: neither a folder"),
     "no data": (("train", "--output", "x", "--data", "none.csv"), "none.csv: no such file"),
@@ -68,6 +101,18 @@ ERRORS = {
     "no text": (
         ("train", "--output", "x", "--data", "{data}", "--position-mode", "rope"),
         "position_mode must be one of",
+    ),
+    "two starts": (
+        ("train", "--output", "x", "--data", "{data}", "--init-text", "a", "--init-document", "{data}"),
+        "one start, got --init-text and --init-document",
+    ),
+    "no document": (
+        ("train", "--output", "x", "--data", "{data}", "--init-document", "none.txt"),
+        "No such file or directory: 'none.txt'",
+    ),
+    "a gate that moves": (
+        ("train", "--output", "x", "--data", "{data}", "--gate", "zero", "--position-mode", "shift"),
+        "position_mode='none'",
     ),
 }
 
