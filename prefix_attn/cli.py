@@ -1,4 +1,4 @@
-"""The command line: ``prefix-attn train | generate | evaluate | inspect``. Parses, calls, prints."""
+"""The command line: ``prefix-attn train | generate | evaluate | inspect | convert | check``. Parses, calls, prints."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ app = typer.Typer(
 _out, _err = Console(emoji=False), Console(stderr=True, emoji=False)
 
 Model = Annotated[str, typer.Option(help="'smollm2', a .gguf file, a local folder or the name of a model on the Hub.")]
-Adapter = Annotated[Path, typer.Argument(help="Folder that 'train' or PEFT wrote.", show_default=False)]
+Adapter = Annotated[Path, typer.Argument(help="Folder of a prefix, ours or another library's.", show_default=False)]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
 Data = Annotated[
     str,
@@ -262,6 +262,46 @@ def inspect(adapter: Adapter, as_json: AsJson = False) -> None:
     for name, value in found.items():
         table.add_row(name, f"{value:,}" if isinstance(value, int) else Text(str(value)))
     _print(found, as_json, table)
+
+
+@app.command()
+def convert(
+    source: Annotated[str, typer.Argument(help="A prefix: folder, .pt or .bin file, Hub id.", show_default=False)],
+    target: Annotated[Path, typer.Argument(help="Folder to write, other than the source's.", show_default=False)],
+    to: Annotated[
+        str,
+        typer.Option(help="'prefix-attn' (PEFT's files wherever PEFT has such a prefix), or 'peft' (or say why not)."),
+    ] = "prefix-attn",
+    model: Annotated[
+        str | None,
+        typer.Option(help="Folder or Hub id of the base model, of which only config.json is read. See below."),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Write a prefix of any library as ours or PEFT's, and say what is not as it was.
+
+    Read are our own and PEFT's prefixes (PREFIX_TUNING, CARTRIDGE), those of adapters, cartridges (.pt), and
+    checkpoints of the original PrefixTuning (pytorch_model.bin). MLPs are folded. Pickles are read for tensors alone.
+
+    Of an encoder-decoder model PEFT's file has slots that no layer uses, and slots that two layers share: the report
+    maps them. How many layers the decoder has is not in that file, and adapters' files do not say how many heads there
+    are: --model does.
+
+    [bold]prefix-attn convert their-peft-bart-prefix converted --model facebook/bart-base[/bold]
+
+    [bold]prefix-attn convert cache_last.pt converted --to peft --json[/bold]
+    """
+    from prefix_attn.hf.convert import convert as run
+    from prefix_attn.hf.convert import read_config
+
+    report = run(source, target, to=to, base=None if model is None else read_config(model))
+    table = Table(title=Text(f"{report['format']} -> {target}"), show_header=False)
+    for name, value in report.items():
+        if name != "notes" and value not in (None, []):
+            table.add_row(name, f"{value:,}" if isinstance(value, int) else Text(str(value)))
+    _print(report, as_json, table)
+    for note in () if as_json else report["notes"]:
+        _err.print(f"[bold]note:[/] {escape(note)}", highlight=False, soft_wrap=True)
 
 
 @app.command()

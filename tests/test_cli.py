@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from peft import PrefixTuningConfig, get_peft_model
 
 from prefix_attn import cli
 from tests.hf.models import tiny
@@ -94,6 +95,25 @@ def test_ways_of_training(
     assert abs(results["prefix"]["loss"] - metrics["validation_loss"][-1][1]) < 1e-2
 
 
+def test_convert(files: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """PEFT's prefix of a BART, whose report says which slots were dead and shared; errors leave no folder behind."""
+    base, theirs, converted = files / "bart", files / "theirs", files / "converted"
+    tiny("bart").save_pretrained(base)
+    config = PrefixTuningConfig(task_type="SEQ_2_SEQ_LM", num_virtual_tokens=3)
+    get_peft_model(tiny("bart"), config).save_pretrained(theirs)
+    assert run(monkeypatch, "convert", theirs, converted, "--model", base, "--json") == 0
+    report = json.loads(capsys.readouterr().out)
+    assert (report["slot_of_layer"], report["dead_slots"]) == ([0, 2], [1])
+    assert run(monkeypatch, "convert", theirs, converted) == 0
+    shown = capsys.readouterr()
+    assert "slot_of_layer" in shown.out
+    assert "note: taken for granted: a decoder of 3 layers" in shown.err
+    for arguments in ((theirs, "x", "--to", "lora"), (files / "data.jsonl", "x"), (theirs, "x", "--model", files)):
+        assert run(monkeypatch, "convert", *arguments) == 1
+        assert len(capsys.readouterr().err.strip().splitlines()) == 1
+    assert not Path("x").exists()
+
+
 ERRORS = {
     "no adapter": (("inspect", "missing"), "missing: not a folder|missing: neither a folder"),
     "no data": (("train", "--output", "x", "--data", "none.csv"), "none.csv: no such file"),
@@ -162,7 +182,7 @@ def test_debug_shows_the_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
         cli.main()
 
 
-@pytest.mark.parametrize("command", ["train", "generate", "evaluate", "inspect"])
+@pytest.mark.parametrize("command", ["train", "generate", "evaluate", "inspect", "convert"])
 def test_help_teaches(command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(monkeypatch, command, "--help") == 0
     out = capsys.readouterr().out

@@ -31,8 +31,8 @@ from transformers import PreTrainedModel
 from prefix_attn.hf import files, formats
 from prefix_attn.hf.attach import Attachment
 from prefix_attn.hf.config import PrefixConfig
-from prefix_attn.hf.formats import ADAPTER, ADAPTER_CONFIG, FROZEN, GATE, HEAD, KEY, OURS, PEFT, TRAINING, Stored
 from prefix_attn.hf.slots import Slot
+from prefix_attn.hf.stored import ADAPTER, ADAPTER_CONFIG, FROZEN, GATE, HEAD, KEY, OURS, PEFT, TRAINING, Stored
 from prefix_attn.prefix import PrefixEncoder
 
 _log = logging.getLogger(__name__)
@@ -62,7 +62,15 @@ def save_prefix(
     contents: dict[str, bytes] = {}
     if training_state and encoder.mlp is not None:
         contents[TRAINING] = save(_on_cpu(encoder.state_dict()), metadata)
-    contents[ADAPTER_CONFIG] = json.dumps(_peft_config(encoder, config, attachment), indent=2).encode()
+    fields = peft_fields(
+        _kind(config, attachment),
+        config,
+        layers=encoder.num_layers,
+        heads=encoder.num_heads,
+        width=encoder.num_heads * encoder.head_dim,
+        submodules=2 if attachment.has_decoder else 1,
+    )
+    contents[ADAPTER_CONFIG] = json.dumps(fields, indent=2).encode()
     contents[ADAPTER] = save(prefix | _on_cpu(heads.state_dict(prefix=HEAD)), metadata)
     folder.mkdir(parents=True, exist_ok=True)
     for name, content in contents.items():
@@ -228,26 +236,41 @@ def _fingerprint(base: PreTrainedModel) -> dict[str, Any]:
     return {name: getattr(config, name) for name in ("model_type", "hidden_size")}
 
 
-def _peft_config(encoder: PrefixEncoder, config: PrefixConfig, attachment: Attachment) -> dict[str, Any]:
-    """The fields of PEFT's PrefixTuningConfig or CartridgeConfig. The prefix is folded, so that PEFT needs no MLP."""
-    kind = OURS
-    in_place = config.position_mode == "shift" or attachment.fixed(config)  # PEFT moves all tokens that it can
-    known = config.layers == "all" and config.gate is None and config.mode != "infix"
-    if known and in_place and not attachment.has_decoder:
-        kind = FROZEN if config.num_frozen_tokens else PEFT
-    projection = {"encoder_hidden_size": encoder.num_heads * encoder.head_dim, "prefix_projection": False}
+def peft_fields(
+    kind: str, config: PrefixConfig, *, layers: int, heads: int | None, width: int | None, submodules: int
+) -> dict[str, Any]:
+    """The fields of PEFT's PrefixTuningConfig or CartridgeConfig. The prefix is folded, so that PEFT needs no MLP.
+
+    Args:
+        kind: peft_type.
+        config: of the prefix.
+        layers: slots in the file.
+        heads: of keys and values.
+        width: heads times head size.
+        submodules: 2 for encoder-decoder models.
+    """
+    projection = {"encoder_hidden_size": width, "prefix_projection": False}
     return {
         "peft_type": kind,
         "task_type": config.task_type,
         "base_model_name_or_path": config.base_model_name_or_path,
         "inference_mode": True,
-        "num_virtual_tokens": encoder.num_virtual_tokens,
-        "token_dim": encoder.num_heads * encoder.head_dim,
-        "num_transformer_submodules": 2 if attachment.has_decoder else 1,
-        "num_attention_heads": encoder.num_heads,
-        "num_layers": encoder.num_layers,
+        "num_virtual_tokens": config.num_virtual_tokens,
+        "token_dim": width,
+        "num_transformer_submodules": submodules,
+        "num_attention_heads": heads,
+        "num_layers": layers,
         "modules_to_save": list(config.modules_to_save or ()) or None,
     } | ({"num_frozen_tokens": config.num_frozen_tokens} if kind == FROZEN else projection)
+
+
+def _kind(config: PrefixConfig, attachment: Attachment) -> str:
+    """PEFT's name of such a prefix, where it has one."""
+    in_place = config.position_mode == "shift" or attachment.fixed(config)  # PEFT moves all tokens that it can
+    known = config.layers == "all" and config.gate is None and config.mode != "infix"
+    if known and in_place and not attachment.has_decoder:
+        return FROZEN if config.num_frozen_tokens else PEFT
+    return OURS
 
 
 def _on_cpu(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -12,10 +12,10 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,48 +24,26 @@ from transformers.activations import ACT2FN
 
 from prefix_attn.hf import files
 from prefix_attn.hf.config import SITES, PrefixConfig
+from prefix_attn.hf.stored import (
+    ADAPTER,
+    ADAPTER_CONFIG,
+    FROZEN,
+    HEAD,
+    KEY,
+    OLD_ADAPTER,
+    OURS,
+    PEFT,
+    TRAINING,
+    Stored,
+    heads_of,
+    read_peft,
+)
 
-ADAPTER_CONFIG, ADAPTER, TRAINING = "adapter_config.json", "adapter_model.safetensors", "training_state.safetensors"
-# Tensors: the prefix, its gate, and the beginning of those of heads.
-KEY, GATE, HEAD = "prompt_embeddings", "prefix_gate", "base_model."
-PEFT, FROZEN, OURS = "PREFIX_TUNING", "CARTRIDGE", "PREFIX_ATTN"  # peft_type
-_OLD_ADAPTER = "adapter_model.bin"  # PEFT's, before safetensors
 _ADAPTERS = ("adapter.safetensors", "pytorch_adapter.bin")
 _ADAPTERS_HEADS = ("model_head.safetensors", "pytorch_model_head.bin")
 _ORIGINAL = "pytorch_model.bin"
-_ON_HUB = (ADAPTER_CONFIG, ADAPTER, TRAINING, _OLD_ADAPTER, *_ADAPTERS, *_ADAPTERS_HEADS)
+_ON_HUB = (ADAPTER_CONFIG, ADAPTER, TRAINING, OLD_ADAPTER, *_ADAPTERS, *_ADAPTERS_HEADS)
 _LARGEST = 2**31  # numbers in a prefix: what a few kilobytes of a hostile MLP could ask us to make
-
-
-class Stored(NamedTuple):
-    """A prefix as it is stored: all that is known of it without its base model.
-
-    ``tensors`` has the prefix under ``KEY``, (P, 2 * slots * H * D), with slots by site in the order of ``SITES``, then
-    by layer; under ``GATE`` its gate, if ours has one; and the parameters of heads under ``HEAD``.
-    """
-
-    format: str
-    path: Path
-    config: PrefixConfig  # not resolved
-    tensors: dict[str, Tensor]
-    sizes: Mapping[str, Any] = {}  # where known, in PEFT's words: num_layers (slots), num_attention_heads, token_dim
-    widths: Mapping[str, int] = {}  # the columns of each site, where known
-    metadata: Mapping[str, str] = {}
-    notes: Sequence[str] = ()
-    peft_slots: Sequence[int] | None = None  # of each decoder layer, in the file of an encoder-decoder model
-
-    @property
-    def of_peft_s_decoder(self) -> dict[str, Any]:
-        """What became of the slots in PEFT's file of an encoder-decoder model; empty for others."""
-        if self.peft_slots is None:
-            return {}
-        used = list(self.peft_slots)
-        layers = {slot: [layer for layer, its in enumerate(used) if its == slot] for slot in used}
-        return {
-            "slot_of_layer": used,
-            "dead_slots": sorted(set(range(self.sizes["peft_layers"])) - set(used)),
-            "layers_that_share": [them for them in layers.values() if len(them) > 1],
-        }
 
 
 def read(path: str | Path, *, decoder_layers: int | None = None) -> Stored:
@@ -84,20 +62,10 @@ def read(path: str | Path, *, decoder_layers: int | None = None) -> Stored:
             return _file(place)
         if (place / ADAPTER_CONFIG).exists() or not any((place / name).exists() for name in _pickles(place)):
             known = files.read_json(place / ADAPTER_CONFIG)
-            return _adapters(place, known) if "peft_type" not in known else _peft(place, known, decoder_layers)
+            return _adapters(place, known) if "peft_type" not in known else read_peft(place, known, decoder_layers)
         return _file(_one_of(place))
     except (TypeError, AttributeError, KeyError, RuntimeError, NotImplementedError, RecursionError) as error:
         raise ValueError(f"{place}: {type(error).__name__}: {error}") from None
-
-
-def slots_of_peft(layers: int, decoder_layers: int) -> list[int]:
-    """Which of the ``layers`` slots of PEFT's file each layer of an encoder-decoder model's decoder attends to.
-
-    PEFT repeats the keys and values of all layers, [K0 V0 K1 V1 ... K0 V0 K1 V1 ...], hands four to each layer, and
-    drops the last two, which were for cross attention: layer i has slot 2i mod L. Where L is even, every second slot
-    is dead and layers i and i + L/2 share one.
-    """
-    return [2 * layer % layers for layer in range(decoder_layers)]
 
 
 def _file(path: Path) -> Stored:
@@ -126,79 +94,16 @@ def _one_of(folder: Path) -> Path:
     return last if last in found else found[0]
 
 
-# Ours, and PEFT's -----------------------------------------------------------------------------------------------------
-
-
-def _peft(folder: Path, peft: dict[str, Any], decoder_layers: int | None) -> Stored:
-    kind, submodules = peft["peft_type"], peft.get("num_transformer_submodules")
-    if kind not in (OURS, FROZEN, PEFT):
-        raise ValueError(f"{folder / ADAPTER_CONFIG}: peft_type must be {OURS}, {FROZEN} or {PEFT}, got {kind!r}")
-    path = folder / ADAPTER
-    if not path.exists() and (folder / _OLD_ADAPTER).exists():
-        path = folder / _OLD_ADAPTER
-    metadata, tensors = files.read_metadata(path), files.read_tensors(path)
-    config = _peft_config(folder, peft, tensors, metadata)
-    sizes = {name: peft.get(name) for name in ("num_layers", "num_attention_heads", "token_dim")}
-    stored = Stored("ours" if "prefix_config" in metadata else "PEFT", path, config, tensors, sizes, metadata=metadata)
-    if kind == OURS or submodules in (None, 1):
-        return stored
-    if submodules != 2:
-        raise ValueError(f"{folder / ADAPTER_CONFIG}: num_transformer_submodules must be 1 or 2, got {submodules!r}")
-    return _of_decoder(stored, decoder_layers)
-
-
-def _peft_config(
-    folder: Path, peft: dict[str, Any], tensors: Iterable[str], metadata: Mapping[str, str]
-) -> PrefixConfig:
-    """Ours where we wrote the file, otherwise PEFT's fields and PEFT's positions."""
-    try:
-        if "prefix_config" in metadata or peft["peft_type"] == OURS:
-            config = PrefixConfig.from_dict(json.loads(metadata.get("prefix_config", "null")))
-        else:
-            config = PrefixConfig(
-                num_virtual_tokens=peft.get("num_virtual_tokens", 0),
-                num_frozen_tokens=peft.get("num_frozen_tokens", 1) if peft["peft_type"] == FROZEN else 0,
-                task_type=peft.get("task_type"),
-                position_mode="shift",
-                modules_to_save=_heads(tensors),
-            )
-    except (ValueError, TypeError, AttributeError, RecursionError, NotImplementedError) as error:
-        raise ValueError(f"{folder}: {error}") from None
-    config.base_model_name_or_path = peft.get("base_model_name_or_path")  # where people can edit it
-    return config
-
-
-def _of_decoder(stored: Stored, decoder_layers: int | None) -> Stored:
-    """PEFT's file of an encoder-decoder model: what its decoder really attends to, one prefix for each layer."""
-    layers, rows = stored.sizes["num_layers"], stored.tensors.get(KEY)
-    if type(layers) is not int or layers < 1 or rows is None or rows.dim() != 2 or rows.shape[1] % (2 * layers):
-        raise ValueError(f"{stored.path}: {KEY} must be (P, 2 * {layers} layers * width)")
-    notes = []
-    if decoder_layers is None:
-        decoder_layers = layers
-        notes.append(f"taken for granted: a decoder of {layers} layers, as many as num_layers; the base model decides")
-    if decoder_layers > layers:
-        raise ValueError(f"{stored.path}: has {layers} layers, and the decoder of the base model {decoder_layers}")
-    used = slots_of_peft(layers, decoder_layers)
-    pairs = rows.view(rows.shape[0], layers, -1)[:, used]
-    stored.config.sites = ("decoder",)
-    stored = stored._replace(
-        format="PEFT (encoder-decoder)",
-        tensors=stored.tensors | {KEY: pairs.flatten(1)},
-        sizes={**stored.sizes, "num_layers": decoder_layers, "peft_layers": layers},
-        peft_slots=used,
-    )
-    dead, shared = (stored.of_peft_s_decoder[name] for name in ("dead_slots", "layers_that_share"))
-    if dead:
-        notes.append(f"slots {dead} of {layers} were never used in PEFT: their parameters are as they started")
-    if shared:
-        notes.append(f"decoder layers {shared} shared their parameters in PEFT: each has a copy of its own now")
-    return stored._replace(notes=notes)
-
-
 # adapters' ------------------------------------------------------------------------------------------------------------
 
 _POOL = re.compile(r"(?:.*\.)?prefix_tuning\.(?:pool\.)?prefix_tunings\.([^.]+)\.([^.]+)\.(.+)")
+_CLASSES = {
+    "CAUSAL_LM": ("ForCausalLM", "LMHeadModel"),
+    "SEQ_2_SEQ_LM": ("ForConditionalGeneration",),
+    "SEQ_CLS": ("ForSequenceClassification",),
+    "TOKEN_CLS": ("ForTokenClassification",),
+    "QUESTION_ANS": ("ForQuestionAnswering",),
+}
 _LOCATIONS = {"encoder_prefix": "encoder", "cross_prefix": "cross", "self_prefix": "decoder", "self": "decoder"}
 
 
@@ -229,25 +134,27 @@ def _adapters(folder: Path, known: dict[str, Any]) -> Stored:
     model_type, notes = known.get("model_type"), []
     if "t5" in str(model_type).lower():
         notes.append("adapters counts the distances of T5's tokens P too far, which nothing here does: outputs differ")
-    heads, head_notes = _adapters_heads(folder, str(known.get("model_class")))
+    task = next((task for task, ends in _CLASSES.items() if str(known.get("model_class")).endswith(ends)), None)
+    heads, head_notes = _adapters_heads(folder, task)
     config = PrefixConfig(
         num_virtual_tokens=next(iter(rows.values())).shape[0] if rows else 0,
         sites=sorted(rows, key=SITES.index) if _has_decoder(model_type) else None,
+        task_type=task,
         position_mode="none",
-        modules_to_save=_heads(heads),
+        modules_to_save=heads_of(heads),
         base_model_name_or_path=known.get("model_name") or None,
     )
     base = {"model_type": model_type, "hidden_size": known.get("hidden_size")}
     return _joined("adapters", path, config, rows, {"base": json.dumps(base)}, [*notes, *head_notes], heads=heads)
 
 
-def _adapters_heads(folder: Path, model_class: str) -> tuple[dict[str, Tensor], list[str]]:
+def _adapters_heads(folder: Path, task: str | None) -> tuple[dict[str, Tensor], list[str]]:
     """The head of a classifier, which is trained with the prefix; that of a language model is the base model's own."""
     path = next((folder / name for name in _ADAPTERS_HEADS if (folder / name).exists()), None)
-    if path is None or model_class.endswith(("ForConditionalGeneration", "ForCausalLM", "LMHeadModel")):
+    if path is None or task in ("CAUSAL_LM", "SEQ_2_SEQ_LM"):
         return {}, []
-    if re.search(r"For(SequenceClassification|TokenClassification|QuestionAnswering)$", model_class) is None:
-        return {}, [f"{path.name} is not read: it belongs to a {model_class}"]
+    if task is None:
+        return {}, [f"{path.name} is not read: it is the head of a class of adapters' own"]
     return {f"{HEAD}{name}": tensor for name, tensor in files.read_tensors(path).items()}, []
 
 
@@ -278,9 +185,16 @@ def _cartridge(path: Path, content: Mapping[str, Any]) -> Stored:
     return Stored(
         "Cartridges",
         path,
-        PrefixConfig(num_virtual_tokens=P, num_frozen_tokens=frozen, position_mode="shift", modules_to_save=()),
+        PrefixConfig(
+            num_virtual_tokens=P,
+            num_frozen_tokens=frozen,
+            task_type="CAUSAL_LM",
+            position_mode="shift",
+            modules_to_save=(),
+        ),
         {KEY: kv.permute(2, 0, 1, 3).flatten(1)},
         {"num_layers": len(keys), "num_attention_heads": heads, "token_dim": heads * head_dim},
+        peft_type=FROZEN if frozen else PEFT,
     )
 
 
@@ -314,6 +228,7 @@ def _original(path: Path, tensors: dict[str, Tensor]) -> Stored:
     config = PrefixConfig(
         num_virtual_tokens=rows["decoder"].shape[0],
         sites=sorted(rows, key=SITES.index) if seq2seq else None,
+        task_type="SEQ_2_SEQ_LM" if seq2seq else "CAUSAL_LM",
         position_mode="none" if seq2seq else "shift",  # their BART does not count what is cached, their GPT-2 does
         modules_to_save=(),
         base_model_name_or_path=known.get("_name_or_path") or None,
@@ -381,11 +296,8 @@ def _joined(
         raise ValueError(f"{path}: its sites have prefixes of different lengths, {[len(r) for r in rows.values()]}")
     tensors = {KEY: torch.cat([rows[site] for site in order], dim=1), **(heads or {})}
     widths = {site: rows[site].shape[1] for site in order} if config.sites else {}
-    return Stored(name, path, config, tensors, sizes or {}, widths, metadata, notes)
-
-
-def _heads(names: Iterable[str]) -> tuple[str, ...]:
-    return tuple(dict.fromkeys(n.removeprefix(HEAD).split(".")[0] for n in names if n.startswith(HEAD)))
+    kind = OURS if config.sites or config.position_mode == "none" else PEFT
+    return Stored(name, path, config, tensors, sizes or {}, widths, metadata, notes, kind, config.sites is not None)
 
 
 def _has_decoder(model_type: Any) -> bool:
