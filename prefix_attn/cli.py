@@ -1,4 +1,4 @@
-"""The command line: ``prefix-attn train | generate | evaluate | inspect | convert | check``. Parses, calls, prints."""
+"""The command line, ``prefix-attn``. Parses, calls, prints."""
 
 from __future__ import annotations
 
@@ -16,6 +16,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
+
+from prefix_attn.experiments import commands
 
 app = typer.Typer(
     name="prefix-attn",
@@ -333,6 +335,11 @@ def check(
     _print(findings, as_json, f"{sum(f['holds'] for f in findings)} of {len(findings)} hold")
     if not all(f["holds"] for f in findings):
         raise typer.Exit(1)
+
+
+app.command()(commands.reproduce)
+app.command()(commands.ablate)
+app.command()(commands.report)
 
 
 def main() -> None:

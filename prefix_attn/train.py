@@ -119,7 +119,7 @@ def _arguments(model: PrefixModel, settings: Settings) -> TrainingArguments:
         save_steps=settings.validate_every,
         save_total_limit=2,
         seed=settings.seed,
-        bf16=_has_bfloat16(model.device),
+        bf16=has_bfloat16(model.device),
         use_cpu=model.device.type == "cpu",
         remove_unused_columns=False,
         dataloader_pin_memory=model.device.type == "cuda",
@@ -127,7 +127,7 @@ def _arguments(model: PrefixModel, settings: Settings) -> TrainingArguments:
     )
 
 
-def _has_bfloat16(device: torch.device) -> bool:
+def has_bfloat16(device: torch.device) -> bool:
     """Whether bfloat16 products are faster than float32's there; emulated, they are several times slower."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)

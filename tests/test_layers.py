@@ -35,17 +35,26 @@ LEVELS = {
     "prefix_attn.evaluate": 8,
     "prefix_attn.metrics": 8,
     "prefix_attn.train": 8,
-    "prefix_attn.cli": 9,
-    "prefix_attn.demo": 9,
+    "prefix_attn.experiments": 9,
+    "prefix_attn.cli": 10,
+    "prefix_attn.demo": 10,
 }
-PEERS = ("prefix_attn.hf", "prefix_attn.data", "prefix_attn.evaluate", "prefix_attn.train", "prefix_attn.demo")
+PEERS = (
+    "prefix_attn.hf",
+    "prefix_attn.data",
+    "prefix_attn.evaluate",
+    "prefix_attn.train",
+    "prefix_attn.demo",
+    "prefix_attn.experiments",
+)
 ANYONE = "prefix_attn"  # the package's own names; it re-exports and is not imported from below, see the test
 
 # Which modules may import these at all, at module level or in a function.
 HEAVY = {
     "transformers": ("prefix_attn.hf", "prefix_attn.train", "prefix_attn.evaluate", "prefix_attn.demo"),
     "triton": ("prefix_attn.backends.triton",),
-    "typer": ("prefix_attn.cli",),
+    "typer": ("prefix_attn.cli", "prefix_attn.experiments.commands"),
+    "peft": ("prefix_attn.experiments.methods",),
 }
 
 

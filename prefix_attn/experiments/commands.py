@@ -1,0 +1,230 @@
+"""``prefix-attn reproduce | ablate | report``. Parses, runs what is not there yet, prints."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from prefix_attn.experiments import plan, results
+from prefix_attn.experiments.plan import Run
+
+Task = Literal["e2e", "dart", "webnlg", "aws", "aws-summary"]
+Ablation = Literal["length", "init", "mode", "lowdata"]
+Axis = Literal["step", "virtual_tokens", "examples", "method"]
+_AXIS = {"length": "virtual_tokens", "lowdata": "examples", "init": "method", "mode": "method"}
+
+Out = Annotated[Path, typer.Option(help="Folder for results.jsonl, table.md and plot.png; it is continued.")]
+Train = Annotated[
+    Path | None, typer.Option(help="File to train on; about a tenth is held out to validate. Not for the tasks aws.")
+]
+Test = Annotated[
+    Path | None, typer.Option(help="File to generate for; the same as --train: a fifth of it. Default: no generation.")
+]
+Model = Annotated[str, typer.Option(help="'smollm2', a .gguf file, a local folder or the name of a model on the Hub.")]
+Seeds = Annotated[str, typer.Option(help="Such as 0,1,2.")]
+Steps = Annotated[int, typer.Option(min=1, help="Of each training; ablations with few examples have the paper's.")]
+ValidateEvery = Annotated[int, typer.Option(min=1, help="Steps between validations; few examples stop at the best.")]
+BatchSize = Annotated[int, typer.Option(min=1, help="Rows of a step.")]
+Tokens = Annotated[int, typer.Option(min=1, help="Virtual tokens, where they are not what is varied.")]
+MlpWidth = Annotated[int, typer.Option(min=1, help="Hidden size of the MLP.")]
+Rank = Annotated[int, typer.Option(min=1, help="Of LoRA; 2 stores as much of SmolLM2 as 10 virtual tokens.")]
+Rates = Annotated[str | None, typer.Option(help="Such as 1e-2,3e-3; default: each method's own.")]
+Limit = Annotated[int | None, typer.Option(min=1, help="Generate for so many inputs, evenly spaced, instead of all.")]
+Beams = Annotated[int, typer.Option(min=1, help="Beams; 1 is greedy.")]
+NewTokens = Annotated[int, typer.Option(min=1, help="Limit of each output.")]
+Unseen = Annotated[str | None, typer.Option(help="Categories to train without, such as webnlg,e2e of DART.")]
+Threads = Annotated[int | None, typer.Option(min=1, help="Default: torch's.")]
+Device = Annotated[str | None, typer.Option(help="Default: the GPU where there is one.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
+
+
+def reproduce(
+    task: Annotated[Task, typer.Argument(help="What to train; 'aws' and 'aws-summary' need no files.")],
+    out: Out,
+    train: Train = None,
+    test: Test = None,
+    methods: Annotated[str, typer.Option(help="Some of the methods.")] = ",".join(plan.METHODS),
+    model: Model = "smollm2",
+    seeds: Seeds = "0",
+    steps: Steps = 300,
+    batch_size: BatchSize = 8,
+    validate_every: ValidateEvery = 10,
+    learning_rate: Rates = None,
+    virtual_tokens: Tokens = 10,
+    mlp_width: MlpWidth = 512,
+    rank: Rank = 2,
+    limit: Limit = None,
+    num_beams: Beams = 5,
+    max_new_tokens: NewTokens = 64,
+    unseen: Unseen = None,
+    threads: Threads = None,
+    device: Device = None,
+    as_json: AsJson = False,
+) -> None:
+    """Compare prefix tuning with other methods as the paper's table 1 does; runs that are in --out are not repeated.
+
+    [bold]prefix-attn reproduce e2e --train devset.csv --test testset_w_refs.csv --out runs/e2e[/bold]
+
+    [bold]prefix-attn reproduce dart --train dart.json.gz --test dart.json.gz --unseen webnlg --out runs/dart[/bold]
+
+    Files: E2E is at github.com/tuetschek/e2e-dataset, DART at github.com/Yale-LILY/dart.
+    """
+    common = _common(
+        task,
+        train,
+        test,
+        model=model,
+        steps=steps,
+        batch_size=batch_size,
+        validate_every=validate_every,
+        virtual_tokens=virtual_tokens,
+        mlp_width=mlp_width,
+        rank=rank,
+        limit=limit,
+        num_beams=num_beams,
+        max_new_tokens=max_new_tokens,
+        unseen=tuple(unseen.split(",")) if unseen else (),
+    )
+    rates = [float(rate) for rate in learning_rate.split(",")] if learning_rate else [None]
+    runs = plan.reproduce(common, methods.split(","), _numbers(seeds), rates)
+    _run(runs, [train, test], out, "step", threads, device, as_json)
+
+
+def ablate(
+    kind: Annotated[Ablation, typer.Argument(help="Figure 4, figure 5, table 4 or figure 3 of the paper.")],
+    out: Out,
+    train: Train = None,
+    test: Test = None,
+    task: Annotated[Task, typer.Option(help="What the files are.")] = "e2e",
+    model: Model = "smollm2",
+    seeds: Seeds = "0",
+    subsets: Annotated[str, typer.Option(help="Draws of the few examples, such as 0,1,2.")] = "0",
+    steps: Steps = 300,
+    batch_size: BatchSize = 8,
+    validate_every: ValidateEvery = 10,
+    virtual_tokens: Tokens = 10,
+    mlp_width: MlpWidth = 512,
+    limit: Limit = None,
+    num_beams: Beams = 1,
+    max_new_tokens: NewTokens = 64,
+    threads: Threads = None,
+    device: Device = None,
+    as_json: AsJson = False,
+) -> None:
+    """Vary one thing: the prefix's length, what it starts from, where it enters, or the number of examples.
+
+    [bold]prefix-attn ablate length --train devset.csv --seeds 0,1,2 --out runs/length[/bold]
+
+    [bold]prefix-attn ablate lowdata --train devset.csv --test testset_w_refs.csv --subsets 0,1,2 --out runs/low[/bold]
+
+    Runs that are in --out are not repeated. With few examples a third as many rows are drawn to stop by, and the
+    prefix of the lowest loss is kept.
+    """
+    common = _common(
+        task,
+        train,
+        test,
+        model=model,
+        steps=steps,
+        batch_size=batch_size,
+        validate_every=validate_every,
+        virtual_tokens=virtual_tokens,
+        mlp_width=mlp_width,
+        limit=limit,
+        num_beams=num_beams,
+        max_new_tokens=max_new_tokens,
+    )
+    runs = plan.ablate(kind, common, _numbers(seeds), _numbers(subsets))
+    _run(runs, [train, test], out, _AXIS[kind], threads, device, as_json)
+
+
+def report(
+    file: Annotated[Path, typer.Argument(help="The results.jsonl of reproduce or ablate.", exists=True)],
+    plot: Annotated[Path | None, typer.Option(help="Also draw, into this .png.")] = None,
+    axis: Annotated[Axis, typer.Option(help="What the picture is drawn against.")] = "step",
+    as_json: AsJson = False,
+) -> None:
+    """Print the table of a file of results.
+
+    [bold]prefix-attn report runs/e2e/results.jsonl --plot curve.png[/bold]
+    """
+    from prefix_attn.experiments import report as reporting
+
+    found = results.read(file)
+    if not found:
+        raise ValueError(f"{file}: holds no results")
+    if plot is not None:
+        reporting.plot(found, axis, plot)
+    typer.echo(json.dumps(found, indent=2) if as_json else reporting.table(found))
+
+
+def _common(task: str, train: Path | None, test: Path | None, **settings: Any) -> dict[str, Any]:
+    """What all runs of a plan share."""
+    if task.startswith("aws"):
+        if train is not None or test is not None:
+            raise ValueError(f"the task {task!r} needs no files: its data come from botocore")
+        names = {"train": task, "test": task}
+    elif train is None:
+        raise ValueError(f"the task {task!r} needs --train")
+    else:
+        names = {"train": train.name, "test": test.name if test else None}
+        if test is not None and test != train and test.name == train.name:
+            raise ValueError(f"--train and --test must have different names, got {train} and {test}")
+    start = {"init": "random", "init_text": plan.INSTRUCTIONS[task]}
+    return {"task": task, **names, "max_length": plan.MAX_LENGTH[task], **start, **settings}
+
+
+def _numbers(text: str) -> list[int]:
+    try:
+        return [int(number) for number in text.split(",")]
+    except ValueError:
+        raise ValueError(f"must be numbers such as 0,1,2, got {text!r}") from None
+
+
+def _run(
+    runs: Sequence[Run],
+    files: Sequence[Path | None],
+    out: Path,
+    axis: str,
+    threads: int | None,
+    device: str | None,
+    as_json: bool,
+) -> None:
+    """Do the runs that ``out`` lacks, one line of results each; then table and picture of these runs."""
+    import torch
+
+    from prefix_attn.experiments import report as reporting
+    from prefix_attn.experiments.runner import execute
+
+    if threads is not None:
+        torch.set_num_threads(threads)
+    folders = {file.name: file for file in files if file is not None}
+    file = out / "results.jsonl"
+    done = {Run.from_dict(result["run"]) for result in results.read(file)}
+    missing = [run for run in runs if run not in done]
+    typer.echo(f"{len(runs)} runs, {len(runs) - len(missing)} of them in {file} already", err=True)
+    for number, run in enumerate(missing, start=1):
+        typer.echo(f"run {number} of {len(missing)}: {_name(run)}", err=True)
+        results.append(file, execute(run, folders, device))
+    found = [result for result in results.read(file) if Run.from_dict(result["run"]) in set(runs)]
+    text = reporting.table(found)
+    _write(out / "table.md", text + "\n")
+    reporting.plot(found, axis, out / "plot.png")
+    typer.echo(json.dumps(found, indent=2) if as_json else text)
+
+
+def _name(run: Run) -> str:
+    shown = ("virtual_tokens", "init", "examples", "subset", "learning_rate", "steps")
+    found = [f"{name} {value}" for name in shown if (value := getattr(run, name)) is not None]
+    return ", ".join([f"{run.method}, seed {run.seed}", *found])
+
+
+def _write(path: Path, text: str) -> None:
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)

@@ -1,0 +1,83 @@
+"""The methods that are compared: each makes of a base model one that runs and trains like any other."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from prefix_attn.experiments.plan import Run
+from prefix_attn.hf.config import PrefixConfig
+from prefix_attn.hf.model import get_prefix_model
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+def wrap(base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, run: Run) -> Any:
+    """The model of ``run.method``; the parameters that it trains are those that require a gradient.
+
+    Raises:
+        ModuleNotFoundError: the method is PEFT's, and PEFT is missing.
+    """
+    base.requires_grad_(run.method == "full")
+    if run.method in ("frozen", "full"):
+        return base
+    if run.method == "top2":
+        for layer in _layers(base)[-2:]:
+            layer.requires_grad_(True)
+        return base
+    if run.method in ("peft", "lora"):
+        return _peft(base, run)
+    model = get_prefix_model(base, _config(tokenizer, run), tokenizer)
+    if run.method == "discrete":
+        model.requires_grad_(False)
+    return model
+
+
+def _config(tokenizer: PreTrainedTokenizerBase, run: Run) -> PrefixConfig:
+    if run.method == "discrete":  # the keys and values of a text are that text in front
+        ids = tokenizer(run.init_text, add_special_tokens=False)["input_ids"]
+        return PrefixConfig(num_virtual_tokens=len(ids), init="text", init_token_ids=ids)
+    assert run.virtual_tokens is not None
+    return PrefixConfig(
+        num_virtual_tokens=run.virtual_tokens,
+        mode=run.method if run.method in ("embedding", "infix") else "kv",
+        prefix_projection=run.method == "prefix-mlp",
+        encoder_hidden_size=run.mlp_width,
+        init=run.init or "random",
+        init_text=run.init_text if run.init == "text" else None,
+    )
+
+
+def _peft(base: PreTrainedModel, run: Run) -> Any:
+    from peft import LoraConfig, PrefixTuningConfig, get_peft_model
+
+    if run.method == "peft":
+        assert run.virtual_tokens is not None
+        return get_peft_model(base, PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=run.virtual_tokens))
+    assert run.rank is not None
+    return get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", r=run.rank, lora_alpha=2 * run.rank))
+
+
+def _layers(base: PreTrainedModel) -> nn.ModuleList:
+    """The stack of decoder layers: the first list of as many modules as the configuration has layers."""
+    count = base.config.get_text_config().num_hidden_layers
+    lists = (module for module in base.modules() if isinstance(module, nn.ModuleList) and len(module) == count)
+    layers = next(lists, None)
+    if layers is None:
+        raise NotImplementedError(f"top2: {type(base).__name__} has no list of {count} layers")
+    return layers
+
+
+def sizes(model: Any, run: Run, base: int) -> dict[str, float]:
+    """Parameters that are trained and that are stored, as numbers and as shares of the ``base`` model's number."""
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    # What an MLP makes is stored, and it is not.
+    stored = model.prefixes["default"]().numel() if run.method == "prefix-mlp" else trained
+    return {
+        "trained_parameters": trained,
+        "trained_share": trained / base,
+        "stored_parameters": stored,
+        "stored_share": stored / base,
+    }

@@ -1,0 +1,177 @@
+"""What an experiment runs: each run is one line of settings, and an experiment is a list of them."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import product
+from typing import Any
+
+# The instruction is the hard prompt of the method "discrete" and the text that a prefix can start from.
+INSTRUCTIONS = {
+    "e2e": "Describe the restaurant in one or two English sentences that say all of the following data.",
+    "dart": "Say all of the following facts in fluent English sentences.",
+    "webnlg": "Say all of the following facts in fluent English sentences.",
+    "aws": "Say in one sentence what the following operation of a web service does.",
+    "aws-summary": "Say in one sentence what the operation does that the following documentation describes.",
+}
+MAX_LENGTH = {"e2e": 96, "dart": 160, "webnlg": 256, "aws": 96, "aws-summary": 512}  # tokens of source and target
+
+# Settings that only some methods have; those of other methods are None, so that two equal runs look equal.
+_PREFIX = ("virtual_tokens", "init", "init_text")
+_TRAINED = ("steps", "batch_size", "learning_rate", "validate_every", "examples", "subset")
+FIELDS: dict[str, tuple[str, ...]] = {
+    "frozen": (),
+    "discrete": ("init_text",),
+    "embedding": (*_PREFIX, *_TRAINED),
+    "infix": (*_PREFIX, *_TRAINED),
+    "prefix": (*_PREFIX, *_TRAINED),
+    "prefix-mlp": (*_PREFIX, "mlp_width", *_TRAINED),
+    "peft": ("virtual_tokens", *_TRAINED),
+    "lora": ("rank", *_TRAINED),
+    "top2": _TRAINED,
+    "full": _TRAINED,
+}
+METHODS = tuple(FIELDS)
+# Found on E2E with 60 to 300 steps of 8 rows. The small prefixes need large steps, whole weights small ones.
+LEARNING_RATES = {
+    "embedding": 1e-2,
+    "infix": 1e-2,
+    "prefix": 1e-2,
+    "prefix-mlp": 1e-3,
+    "peft": 1e-2,
+    "lora": 1e-3,
+    "top2": 5e-5,
+    "full": 5e-5,
+}
+
+LENGTHS = (1, 2, 5, 10, 20, 40, 100)
+WORDS = ("table-to-text:", "summarize", "active", "banana", "elephant")  # of the paper's figure 5
+LOW_DATA = (50, 100, 200, 500)
+INIT_EXAMPLES = 100
+# Optimizer steps with so few rows: the paper's for GPT-2, section A.1.
+LOW_DATA_STEPS = {50: 200, 100: 200, 200: 200, 500: 400}
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training, with its evaluation. A field that the method has no use for is None.
+
+    ``train`` and ``test`` are names of files, without folders: they are what is written down, on any machine.
+    ``examples`` pairs are drawn for training by the number ``subset``, and training stops early; None is all of them.
+    """
+
+    task: str
+    method: str
+    train: str
+    test: str | None = None
+    model: str = "smollm2"
+    seed: int = 0
+    max_length: int = 96
+    unseen: tuple[str, ...] = ()
+    steps: int | None = None
+    batch_size: int | None = None
+    learning_rate: float | None = None
+    validate_every: int | None = None
+    virtual_tokens: int | None = None
+    mlp_width: int | None = None
+    init: str | None = None
+    init_text: str | None = None
+    rank: int | None = None
+    examples: int | None = None
+    subset: int | None = None
+    limit: int | None = None
+    num_beams: int | None = None
+    max_new_tokens: int | None = None
+
+    def __post_init__(self) -> None:
+        """Settings as the method has them."""
+        if self.method not in FIELDS:
+            raise ValueError(f"method must be one of {METHODS}, got {self.method!r}")
+        object.__setattr__(self, "unseen", tuple(self.unseen))
+        optional = {name for names in FIELDS.values() for name in names}
+        for name in optional - set(FIELDS[self.method]):
+            object.__setattr__(self, name, None)
+        if self.is_trained and self.learning_rate is None:
+            object.__setattr__(self, "learning_rate", LEARNING_RATES[self.method])
+        if not self.is_trained:
+            object.__setattr__(self, "seed", 0)  # nothing in it is random
+        if self.method != "discrete" and self.init != "text":
+            object.__setattr__(self, "init_text", None)
+        if self.examples is None:
+            object.__setattr__(self, "subset", None)
+        for name in ("limit", "num_beams", "max_new_tokens"):
+            if self.test is None:
+                object.__setattr__(self, name, None)
+
+    @property
+    def is_trained(self) -> bool:
+        """Whether there are steps at all."""
+        return "steps" in FIELDS[self.method]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields that the run has, as JSON holds them."""
+        found = dataclasses.asdict(self) | {"unseen": list(self.unseen)}
+        return {name: value for name, value in found.items() if value not in (None, [])}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Run:
+        """The reverse of ``to_dict``; an unknown field is an error."""
+        unknown = sorted(values.keys() - {field.name for field in dataclasses.fields(cls)})
+        if unknown:
+            raise ValueError(f"unknown settings {unknown}")
+        return cls(**values)
+
+
+def reproduce(
+    common: dict[str, Any], methods: Sequence[str], seeds: Sequence[int], rates: Sequence[float | None]
+) -> list[Run]:
+    """The paper's table 1 for one task: every method, all with the settings of ``common``."""
+    changes = (
+        {"method": method, "seed": seed, "learning_rate": rate, **length}
+        for method in methods
+        for length in _lengths(method)
+        for rate, seed in product(rates, seeds)
+    )
+    return _changed(common, changes)
+
+
+def ablate(kind: str, common: dict[str, Any], seeds: Sequence[int], subsets: Sequence[int]) -> list[Run]:
+    """One of the paper's ablations: "length" (figure 4), "init" (5), "mode" (table 4) or "lowdata" (figure 3)."""
+    frozen: dict[str, Any] = {"method": "frozen"}
+    changes: list[dict[str, Any]]
+    if kind == "length":
+        changes = [{"method": "prefix", "virtual_tokens": P, "seed": s} for P, s in product(LENGTHS, seeds)]
+    elif kind == "mode":
+        modes = ("prefix", "prefix-mlp", "embedding", "infix")
+        changes = [{"method": mode, "seed": s, **length} for mode in modes for length in _lengths(mode) for s in seeds]
+    elif kind == "init":
+        texts = [("random", None), ("text", INSTRUCTIONS[common["task"]]), *(("text", word) for word in WORDS)]
+        n = INIT_EXAMPLES
+        changes = [
+            {"method": "prefix", "init": init, "init_text": text, **_few(n), "subset": subset, "seed": s}
+            for (init, text), subset, s in product(texts, subsets, seeds)
+        ]
+    elif kind == "lowdata":
+        changes = [
+            {"method": method, **_few(n), "subset": subset, "seed": s}
+            for n, method, subset, s in product(LOW_DATA, ("prefix", "full"), subsets, seeds)
+        ]
+    else:
+        raise ValueError(f"kind must be length, init, mode or lowdata, got {kind!r}")
+    return _changed(common, [frozen, *changes])
+
+
+def _few(examples: int) -> dict[str, int]:
+    return {"examples": examples, "steps": LOW_DATA_STEPS[examples]}
+
+
+def _lengths(method: str) -> list[dict[str, int]]:
+    """The paper has embeddings alone and the infix with three lengths."""
+    return [{"virtual_tokens": P} for P in (1, 10, 20)] if method in ("embedding", "infix") else [{}]
+
+
+def _changed(common: dict[str, Any], changes: Iterable[dict[str, Any]]) -> list[Run]:
+    """Runs with these settings, each once."""
+    return list(dict.fromkeys(Run(**common | change) for change in changes))

@@ -1,0 +1,171 @@
+"""Tables and pictures of results."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+from prefix_attn.experiments.results import Result
+from prefix_attn.metrics import METRICS
+
+AXES = ("step", "virtual_tokens", "examples", "method")
+_TITLES = {"bleu": "BLEU", "nist": "NIST", "meteor": "METEOR", "rougeL": "ROUGE-L", "cider": "CIDEr", "chrf": "chrF++"}
+_TITLES |= {"ter": "TER"}
+_LAST_STEPS = 10  # over which the training loss is averaged
+
+
+def table(results: Sequence[Result]) -> str:
+    """Markdown: a row for each method and its settings, mean and standard deviation over seeds and subsets."""
+    groups = _groups(results)
+    names = [name for name in METRICS if any(name in result.get("metrics", {}) for result in results)]
+    columns: dict[str, Callable[[Result], Any]] = {
+        "first loss": lambda r: r["validation"][0][1],
+        "last loss": _last_loss,
+        "training loss": _training_loss,
+        "s/step": lambda r: r.get("seconds_per_step"),
+    }
+    for name in names:
+        columns[_TITLES[name]] = lambda r, name=name: r.get("metrics", {}).get(name)
+    for part in ("seen", "unseen"):
+        if any(f"metrics_{part}" in result for result in results):
+            columns[f"BLEU {part}"] = lambda r, part=part: r.get(f"metrics_{part}", {}).get("bleu")
+    header = ["method", "settings", "runs", "trained", "stored", *columns]
+    lines = ["| " + " | ".join(header) + " |", "|---" * len(header) + "|"]
+    for (method, settings), group in groups.items():
+        shares = [f"{group[0][name]:.3%}" for name in ("trained_share", "stored_share")]
+        cells = [_spread([value for r in group if (value := column(r)) is not None]) for column in columns.values()]
+        lines.append("| " + " | ".join([method, settings or "-", str(len(group)), *shares, *cells]) + " |")
+    return "\n".join(lines)
+
+
+def _groups(results: Sequence[Result]) -> dict[tuple[str, str], list[Result]]:
+    """Results that differ in seed and subset alone; of their settings, those that are not the same in all."""
+    hidden = {"task", "method", "seed", "subset"}
+    settings = [{name: value for name, value in r["run"].items() if name not in hidden} for r in results]
+    names = list(dict.fromkeys(name for found in settings for name in found))
+    values = {name: {str(found[name]) for found in settings if name in found} for name in names}
+    groups: dict[tuple[str, str], list[Result]] = {}
+    for result, found in zip(results, settings):
+        shown = [f"{name} {found[name]}" for name in names if name in found and len(values[name]) > 1]
+        groups.setdefault((result["run"]["method"], ", ".join(shown)), []).append(result)
+    return groups
+
+
+def _last_loss(result: Result) -> float:
+    """The validation loss of the parameters that were kept."""
+    best = result.get("best_step")
+    return result["validation"][-1][1] if best is None else dict(result["validation"])[best]
+
+
+def _training_loss(result: Result) -> float | None:
+    losses = result.get("train_loss")
+    return mean(losses[-_LAST_STEPS:]) if losses else None
+
+
+def _spread(values: Sequence[float]) -> str:
+    if not values:
+        return "-"
+    digits = 1 if max(values) >= 10 else 2 if max(values) >= 5 else 3
+    return f"{mean(values):.{digits}f}" + (f" ± {stdev(values):.{digits}f}" if len(values) > 1 else "")
+
+
+def plot(results: Sequence[Result], axis: str, out: Path) -> None:
+    """Validation loss against steps, or losses and BLEU against another setting, as a PNG.
+
+    Args:
+        results: of any runs.
+        axis: "step", "virtual_tokens", "examples" or "method"; the last has a bar for each method and its settings.
+        out: the file.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    if axis not in AXES:
+        raise ValueError(f"axis must be one of {AXES}, got {axis!r}")
+    measures: dict[str, Callable[[Result], float | None]] = {"validation loss (nats per target token)": _last_loss}
+    if axis == "virtual_tokens":
+        measures["training loss"] = _training_loss
+    if any("metrics" in result for result in results):
+        measures["BLEU"] = lambda r: r["metrics"]["bleu"] if "metrics" in r else None
+    if axis == "step":
+        measures = dict(list(measures.items())[:1])
+    figure, panels = pyplot.subplots(
+        1,
+        len(measures),
+        figsize=(7 if axis == "step" else 4.6 * len(measures), 4.2),
+        layout="constrained",
+        squeeze=False,
+    )
+    for axes, (name, measure) in zip(panels[0], measures.items()):
+        if axis == "step":
+            _draw_curves(axes, results)
+        elif axis == "method":
+            _draw_bars(axes, results, measure)
+        else:
+            _draw_lines(axes, results, axis, measure)
+        axes.set_ylabel(name)
+        axes.grid(alpha=0.3)
+        if axis != "method":
+            axes.legend(fontsize="small")
+    figure.savefig(out, dpi=150)
+    pyplot.close(figure)
+
+
+def _draw_curves(axes: Any, results: Sequence[Result]) -> None:
+    """The seeds' mean as a line, their range as a band, what is not trained as a dashed line."""
+    for label, group in _labelled(results).items():
+        steps = [step for step, _ in group[0]["validation"]]
+        curves = list(zip(*([loss for _, loss in r["validation"]] for r in group)))
+        if len(steps) == 1:
+            axes.axhline(curves[0][0], color="grey", linestyle="--", label=label)
+            continue
+        _draw_band(axes, steps, curves, f"{label}, {_count(group)}")
+    axes.set_xlabel("training step")
+
+
+def _draw_lines(axes: Any, results: Sequence[Result], axis: str, measure: Callable[[Result], float | None]) -> None:
+    """A line for each method, over the values of a setting; methods without that setting are dashed."""
+    methods: dict[str, dict[Any, list[float]]] = {}
+    for result in results:
+        if (value := measure(result)) is not None:
+            methods.setdefault(result["run"]["method"], {}).setdefault(result["run"].get(axis), []).append(value)
+    for method, found in methods.items():
+        places = sorted(place for place in found if place is not None)
+        if places:
+            _draw_band(axes, places, [found[place] for place in places], method, marker="o")
+        else:
+            axes.axhline(mean(found[None]), color="grey", linestyle="--", label=method)
+    axes.set_xscale("log")
+    axes.set_xlabel({"virtual_tokens": "virtual tokens", "examples": "training examples"}[axis])
+
+
+def _draw_bars(axes: Any, results: Sequence[Result], measure: Callable[[Result], float | None]) -> None:
+    for place, group in enumerate(_labelled(results).values()):
+        values = [value for r in group if (value := measure(r)) is not None]
+        if values:
+            axes.bar(place, mean(values), yerr=stdev(values) if len(values) > 1 else None, capsize=3)
+    labels = list(_labelled(results))
+    axes.set_xticks(range(len(labels)), labels, rotation=40, ha="right", fontsize="small")
+
+
+def _draw_band(axes: Any, places: Sequence[float], values: Sequence[Sequence[float]], label: str, **style: Any) -> None:
+    (line,) = axes.plot(places, [mean(found) for found in values], label=label, **style)
+    low, high = [min(found) for found in values], [max(found) for found in values]
+    axes.fill_between(places, low, high, color=line.get_color(), alpha=0.2, linewidth=0)
+
+
+def _labelled(results: Sequence[Result]) -> dict[str, list[Result]]:
+    groups = _groups(results)
+    methods = [method for method, _ in groups]
+    return {
+        f"{method} ({settings})" if methods.count(method) > 1 and settings else method: group
+        for (method, settings), group in groups.items()
+    }
+
+
+def _count(group: Sequence[Result]) -> str:
+    return "1 seed" if len(group) == 1 else f"{len(group)} seeds"

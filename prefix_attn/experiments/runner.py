@@ -1,0 +1,286 @@
+"""One run: the same data, steps, validation and generation for every method."""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+import random
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from prefix_attn.data import AWS_TASKS, Example, collate, encode, read_examples
+from prefix_attn.evaluate import generate_text, validation_loss
+from prefix_attn.experiments.methods import sizes, wrap
+from prefix_attn.experiments.plan import Run
+from prefix_attn.experiments.results import Result
+from prefix_attn.hf.load import load_base
+from prefix_attn.metrics import score
+from prefix_attn.train import WARMUP, has_bfloat16
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+HELD_OUT_ROWS = 160
+LOW_DATA_HELD_OUT = 0.3  # rows to stop early by, as a share of those for training
+VALIDATION_BATCH, GENERATION_BATCH = 16, 16
+SAMPLES = 5
+PACKAGES = ("torch", "transformers", "peft", "prefix-attn", "sacrebleu")
+
+Row = dict[str, list[int]]
+Batch = dict[str, Tensor]
+
+
+class Data(NamedTuple):
+    """What a run trains on, validates on, and generates for."""
+
+    train: list[Row]
+    validation: list[Row]
+    test: list[Example]
+    cut: int
+    categories: frozenset[str]  # those in ``train``
+
+
+def execute(run: Run, folders: Mapping[str, Path], device: str | None = None) -> Result:
+    """Train, validate, generate and score.
+
+    Args:
+        run: what to do.
+        folders: where the files are that it names.
+        device: default: the GPU where there is one.
+
+    Raises:
+        ValueError: a file lacks what is needed. NotImplementedError, ModuleNotFoundError: the method cannot be had.
+    """
+    start = time.perf_counter()
+    base, tokenizer = load_base(run.model, dtype=torch.float32, device=device)
+    data = load(run, folders, tokenizer)
+    total = sum(p.numel() for p in base.parameters())
+    torch.manual_seed(run.seed)
+    model = wrap(base, tokenizer, run)
+    with autocast(base.device) as casting:
+        validation = [_batch(rows, tokenizer) for rows in _chunks(data.validation, VALIDATION_BATCH)]
+        result: Result = {
+            "run": run.to_dict(),
+            "versions": _versions(),
+            "device": _device_name(base.device),
+            "threads": torch.get_num_threads(),
+            "precision": "float32" if casting is None else "bfloat16 autocast",
+            "train_rows": len(data.train),
+            "train_rows_cut": data.cut,
+            "validation_rows": len(data.validation),
+            **sizes(model, run, total),
+        }
+        if run.is_trained:
+            order = batches(data.train, run.batch_size or 1, run.seed, tokenizer.pad_token_id)
+            result |= train(model, order, validation, run)
+        else:
+            result["validation"] = [[0, validation_loss(model, validation)]]
+    if data.test:
+        result |= _generate(model, tokenizer, data, run)
+    return result | {"wall_seconds": time.perf_counter() - start}
+
+
+def autocast(device: torch.device) -> AbstractContextManager[Any]:
+    """bfloat16 products where the device has them; the weights, and what is trained, stay float32."""
+    return torch.autocast(device.type, torch.bfloat16) if has_bfloat16(device) else nullcontext()
+
+
+# Data -----------------------------------------------------------------------------------------------------------------
+
+
+def load(run: Run, folders: Mapping[str, Path], tokenizer: PreTrainedTokenizerBase) -> Data:
+    """The data of ``run``; what is drawn depends on ``run.subset`` and the texts alone, not on method or seed."""
+    if run.train in AWS_TASKS:
+        kept, held_out = read_examples(run.train), read_examples(run.train, split="dev")
+        test = read_examples(run.train, split="test")
+    else:
+        kept = read_examples(folders[run.train])
+        test = []
+        if run.test == run.train:
+            kept, test = hold_out(kept, 1, 51)  # a fifth
+        elif run.test is not None:
+            test = read_examples(folders[run.test])
+        kept, held_out = hold_out(kept, 0, 26)  # a tenth
+    if run.unseen:
+        if missing := set(run.unseen) - {example.category for example in (*kept, *test)}:
+            raise ValueError(f"{run.train}: no example of the categories {sorted(missing)}")
+        kept, held_out = ([e for e in examples if e.category not in run.unseen] for examples in (kept, held_out))
+    if run.limit is not None and run.limit < len(test):
+        test = [test[i * len(test) // run.limit] for i in range(run.limit)]  # evenly spaced
+    rows, cut = encode(tokenizer, kept, run.max_length)
+    if run.examples is None:
+        validation = encode(tokenizer, held_out, run.max_length)[0][:HELD_OUT_ROWS]
+    else:
+        rows, validation = _draw(rows, run.examples, run.subset or 0)
+    validation.sort(key=lambda row: len(row["input_ids"]))  # less padding; the loss is weighted by tokens
+    return Data(rows, validation, test, cut, frozenset(example.category for example in kept))
+
+
+def hold_out(examples: Sequence[Example], byte: int, share: int) -> tuple[list[Example], list[Example]]:
+    """Kept and held-out examples: ``share`` of 256, by a byte of the source's hash, and never by the file's order."""
+
+    def is_held_out(example: Example) -> bool:
+        return hashlib.sha1(example.source.encode()).digest()[byte] < share
+
+    return [e for e in examples if not is_held_out(e)], [e for e in examples if is_held_out(e)]
+
+
+def _draw(rows: list[Row], count: int, subset: int) -> tuple[list[Row], list[Row]]:
+    """``count`` rows to train on and a share more to stop by; the numbers of a subset are nested."""
+    held_out = max(1, round(count * LOW_DATA_HELD_OUT))
+    if len(rows) < count + held_out:
+        raise ValueError(f"examples={count} needs {count + held_out} rows, there are {len(rows)}")
+    drawn = random.Random(subset).sample(rows, len(rows))
+    return drawn[:count], drawn[-held_out:]
+
+
+def batches(rows: Sequence[Row], size: int, seed: int, pad_id: int) -> Iterator[Batch]:
+    """Endless batches; the order depends on the seed alone, and not on what the method draws from torch's generator."""
+    shuffle = random.Random(seed).shuffle
+    size = min(size, len(rows))
+    while True:
+        order = list(range(len(rows)))
+        shuffle(order)
+        for start in range(0, len(order) - size + 1, size):
+            yield collate([rows[i] for i in order[start : start + size]], pad_id)
+
+
+def _batch(rows: list[Row], tokenizer: PreTrainedTokenizerBase) -> Batch:
+    return collate(rows, tokenizer.pad_token_id)
+
+
+def _chunks(items: list[Any], size: int) -> list[list[Any]]:
+    return [items[i : i + size] for i in range(0, len(items), size)]
+
+
+# Training -------------------------------------------------------------------------------------------------------------
+
+
+def train(model: Any, data: Iterator[Batch], validation: Sequence[Batch], run: Run) -> Result:
+    """Train for ``run.steps`` steps, or with few examples until the validation loss was lowest.
+
+    Returns:
+        Losses, and the time that the steps took without the validation.
+    """
+    from tqdm import tqdm
+
+    assert run.steps is not None and run.learning_rate is not None and run.validate_every is not None
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    device = parameters[0].device
+    optimizer = torch.optim.AdamW(parameters, lr=run.learning_rate, weight_decay=0.0)
+    steps = run.steps
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate_factor(step, steps))
+    losses: list[float] = []
+    curve: list[list[float]] = [[0, validation_loss(model, validation)]]
+    best = _Best(parameters, curve[0][1]) if run.examples is not None else None
+    seconds = 0.0
+    model.train()
+    with tqdm(total=steps, desc=f"{run.method}, seed {run.seed}", file=sys.stderr, leave=False) as bar:
+        for step in range(1, steps + 1):
+            batch = {name: tensor.to(device) for name, tensor in next(data).items()}
+            start = time.perf_counter()
+            loss = model(**batch).loss
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad()
+            losses.append(float(loss.detach()))  # waits for the device, so it belongs to the time of the step
+            seconds += time.perf_counter() - start
+            if step % run.validate_every == 0 or step == steps:
+                curve.append([step, validation_loss(model, validation)])
+                if best is not None:
+                    best.see(step, curve[-1][1])
+            bar.update()
+            bar.set_postfix(train=f"{losses[-1]:.3f}", validation=f"{curve[-1][1]:.3f}")
+    found = {"train_loss": losses, "validation": curve, "seconds_per_step": seconds / steps}
+    if best is not None:
+        best.restore()
+        found["best_step"] = best.step
+    return found
+
+
+class _Best:
+    """The parameters at the lowest validation loss so far."""
+
+    def __init__(self, parameters: list[Tensor], loss: float) -> None:
+        self.parameters, self.loss, self.step = parameters, loss, 0
+        self.saved = [p.detach().clone() for p in parameters]
+
+    @torch.no_grad()
+    def see(self, step: int, loss: float) -> None:
+        if loss < self.loss:
+            self.loss, self.step = loss, step
+            for saved, parameter in zip(self.saved, self.parameters):
+                saved.copy_(parameter)
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        for saved, parameter in zip(self.saved, self.parameters):
+            parameter.copy_(saved)
+
+
+def learning_rate_factor(step: int, steps: int) -> float:
+    """Linear warm-up, then linear decay to zero."""
+    return min((step + 1) / WARMUP, max(steps - step, 0) / max(steps - WARMUP, 1))
+
+
+# Generation -----------------------------------------------------------------------------------------------------------
+
+
+def _generate(model: Any, tokenizer: PreTrainedTokenizerBase, data: Data, run: Run) -> Result:
+    """Metrics on the test examples, with all references, and a few of the texts."""
+    from tqdm import tqdm
+
+    examples, start = data.test, time.perf_counter()
+    with tqdm(total=len(examples), desc=f"{run.method}, generate", file=sys.stderr, leave=False) as bar:
+        texts = generate_text(
+            model,
+            tokenizer,
+            [example.source for example in examples],
+            num_beams=run.num_beams or 1,
+            max_new_tokens=run.max_new_tokens or 64,
+            batch_size=GENERATION_BATCH,
+            progress=bar.update,
+        )
+    seconds = time.perf_counter() - start
+    shown = range(0, len(examples), max(1, len(examples) // SAMPLES))
+    return {
+        "test_inputs": len(examples),
+        "generate_seconds": seconds,
+        **_scores(examples, texts, data.categories),
+        "samples": [{"source": examples[i].source, "output": texts[i]} for i in shown][:SAMPLES],
+    }
+
+
+def _scores(examples: Sequence[Example], texts: Sequence[str], trained: frozenset[str]) -> dict[str, dict[str, float]]:
+    """Of all examples; and where some have a category that training had not, of the two kinds apart."""
+    groups = {"metrics": list(range(len(examples)))}
+    seen = [i for i, example in enumerate(examples) if example.category in trained]
+    if 0 < len(seen) < len(examples):
+        groups |= {"metrics_seen": seen, "metrics_unseen": sorted(set(groups["metrics"]) - set(seen))}
+    return {
+        name: score([texts[i] for i in chosen], [examples[i].references for i in chosen])
+        for name, chosen in groups.items()
+    }
+
+
+def _versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except ModuleNotFoundError:  # PackageNotFoundError is one; a source tree that is not installed has no version
+            continue
+    return found
+
+
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu {platform.machine()}"

@@ -1,0 +1,83 @@
+"""Which runs an experiment has."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from prefix_attn.experiments import plan
+from prefix_attn.experiments.plan import Run
+
+COMMON: dict[str, Any] = {
+    "task": "e2e",
+    "train": "dev.csv",
+    "steps": 300,
+    "batch_size": 8,
+    "validate_every": 10,
+    "virtual_tokens": 10,
+    "mlp_width": 512,
+    "rank": 2,
+    "init": "random",
+    "init_text": "Describe it.",
+}
+
+
+def test_settings_that_a_method_has_no_use_for_are_dropped() -> None:
+    frozen = Run(**COMMON, method="frozen", seed=3, num_beams=5)
+    assert frozen.to_dict() == {"task": "e2e", "method": "frozen", "train": "dev.csv", "model": "smollm2"} | {
+        "seed": 0,
+        "max_length": 96,
+    }
+    discrete = Run(**COMMON, method="discrete")
+    assert (discrete.init_text, discrete.init, discrete.steps) == ("Describe it.", None, None)
+    prefix = Run(**COMMON, method="prefix", seed=3, subset=1)
+    assert (prefix.seed, prefix.virtual_tokens, prefix.learning_rate) == (3, 10, 1e-2)
+    assert (prefix.init_text, prefix.mlp_width, prefix.rank, prefix.subset) == (None, None, None, None)
+    assert Run(**COMMON | {"init": "text"}, method="prefix").init_text == "Describe it."
+
+
+def test_a_run_is_its_json() -> None:
+    run = Run(**COMMON, method="lora", seed=1, test="test.csv", unseen=("a", "b"), num_beams=5)
+    assert Run.from_dict(run.to_dict()) == run
+    with pytest.raises(ValueError, match=r"unknown settings \['learningrate'\]"):
+        Run.from_dict(run.to_dict() | {"learningrate": 1})
+    with pytest.raises(ValueError, match="method must be one of"):
+        Run(**COMMON, method="adapter")
+
+
+def test_reproduce_has_every_method_seed_and_rate() -> None:
+    runs = plan.reproduce(COMMON, plan.METHODS, [0, 1], [None])
+    assert len(set(runs)) == len(runs)
+    counts = {method: sum(run.method == method for run in runs) for method in plan.METHODS}
+    assert counts == dict.fromkeys(plan.METHODS, 2) | {"frozen": 1, "discrete": 1, "embedding": 3 * 2, "infix": 3 * 2}
+    assert {run.steps for run in runs if run.is_trained} == {300}
+    rates = plan.reproduce(COMMON, ["frozen", "prefix"], [0, 1], [1e-2, 3e-3])
+    assert [(run.seed, run.learning_rate) for run in rates[1:]] == [(0, 1e-2), (1, 1e-2), (0, 3e-3), (1, 3e-3)]
+
+
+def test_ablations_vary_one_thing() -> None:
+    length = plan.ablate("length", COMMON, [0, 1], [0])
+    assert [run.virtual_tokens for run in length[1::2]] == [1, 2, 5, 10, 20, 40, 100]
+    init = plan.ablate("init", COMMON, [0, 1], [0, 1, 2])
+    assert len(init) == 1 + 7 * 3 * 2
+    assert {(run.examples, run.steps) for run in init[1:]} == {(100, 200)}
+    assert {run.init_text for run in init[1:]} == {None, plan.INSTRUCTIONS["e2e"], *plan.WORDS}
+    mode = plan.ablate("mode", COMMON, [0], [0])
+    assert [(run.method, run.virtual_tokens) for run in mode] == [
+        ("frozen", None),
+        ("prefix", 10),
+        ("prefix-mlp", 10),
+        ("embedding", 1),
+        ("embedding", 10),
+        ("embedding", 20),
+        ("infix", 1),
+        ("infix", 10),
+        ("infix", 20),
+    ]
+    low = plan.ablate("lowdata", COMMON, [0], [0, 1])
+    assert [run.examples for run in low if run.method == "full"] == [50, 50, 100, 100, 200, 200, 500, 500]
+    assert {run.steps for run in low if run.examples == 500} == {400}
+    assert all(runs[0].method == "frozen" for runs in (length, init, mode, low))
+    with pytest.raises(ValueError, match="kind must be"):
+        plan.ablate("depth", COMMON, [0], [0])

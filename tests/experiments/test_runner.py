@@ -1,0 +1,212 @@
+"""The runner on a small model that was taught eight answers, of which the data want one."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from prefix_attn.data import Example
+from prefix_attn.experiments import plan, runner
+from prefix_attn.experiments.plan import Run
+from prefix_attn.hf.load import load_base
+from tests.test_cli import run as prefix_attn
+from tests.tokens import END, byte_tokenizer
+
+pytest.importorskip("peft")
+
+SMALL = (
+    "--steps",
+    40,
+    "--validate-every",
+    20,
+    "--batch-size",
+    8,
+    "--virtual-tokens",
+    3,
+    "--max-new-tokens",
+    24,
+    "--threads",
+    1,
+)
+
+
+@pytest.fixture(autouse=True)
+def no_wordnet(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("nltk.data.path", [])
+
+
+def settings(files: Path, method: str, **changes: Any) -> Run:
+    small = {"steps": 4, "batch_size": 4, "validate_every": 2, "virtual_tokens": 3, "rank": 2, "mlp_width": 8}
+    given: dict[str, Any] = {"task": "e2e", "train": "train.csv", "model": str(files / "model"), **small, **changes}
+    return Run(method=method, **given)
+
+
+def folders(files: Path) -> dict[str, Path]:
+    return {path.name: path for path in files.iterdir()}
+
+
+def test_all_methods_share_one_protocol(
+    files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And what is trained beats the frozen model, which an instruction that it never learnt only disturbs."""
+    paths = ("--train", files / "train.csv", "--test", files / "test.csv", "--model", files / "model")
+    command = ("reproduce", "e2e", *paths, "--out", tmp_path, *SMALL, "--num-beams", 2)
+    assert prefix_attn(monkeypatch, *command, "--json") == 0
+    results = json.loads(capsys.readouterr().out)
+    assert [r["run"]["method"] for r in results if r["run"].get("virtual_tokens", 3) in (3, 10)] == list(plan.METHODS)
+    found = {r["run"]["method"]: r for r in results}
+    flat = 3 * 3 * 2 * 16  # virtual tokens, layers, key and value, width
+    assert found["prefix"]["trained_parameters"] == found["peft"]["trained_parameters"] == flat
+    assert found["prefix-mlp"]["stored_parameters"] == flat < found["prefix-mlp"]["trained_parameters"]
+    assert found["embedding"]["trained_parameters"] == 20 * 32
+    assert found["full"]["trained_share"] == 1
+    # Of 3 equal layers two, without embedding and head of 257 x 32 each and the last norm of 32.
+    total = found["full"]["trained_parameters"]
+    assert found["top2"]["trained_parameters"] == (total - 2 * 257 * 32 - 32) * 2 // 3
+    # Query (32 to 32) and value (32 to 16), rank 2.
+    assert found["lora"]["trained_parameters"] == 3 * 2 * (64 + 48)
+    for method, result in found.items():
+        assert set(result["metrics"]) == {"bleu", "nist", "rougeL", "cider", "chrf", "ter"}
+        curve = result["validation"]
+        assert [step for step, _ in curve] == ([0] if method in ("frozen", "discrete") else [0, 20, 40])
+        assert len(result.get("train_loss", [])) == (0 if len(curve) == 1 else 40)
+    last = {method: result["validation"][-1][1] for method, result in found.items()}
+    assert last["frozen"] < last["discrete"]
+    assert max(last[method] for method in ("prefix", "peft", "embedding", "infix", "full")) < last["frozen"] - 1e-3
+    table = (tmp_path / "table.md").read_text()
+    assert len(table.splitlines()) == 2 + len(results)
+    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+    # What is in the file is not repeated, but what is half written there is.
+    file = tmp_path / "results.jsonl"
+    lines = file.read_text().splitlines(keepends=True)
+    file.write_text("".join(lines[:-1]) + lines[-1][:100])
+    assert prefix_attn(monkeypatch, *command) == 0
+    assert f"{len(results)} runs, {len(results) - 1} of them" in capsys.readouterr().err
+    again = [json.loads(line) for line in file.read_text().splitlines()]
+    assert again[:-1] == results[:-1]
+    assert again[-1]["train_loss"] == results[-1]["train_loss"]
+    assert again[-1]["metrics"] == results[-1]["metrics"]
+    assert prefix_attn(monkeypatch, "report", file, "--plot", tmp_path / "x.png", "--axis", "method") == 0
+    assert capsys.readouterr().out.splitlines()[:2] == table.splitlines()[:2]
+
+
+def test_longer_prefixes_learn_more(
+    files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(plan, "LENGTHS", (1, 3, 10))
+    command = ("ablate", "length", "--train", files / "train.csv", "--model", files / "model", "--out", tmp_path)
+    assert prefix_attn(monkeypatch, *command, *SMALL, "--seeds", "0,1", "--json") == 0
+    results = json.loads(capsys.readouterr().out)
+    losses = {
+        P: [r["validation"][-1][1] for r in results if r["run"].get("virtual_tokens") == P] for P in (None, 1, 3, 10)
+    }
+    assert [len(found) for found in losses.values()] == [1, 2, 2, 2]
+    mean = {P: sum(found) / len(found) for P, found in losses.items()}
+    assert mean[10] < mean[3] < mean[1] < mean[None]
+    assert "metrics" not in results[0]
+
+
+def test_few_examples_stop_at_the_best(files: Path) -> None:
+    """With far too large steps the loss rises, and what is kept is the start or an early step."""
+    run = settings(files, "prefix", examples=10, subset=1, steps=12, learning_rate=100.0, test="test.csv", num_beams=1)
+    result = runner.execute(run, folders(files))
+    curve = dict(result["validation"])
+    assert (result["train_rows"], result["validation_rows"]) == (10, 3)
+    assert curve[result["best_step"]] == min(curve.values()) < result["validation"][-1][1]
+    base, tokenizer = load_base(run.model)
+    torch.manual_seed(run.seed)
+    model = runner.wrap(base, tokenizer, run)
+    data = runner.load(run, folders(files), tokenizer)
+    start = [p.detach().clone() for p in model.parameters() if p.requires_grad]
+    best = runner._Best([p for p in model.parameters() if p.requires_grad], 1.0)
+    best.see(1, 2.0)
+    for p in model.parameters():
+        p.data.add_(1)
+    best.restore()
+    assert all(torch.equal(p, old) for p, old in zip((p for p in model.parameters() if p.requires_grad), start))
+    assert len(data.train) == 10
+
+
+def test_what_is_drawn_depends_on_the_subset_alone(files: Path) -> None:
+    tokenizer = byte_tokenizer()
+
+    def drawn(**changes: Any) -> tuple[list[Any], list[Any]]:
+        data = runner.load(settings(files, "prefix", **changes), folders(files), tokenizer)
+        return data.train, data.validation
+
+    few, more = drawn(examples=5, subset=0), drawn(examples=10, subset=0, seed=3)
+    assert more[0][:5] == few[0]
+    assert drawn(examples=5, subset=0, seed=3) == few
+    assert drawn(examples=5, subset=1)[0] != few[0]
+    ids = [tuple(row["input_ids"]) for row in (*more[0], *more[1])]
+    assert len(set(ids)) == len(ids) == 13
+    with pytest.raises(ValueError, match="examples=100 needs 130 rows"):
+        drawn(examples=100, subset=0)
+
+
+def test_unseen_categories_are_scored_apart(files: Path) -> None:
+    dart = {"task": "dart", "train": "dart.json", "test": "dart.json", "num_beams": 1, "max_new_tokens": 8}
+    result = runner.execute(settings(files, "frozen", unseen=("inn",), **dart), folders(files))
+    assert {"metrics", "metrics_seen", "metrics_unseen"} <= result.keys()
+    data = runner.load(settings(files, "frozen", unseen=("inn",), **dart), folders(files), byte_tokenizer())
+    assert data.categories == {"pub"}
+    assert {example.category for example in data.test} == {"pub", "inn"}
+    everything = runner.load(settings(files, "frozen", **dart), folders(files), byte_tokenizer())
+    assert everything.categories == {"pub", "inn"}
+    assert everything.test == data.test
+    with pytest.raises(ValueError, match=r"no example of the categories \['x'\]"):
+        runner.load(settings(files, "frozen", unseen=("x",), **dart), folders(files), byte_tokenizer())
+
+
+def test_data_order_depends_on_the_seed_alone() -> None:
+    rows = [{"input_ids": [i], "labels": [i]} for i in range(10)]
+
+    def first(seed: int) -> list[list[int]]:
+        batches = runner.batches(rows, 4, seed, END)
+        return [next(batches)["input_ids"][:, 0].tolist() for _ in range(4)]
+
+    assert first(0) == first(0) != first(1)
+    assert len(set(first(0)[0] + first(0)[1])) == 8  # an epoch has no repetitions
+    assert len(next(runner.batches(rows, 16, 0, END))["input_ids"]) == 10
+
+
+def test_held_out_is_a_share_and_a_property_of_the_input() -> None:
+    examples = [Example(f"name : N{i}", ("text",)) for i in range(1000)]
+    kept, held_out = runner.hold_out(examples, 0, 26)
+    assert 70 < len(held_out) < 130
+    assert len(kept) + len(held_out) == 1000
+    assert runner.hold_out(examples[::-1], 0, 26)[1] == held_out[::-1]
+
+
+def test_learning_rate_warms_up_and_decays() -> None:
+    factors = [runner.learning_rate_factor(step, 100) for step in range(101)]
+    assert factors[0] == pytest.approx(1 / 20)
+    assert factors[19] == factors[20] == 1
+    assert factors[60] == pytest.approx(0.5)
+    assert factors[100] == 0
+
+
+ERRORS = {
+    "no file": (("reproduce", "e2e", "--out", "x"), "the task 'e2e' needs --train"),
+    "a file too many": (("reproduce", "aws", "--out", "x", "--train", "a.csv"), "the task 'aws' needs no files"),
+    "one name": (
+        ("ablate", "mode", "--out", "x", "--train", "a/x.csv", "--test", "b/x.csv"),
+        "must have different names",
+    ),
+    "seeds": (("ablate", "mode", "--out", "x", "--train", "a.csv", "--seeds", "one"), "must be numbers such as 0,1,2"),
+    "method": (("reproduce", "e2e", "--out", "x", "--train", "a.csv", "--methods", "b"), "method must be one of"),
+}
+
+
+@pytest.mark.parametrize(("arguments", "message"), ERRORS.values(), ids=ERRORS)
+def test_errors_are_one_line(
+    arguments: tuple[str, ...], message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert prefix_attn(monkeypatch, *arguments) == 1
+    error = capsys.readouterr().err
+    assert message in error
+    assert len(error.strip().splitlines()) == 1
