@@ -202,14 +202,15 @@ class Attachment:
         with self._set(None, None):
             yield
 
-    def capture(self, tokens: Tensor, decoder_ids: Tensor | None = None) -> list[Call]:
-        """What each attention module is called with for these tokens: keys are rotated to positions from 0 on.
+    def capture(self, tokens: Tensor, decoder_ids: Tensor | None = None, *, shift: int = 0) -> list[Call]:
+        """What each attention module is called with for these tokens: keys are rotated to positions from ``shift`` on.
 
         ``tokens`` are ids (T,), or input embeddings (T, hidden size), which the gradients of keys and values reach.
         ``decoder_ids`` are for encoder-decoder models. Models that read sound get noise for ids. The model is in eval
         mode meanwhile: no dropout, and no checkpointing, whose reentrant kind would cut the graph.
         """
         state = Capture()
+        state.shifts = dict.fromkeys(self._positions, shift)
         with torch.set_grad_enabled(tokens.requires_grad and torch.is_grad_enabled()):
             self._forward(self._inputs(tokens, decoder_ids), state)
         return state.calls
@@ -251,7 +252,7 @@ class Attachment:
         self._listen(self._positions)
         try:
             # Another length for the decoder: this is how cross attention is known.
-            given = self._inputs(*(_some_ids(e, n) for n, e in enumerate(self.embeddings(), start=3)))
+            given = self._inputs(*(some_ids(e, n) for n, e in enumerate(self.embeddings(), start=3)))
             self._switch("eager")
             expected = self._forward(given, None)
             self._switch(MASKED)
@@ -367,7 +368,7 @@ class _Now(threading.local):
         return type(self), ()
 
 
-def _some_ids(embeddings: nn.Module, length: int) -> Tensor:
+def some_ids(embeddings: nn.Module, length: int) -> Tensor:
     """Different ids from the middle of the vocabulary: padding and other special ones are at its ends."""
     assert isinstance(embeddings.weight, Tensor)
     return embeddings.weight.shape[0] // 2 + torch.arange(length)

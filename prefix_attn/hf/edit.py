@@ -1,0 +1,226 @@
+"""Prefixes made of others: put one behind the other, cut, and moved. Keys turn where positions change.
+
+A key holds the position that it was made at. Rotary embeddings turn each pair of its coordinates by an angle that
+grows with the position (Su et al. 2021), so a key moves when its pairs turn further. Which coordinates are pairs, and
+how fast they turn, differs from model to model and from layer to layer: it is found by running the model on a few
+tokens at both positions, and a layer where no known way gives the moved keys is refused. Learned positions cannot be
+moved: they have gone through the layers' weights.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from prefix_attn.hf.attach import some_ids
+from prefix_attn.hf.config import PrefixConfig
+from prefix_attn.hf.model import PrefixModel
+from prefix_attn.hf.slots import Slot
+
+_CHANGES = ("dynamic", "longrope")  # rotary embeddings whose angles depend on how long the sequence is
+
+
+def concatenate(
+    model: PrefixModel, sources: Sequence[str], name: str, *, rotate: bool = True, is_trainable: bool = False
+) -> None:
+    """A new prefix ``name``, the active one: ``sources``, one after the other, at the positions that they then have.
+
+    With position_mode="none" every prefix starts where the text does, and nothing turns.
+
+    Args:
+        model: that has them.
+        sources: names, at least one.
+        name: of the new prefix.
+        rotate: turn the keys of all but the first to their new positions. False leaves keys as they are, as PEFT's
+            ``compose_cartridge_adapters`` and the Cartridges paper do: the prefixes then stand at the same positions.
+        is_trainable: whether the new prefix is trained; as many tokens as in the first source stay frozen.
+
+    Raises:
+        ValueError: unknown names, or prefixes that do not go together. NotImplementedError: the model's positions
+            cannot be moved; ``rotate=False`` works. The model is unchanged then.
+    """
+    if not sources:
+        raise ValueError("sources must name at least one prefix")
+    configs = [model._find(source)[1] for source in sources]
+    for field in ("sites", "layers", "position_mode", "backend"):
+        if len({getattr(config, field) for config in configs}) > 1:
+            values = {source: getattr(config, field) for source, config in zip(sources, configs)}
+            raise ValueError(f"prefixes that are put together must have one {field}, got {values}")
+    if len({config.mode == "infix" for config in configs}) > 1:
+        raise ValueError("an infix and a prefix cannot be put together: tokens see them from different positions on")
+    if own := [s for s, config in zip(sources, configs) if config.gate is not None or config.modules_to_save]:
+        raise ValueError(f"prefixes with gates or heads of their own cannot be put together: {own}")
+    parts, start = [], 0
+    for source, config in zip(sources, configs):
+        parts.append(_moved(model, _kv(model, source), config, start if rotate else 0))
+        start += config.shift
+    _add(model, name, configs[0], torch.cat(parts, dim=2), sources[0], is_trainable)
+
+
+def truncate(
+    model: PrefixModel,
+    source: str,
+    name: str,
+    *,
+    start: int = 0,
+    stop: int | None = None,
+    rotate: bool = True,
+    is_trainable: bool = False,
+) -> None:
+    """A new prefix ``name``, the active one: tokens ``start`` to ``stop`` of ``source``, moved to the positions from 0.
+
+    Args:
+        model: that has it.
+        source: its name.
+        name: of the new prefix.
+        start: the first token that stays.
+        stop: the token after the last that stays, as in a slice; None: to the end.
+        rotate: as in ``concatenate``.
+        is_trainable: whether the new prefix is trained; of its tokens those stay frozen that were.
+
+    Raises:
+        ValueError: unknown name, or nothing is left. NotImplementedError: as ``concatenate``.
+    """
+    _, config = model._find(source)
+    kv = _kv(model, source)
+    first, last, _ = slice(start, stop).indices(kv.shape[2])
+    if first >= last:
+        raise ValueError(f"nothing is left of {kv.shape[2]} tokens between start={start} and stop={stop}")
+    kv = _moved(model, kv[:, :, first:last], config, -first if rotate and config.shift else 0)
+    config = replace(config, num_frozen_tokens=min(max(config.num_frozen_tokens - first, 0), last - first))
+    _add(model, name, config, kv, source, is_trainable)
+
+
+def move(model: PrefixModel, source: str, name: str, *, position_mode: str, is_trainable: bool = False) -> None:
+    """A new prefix ``name``, the active one: ``source`` for tokens that start elsewhere, with the same outputs.
+
+    From "shift" to "none" the tokens of the text start at 0, so that the prefix takes no room in the context window,
+    and the prefix goes to the positions before them.
+
+    Args:
+        model: that has it.
+        source: its name.
+        name: of the new prefix.
+        position_mode: "shift" or "none".
+        is_trainable: whether the new prefix is trained.
+
+    Raises:
+        ValueError: unknown name. NotImplementedError: the model has no rotary embeddings, alone in which outputs stay.
+    """
+    _, config = model._find(source)
+    moved = model._attachment.resolve(replace(config, position_mode=position_mode))
+    by = moved.shift - config.shift
+    kv = _kv(model, source)
+    if by:
+        turns = _turns(model, config, by)
+        if not any(turns):
+            name_of = type(model.base_model).__name__
+            raise NotImplementedError(f"{name_of} has no rotary embeddings: with another position_mode outputs change")
+        kv = _turned(kv, turns, by)
+    _add(model, name, moved, kv, source, is_trainable)
+
+
+class Turn(NamedTuple):
+    """How the keys of a layer move: pairs of the first coordinates turn, the others stay."""
+
+    speeds: tuple[float, ...]  # of each pair, in radians per position
+    interleaved: bool  # pairs are (0, 1), (2, 3)...; otherwise the first half and the second
+
+    def __call__(self, keys: Tensor, by: int) -> Tensor:
+        """``keys`` (..., D) at positions ``by`` further on."""
+        angles = by * torch.tensor(self.speeds, dtype=torch.float64)
+        cos, sin = angles.cos(), angles.sin()
+        size = 2 * len(self.speeds)
+        turning, rest = keys[..., :size].double(), keys[..., size:]
+        a, b = (turning[..., ::2], turning[..., 1::2]) if self.interleaved else turning.chunk(2, dim=-1)
+        pairs = a * cos - b * sin, b * cos + a * sin
+        turned = torch.stack(pairs, dim=-1).flatten(-2) if self.interleaved else torch.cat(pairs, dim=-1)
+        return torch.cat([turned.to(keys.dtype), rest], dim=-1)
+
+
+def _moved(model: PrefixModel, kv: Tensor, config: PrefixConfig, by: int) -> Tensor:
+    """``kv`` (2 * slots, H, P, D) with its keys ``by`` positions further on."""
+    hint = "; rotate=False leaves the keys as they are"
+    return _turned(kv, _turns(model, config, by, hint), by) if by else kv
+
+
+def _turned(kv: Tensor, turns: Sequence[Turn | None], by: int) -> Tensor:
+    kv = kv.clone()
+    for number, turn in enumerate(turns):
+        if turn is not None:
+            kv[2 * number] = turn(kv[2 * number], by)
+    return kv
+
+
+@torch.no_grad()
+def _turns(model: PrefixModel, config: PrefixConfig, by: int, hint: str = "") -> list[Turn | None]:
+    """What moves the keys of each slot; None where they are the same at every position.
+
+    Raises:
+        NotImplementedError: nothing known does.
+    """
+    attachment, name = model._attachment, type(model.base_model).__name__
+    slots = attachment.layout(config).slots
+    refusal = f"the positions of {name} cannot be moved{hint}"
+    for slot in slots:
+        if changes := sorted(set(_CHANGES) & set(_rope_types(slot.stack))):
+            raise NotImplementedError(f"{refusal} (its rotary embeddings are {changes[0]}: they depend on the length)")
+    some = [some_ids(embeddings, 3) for embeddings in attachment.embeddings()]
+    try:
+        here, there = (
+            {call.module: call.key for call in attachment.capture(*some, shift=shift)} for shift in (0, abs(by))
+        )
+    except (IndexError, RuntimeError) as error:
+        raise NotImplementedError(f"{refusal} (it has no position {abs(by)})") from error
+    turns: list[Turn | None] = []
+    for slot in slots:
+        key, wanted = (keys[slot.module].float().cpu() for keys in (here, there))
+        ways = [None, *_known(slot, key.shape[-1])]
+        errors = [((key if way is None else way(key, abs(by))) - wanted).norm() / wanted.norm() for way in ways]
+        error, way = min(zip(errors, ways), key=lambda pair: pair[0])
+        if not error <= (1e-3 if here[slot.module].dtype.itemsize >= 4 else 0.05):
+            raise NotImplementedError(f"{refusal} ({slot.site} layer {slot.layer}: keys differ by {error:.1g})")
+        turns.append(way)
+    return turns
+
+
+def _known(slot: Slot, head_dim: int) -> Iterator[Turn]:
+    """Every way in which the rotary embeddings of the slot's stack could turn its keys."""
+    found = {tuple(b.tolist()) for n, b in slot.stack.named_buffers() if n.endswith("inv_freq") and b.dim() == 1}
+    for speeds in sorted(found):
+        if 2 * len(speeds) <= head_dim:
+            yield from (Turn(speeds, interleaved) for interleaved in (False, True))
+
+
+def _rope_types(stack: PreTrainedModel) -> Iterator[str]:
+    for module in stack.modules():
+        types = getattr(module, "rope_type", None)
+        yield from types.values() if isinstance(types, dict) else [types] if isinstance(types, str) else []
+
+
+@torch.no_grad()
+def _kv(model: PrefixModel, name: str) -> Tensor:
+    """(2 * slots, H, P, D) float32, folded."""
+    encoder, _ = model._find(name)
+    rows = encoder.prompt_embeddings().cpu()
+    return rows.view(len(rows), -1, encoder.num_heads, encoder.head_dim).permute(1, 2, 0, 3)
+
+
+def _add(model: PrefixModel, name: str, config: PrefixConfig, kv: Tensor, source: str, is_trainable: bool) -> None:
+    """Install ``kv`` as a prefix, with what else ``source`` has: a gate, heads."""
+    model._check_new(name)
+    mode = "infix" if config.mode == "infix" else "kv"
+    config = replace(config, num_virtual_tokens=kv.shape[2], mode=mode, prefix_projection=False)
+    encoder, gate = model._encoder(config), model._find(source)[0].gate
+    encoder.set_kv(kv)
+    if gate is not None and encoder.gate is not None:
+        encoder.gate.data.copy_(gate)
+    heads = copy.deepcopy(model._heads(source))
+    assert isinstance(heads, nn.ModuleDict)
+    model._install(name, config, encoder, heads, trainable=is_trainable)
