@@ -2,19 +2,24 @@
 // forward.h.
 
 // What a block of queries gives to one tile of keys and takes from it.
+template <typename T>
 struct Block {
-    const float *q, *dout, *lse, *delta;  // [M][up(D)] scaled, [M][up(DV)], [M], [M]
-    float *dq, *share;                    // [M][up(D)] or null, [M] or null
-    float *s, *ds;                        // [M][NT]
+    Matrix<T> q, dout;            // [M][elements of D], [M][elements of DV]
+    const T *q_down, *dout_down;  // the same for sums over queries: [elements of M][up(D)], [elements of M][up(DV)]
+    const float *lse, *delta;     // [M], [M]
+    float *dq, *share;            // [M][up(D)] or null, [M] or null
+    float *s, *ds, *pairs;        // [M][NT], [M][NT], [M / 2][NT]
     int64_t M;
 };
 
-void differentiate(const Call& c, const Block& x, const Keys& keys, int64_t n0, int64_t n, const Range* limits,
+template <typename T>
+void differentiate(const Call& c, const Block<T>& x, const Keys<T>& keys, int64_t n0, int64_t n, const Range* limits,
                    const uint8_t* mask, float* dk, int64_t ldk, float* dv, int64_t ldv) {
-    const int64_t Dp = up(c.D), Vp = up(c.DV), width = up(n);
+    const int64_t D = elements<T>(c.D), DV = elements<T>(c.DV), Dp = up(c.D), Vp = up(c.DV), width = up(n);
+    const float factor = query_factor(c);
     const bool soft = x.dq || x.share || dk;  // the gradient of the logits is asked for
-    product<false>(x.q, Dp, 1, keys.kt + n0 * c.D, NT, x.s, NT, x.M, width, c.D);
-    if (soft) product<false>(x.dout, Vp, 1, keys.vt + n0 * c.DV, NT, x.ds, NT, x.M, width, c.DV);
+    product<false>(x.q.data, x.q.ld, 1, keys.kt + n0 * D, NT, x.s, NT, x.M, width, D, factor);
+    if (soft) product<false>(x.dout.data, x.dout.ld, 1, keys.vt + n0 * DV, NT, x.ds, NT, x.M, width, DV);
     for (int64_t r = 0; r < x.M; r++) {
         float *s = x.s + r * NT, *ds = x.ds + r * NT;
         if (c.softcap) cap(c, s, width);
@@ -27,7 +32,7 @@ void differentiate(const Call& c, const Block& x, const Keys& keys, int64_t n0, 
             store(s + j, p);
             if (soft) {
                 share += p * load(ds + j);
-                vec g = p * (load(ds + j) - x.delta[r]);
+                vec g = p * factor * (load(ds + j) - x.delta[r]);
                 if (c.softcap) {
                     const vec t = load(capped + j) * (1.f / c.softcap);
                     g *= 1.f - t * t;
@@ -37,40 +42,55 @@ void differentiate(const Call& c, const Block& x, const Keys& keys, int64_t n0, 
         }
         if (x.share) x.share[r] += sum(share);
     }
-    if (dv) product<true>(x.s, 1, NT, x.dout, Vp, dv, ldv, n, Vp, x.M);
-    if (dk) product<true>(x.ds, 1, NT, x.q, Dp, dk, ldk, n, Dp, x.M);
-    if (x.dq) product<true>(x.ds, NT, 1, keys.k + n0 * keys.ldk, keys.ldk, x.dq, Dp, x.M, Dp, n);
+    const int64_t M = elements<T>(x.M);
+    if (dv) product<true>(over_rows<T>(x.s, x.M, width, x.pairs), 1, NT, x.dout_down, Vp, dv, ldv, n, Vp, M);
+    if (dk) product<true>(over_rows<T>(x.ds, x.M, width, x.pairs), 1, NT, x.q_down, Dp, dk, ldk, n, Dp, M);
+    if (x.dq)
+        product<true>(over_columns<T>(x.ds, x.M, width), NT, 1, keys.k + n0 / PER<T> * keys.ldk, keys.ldk, x.dq, Dp,
+                      x.M, Dp, elements<T>(n));
 }
 
 int64_t backward_units(const Backward& f) {
     return f.call.HKV * f.slots;
 }
 
+// Rows of a block as ``Block`` has them for sums over queries.
+inline const float* down(const Matrix<float>& x, int64_t, int64_t, float*) {
+    return x.data;
+}
+inline const Pair* down(const Matrix<Pair>& x, int64_t M, int64_t width, float* to) {
+    zip_rows(x, M, width, (Pair*)to);
+    return (const Pair*)to;
+}
+
 // One run of the batch for one key head.
-void backward(const Backward& f, const float* packed, int64_t unit) {
+template <typename T>
+void backward_run(const Backward& f, const float* packed, int64_t unit) {
     const Call& c = f.call;
     const int64_t kv = unit % c.HKV, slot = unit / c.HKV, b0 = slot * c.B / f.slots, b1 = (slot + 1) * c.B / f.slots;
     const int64_t G = c.HQ / c.HKV, Dp = up(c.D), Vp = up(c.DV), D16 = (c.D + 15) / 16 * 16,
                   V16 = (c.DV + 15) / 16 * 16;
+    const int64_t D = up(elements<T>(c.D)), V = up(elements<T>(c.DV));
+    const float divisor = c.softcap ? c.softcap : 1.f;  // of the queries, and so of the sums over them
     const bool want_q = f.grad_query.data, want_kv = f.grad_key.data || f.grad_value.data;
     const bool want_prefix = f.grad_prefix_key || f.grad_prefix_value, want_sequence = want_q || want_kv || f.share;
-    const float factor = query_factor(c);
-    const int64_t own = keys_floats(c, c.T, true), grads = tiles(c.T) * NT * (Dp + Vp);
-    float* at = scratch((want_sequence ? own + grads : 0) + BLOCK * (2 * Dp + Vp + 2 * NT + 2));
-    float *q = at, *dq = q + BLOCK * Dp, *dout = dq + BLOCK * Dp, *s = dout + BLOCK * Vp, *ds = s + BLOCK * NT;
-    float *lse = ds + BLOCK * NT, *delta = lse + BLOCK, *memory = delta + BLOCK;
+    const int64_t own = keys_floats<T>(c, c.T, true), grads = tiles(c.T) * NT * (Dp + Vp);
+    float* at = scratch((want_sequence ? own + grads : 0) + BLOCK * (D + V + 2 * Dp + Vp + 3 * NT + 2));
+    float *q = at, *dout = q + BLOCK * D, *q_down = dout + BLOCK * V, *dout_down = q_down + BLOCK * Dp;
+    float *dq = dout_down + BLOCK * Vp, *s = dq + BLOCK * Dp, *ds = s + BLOCK * NT, *pairs = ds + BLOCK * NT;
+    float *lse = pairs + BLOCK * NT, *delta = lse + BLOCK, *memory = delta + BLOCK;
     float *dk = memory + own, *dv = dk + tiles(c.T) * NT * Dp;
-    alignas(64) float buffer[256];
+    alignas(64) T buffer[256];
     for (int64_t b = b0; b < b1; b++) {
         const Row row = row_of(c, b);
-        Keys sequence{}, prefix{};
+        Keys<T> sequence{}, prefix{};
         if (want_sequence) {
-            sequence = sequence_at(c, row, kv, memory, true);
+            sequence = sequence_at<T>(c, row, kv, memory, true);
             if (want_kv) std::fill(dk, dk + grads, 0.f);
         }
         float *dpk = nullptr, *dpv = nullptr;
         if (row.prefix) {
-            prefix = prefix_at(c, packed, row.entry, kv, true);
+            prefix = prefix_at<T>(c, packed, row.entry, kv, true);
             const int64_t place = ((slot * c.N + row.entry) * c.HKV + kv) * c.P;
             if (want_prefix) {
                 dpk = f.grad_prefix_key + place * D16;
@@ -79,19 +99,15 @@ void backward(const Backward& f, const float* packed, int64_t unit) {
         }
         for (int64_t block = 0, blocks = (row.S + BLOCK - 1) / BLOCK; block < G * blocks; block++) {
             const int64_t h = kv * G + block / blocks, i0 = block % blocks * BLOCK, M = std::min(BLOCK, row.S - i0);
-            Range limits[BLOCK], any{row.length, 0};
-            int64_t blind = 0;
+            const View view = view_of(c, row, i0, M);
             for (int64_t r = 0; r < M; r++) {
-                const int64_t i = i0 + r, position = row.length - row.S + i, place = place_of(c, row, h, i);
-                limits[r] = seen(c, row, position);
-                any = {std::min(any.lo, limits[r].lo), std::max(any.hi, limits[r].hi)};
-                blind += position < row.start;
-                load_row(c.query, query_at(c.query, row, h, i), c.D, Dp, factor, q + r * Dp);
-                load_row(f.grad_out, query_at(f.grad_out, row, h, i), c.DV, Vp, 1.f, dout + r * Vp);
-                load_row(f.out, query_at(f.out, row, h, i), c.DV, Vp, 1.f, buffer);
+                const int64_t i = i0 + r, place = place_of(c, row, h, i);
+                load_row(c.query, query_at(c.query, row, h, i), c.D, D, (T*)q + r * D);
+                load_row(f.grad_out, query_at(f.grad_out, row, h, i), c.DV, V, (T*)dout + r * V);
+                load_row(f.out, query_at(f.out, row, h, i), c.DV, V, buffer);
                 vec dot{};
-                for (int64_t d = 0; d < Vp; d += VL)
-                    dot += load(buffer + d) * load(dout + r * Vp + d);
+                for (int64_t d = 0; d < V; d += VL)
+                    dot = step(dot, operand(buffer + d), operand((const T*)dout + r * V + d));
                 delta[r] = sum(dot) - (f.grad_lse ? f.grad_lse[place] : 0.f);
                 // A query that sees nothing has lse = -inf; +inf makes each of its probabilities an exact 0.
                 lse[r] = f.lse[place];
@@ -101,34 +117,35 @@ void backward(const Backward& f, const float* packed, int64_t unit) {
                 }
             }
             if (want_q) std::fill(dq, dq + M * Dp, 0.f);
-            float* share = f.share ? f.share + place_of(c, row, h, i0) : nullptr;
-            const Block x{q, dout, lse, delta, want_q ? dq : nullptr, share, s, ds, M};
-            if (row.prefix && blind < M && (want_q || want_prefix || f.share)) {
-                const Block later{q + blind * Dp,
-                                  dout + blind * Vp,
-                                  lse + blind,
-                                  delta + blind,
-                                  want_q ? dq + blind * Dp : nullptr,
-                                  share ? share + blind : nullptr,
-                                  s,
-                                  ds,
-                                  M - blind};
+            const Matrix<T> queries{(const T*)q, D}, upstream{(const T*)dout, V};
+            const Block<T> x{queries,
+                             upstream,
+                             down(queries, M, Dp, q_down),
+                             down(upstream, M, Vp, dout_down),
+                             lse,
+                             delta,
+                             want_q ? dq : nullptr,
+                             f.share ? f.share + place_of(c, row, h, i0) : nullptr,
+                             s,
+                             ds,
+                             pairs,
+                             M};
+            if (row.prefix && view.blind < M && (want_q || want_prefix || f.share))
                 for (int64_t n0 = 0; n0 < row.prefix; n0 += NT)
-                    differentiate(c, later, prefix, n0, std::min(NT, row.prefix - n0), nullptr, nullptr,
-                                  dpk ? dpk + n0 * D16 : nullptr, D16, dpv ? dpv + n0 * V16 : nullptr, V16);
-            }
+                    differentiate(c, x, prefix, n0, std::min(NT, row.prefix - n0), view.blind ? view.prefix : nullptr,
+                                  nullptr, dpk ? dpk + n0 * D16 : nullptr, D16, dpv ? dpv + n0 * V16 : nullptr, V16);
             if (want_sequence)
-                for (int64_t n0 = any.lo / NT * NT; n0 < any.hi; n0 += NT)
-                    differentiate(c, x, sequence, n0, std::min(NT, any.hi - n0), limits,
+                for (int64_t n0 = view.any.lo / NT * NT; n0 < view.any.hi; n0 += NT)
+                    differentiate(c, x, sequence, n0, std::min(NT, view.any.hi - n0), view.own,
                                   c.key_mask ? c.key_mask + row.b * c.T + n0 : nullptr,
                                   want_kv ? dk + n0 * Dp : nullptr, Dp, want_kv ? dv + n0 * Vp : nullptr, Vp);
             if (want_q)
                 for (int64_t r = 0; r < M; r++)
-                    store_row(f.grad_query, query_at(f.grad_query, row, h, i0 + r), c.D, c.scale, dq + r * Dp);
+                    store_row(f.grad_query, query_at(f.grad_query, row, h, i0 + r), c.D, divisor, dq + r * Dp);
         }
         if (want_kv)
             for (int64_t j = 0; j < row.T; j++) {  // keys from length on get an exact 0
-                store_row(f.grad_key, key_at(f.grad_key, row, kv, j), c.D, c.softcap ? c.softcap : 1.f, dk + j * Dp);
+                store_row(f.grad_key, key_at(f.grad_key, row, kv, j), c.D, divisor, dk + j * Dp);
                 store_row(f.grad_value, key_at(f.grad_value, row, kv, j), c.DV, 1.f, dv + j * Vp);
             }
     }

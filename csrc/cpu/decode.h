@@ -5,18 +5,21 @@
 // other lanes. Each sample's own keys are then read once, where they lie.
 
 // A block of up to NT queries against a prefix, transposed.
+template <typename T>
 struct Lanes {
-    float *q, *s, *acc, *m, *l;   // [D][NT] scaled, [NT][NT] keys by queries, [DV][NT], [NT], [NT]
-    Pair *pairs, *probabilities;  // [D / 2][NT], [NT / 2][NT]: q and s once more
+    T* q;                        // [elements of D][NT]
+    float *s, *acc, *m, *l, *p;  // [NT][NT] keys by queries, [DV][NT], [NT], [NT], [elements of NT][NT] s once more
 };
 
+template <typename T>
 int64_t lanes_floats(const Call& c) {
-    return (c.D + NT + c.DV + 2 + c.D / 2 + NT / 2) * NT;
+    return (elements<T>(c.D) + NT + c.DV + 2 + NT / 2) * NT;
 }
 
-Lanes lanes_at(const Call& c, float* at) {
-    float *s = at + c.D * NT, *acc = s + NT * NT, *m = acc + c.DV * NT, *l = m + NT, *pairs = l + NT;
-    return {at, s, acc, m, l, (Pair*)pairs, (Pair*)pairs + c.D / 2 * NT};
+template <typename T>
+Lanes<T> lanes_at(const Call& c, float* at) {
+    float *s = at + elements<T>(c.D) * NT, *acc = s + NT * NT, *m = acc + c.DV * NT, *l = m + NT;
+    return {(T*)at, s, acc, m, l, l + NT};
 }
 
 // Asks for ``n`` rows of ``size`` values, the first at ``at``.
@@ -30,7 +33,8 @@ void fetch(const Array& x, int64_t at, int64_t n, int64_t size) {
 
 // ``soften`` for n keys and a vector of queries at a time. ``ahead(i)`` is called for each key, well spread: it asks
 // for memory that is read later.
-void soften_lanes(const Call& c, const Lanes& x, int64_t n, int64_t width) {
+template <typename T>
+void soften_lanes(const Call& c, const Lanes<T>& x, int64_t n, int64_t width) {
     for (int64_t j = 0; j < width; j += VL) {
         vec top = load(x.s + j), m = load(x.m + j), total = load(x.l + j);
         for (int64_t i = 1; i < n; i++)
@@ -57,67 +61,40 @@ void soften_lanes(const Call& c, const Lanes& x, int64_t n, int64_t width) {
     }
 }
 
-// Whether a tile's products take its keys and values as pairs of bfloat16, as the processor multiplies them.
-bool paired(const Call& c) {
-    const Array &k = c.prefix_key, &v = c.prefix_value;
-    return PA_PAIRS && k.type == Type::bf16 && v.type == Type::bf16 && c.query.type == Type::bf16 && c.D % 2 == 0 &&
-           k.row % 2 == 0;
+// Values as the products read them: pairs are of two rows.
+inline Matrix<float> values_of(const Array& x, int64_t at, int64_t n, int64_t size, int64_t width, float* to) {
+    return matrix(x, at, n, size, width, to);
 }
-
-// Rows 2 * i and 2 * i + 1 of ``from``, NT floats each, become row i of ``to``; a row that is missing is 0.
-void pair_rows(const float* from, int64_t n, int64_t width, Pair* to) {
-    static const float nothing[NT] = {};
-    for (int64_t i = 0; i < n; i += 2, to += NT) {
-        const float *lo = from + i * NT, *hi = i + 1 < n ? lo + NT : nothing;
-        for (int64_t j = 0; j < width; j++)
-            to[j] = {to_bf16(lo[j]), to_bf16(hi[j])};
-    }
+inline Matrix<Pair> values_of(const Array& x, int64_t at, int64_t n, int64_t size, int64_t width, Pair* to) {
+    Pair* zipped = to + NT * 128;
+    zip_rows(matrix(x, at, n, size, elements<Pair>(width), to), n, width, zipped);
+    return {zipped, width};
 }
 
 // One head of a bank entry for the M queries at q, rows r0 and on of ``state``.
-void attend_in_lanes(const Call& c, const Row& row, int64_t kv, const float* q, int64_t M, const Lanes& x,
+template <typename T>
+void attend_in_lanes(const Call& c, const Row& row, int64_t kv, const T* q, int64_t M, const Lanes<T>& x,
                      const State& state, int64_t r0) {
     const Array &key = c.prefix_key, &value = c.prefix_value;
-    const int64_t Dp = up(c.D), Vp = up(c.DV), width = up(M);
+    const int64_t D = elements<T>(c.D), Vp = up(c.DV), width = up(M);
     const int64_t key0 = row.entry * key.batch + kv * key.head, value0 = row.entry * value.batch + kv * value.head;
-    const bool pairs = paired(c);
-    const float factor = query_factor(c);  // on the products: bfloat16 queries times it would be rounded again
-    alignas(64) float rows_of_tile[NT * 256];
-    transpose_tile(q, Dp, M, c.D, x.q, NT);
-    if (pairs) pair_rows(x.q, c.D, width, x.pairs);
+    alignas(64) T rows_of_tile[NT * 256];
+    transpose_tile((const float*)q, up(D), M, D, (float*)x.q, NT);
     std::fill(x.acc, x.m, 0.f);
     std::fill(x.m, x.l, -INF);
     std::fill(x.l, x.l + NT, 0.f);
     for (int64_t n0 = 0; n0 < row.prefix; n0 += NT) {
         const int64_t n = std::min(NT, row.prefix - n0), k0 = key0 + n0 * key.row, v0 = value0 + n0 * value.row;
         fetch(value, v0, n, c.DV);
-        if (pairs) {
-            product<false>((const Pair*)((const uint16_t*)key.data + k0), key.row / 2, 1, x.pairs, NT, x.s, NT, n,
-                           width, c.D / 2);
-        } else {
-            const Matrix k = matrix(key, k0, n, c.D, c.D, rows_of_tile);
-            product<false>(k.data, k.ld, 1, x.q, NT, x.s, NT, n, width, c.D);
-        }
-        for (int64_t i = 0; i < n; i++) {
-            for (int64_t j = 0; j < width; j += VL)
-                store(x.s + i * NT + j, load(x.s + i * NT + j) * factor);
-            if (c.softcap) cap(c, x.s + i * NT, width);
-        }
+        const Matrix<T> k = matrix(key, k0, n, c.D, D, rows_of_tile);
+        product<false>(k.data, k.ld, 1, x.q, NT, x.s, NT, n, width, D, query_factor(c));
+        if (c.softcap)
+            for (int64_t i = 0; i < n; i++)
+                cap(c, x.s + i * NT, width);
         fetch(key, k0 + NT * key.row, std::min(NT, row.prefix - n0 - NT), c.D);
         soften_lanes(c, x, n, width);
-        if (pairs) {
-            pair_rows(x.s, n, width, x.probabilities);
-            Pair* v = (Pair*)rows_of_tile;  // two rows of values in one
-            for (int64_t i = 0; i < n; i += 2) {
-                const uint16_t* at = (const uint16_t*)value.data + v0 + i * value.row;
-                for (int64_t d = 0; d < c.DV; d++)
-                    v[i / 2 * c.DV + d] = {at[d], i + 1 < n ? at[value.row + d] : (uint16_t)0};
-            }
-            product<true>(v, 1, c.DV, x.probabilities, NT, x.acc, NT, c.DV, width, (n + 1) / 2);
-        } else {
-            const Matrix v = matrix(value, v0, n, c.DV, c.DV, rows_of_tile);
-            product<true>(v.data, 1, v.ld, x.s, NT, x.acc, NT, c.DV, width, n);
-        }
+        const Matrix<T> v = values_of(value, v0, n, c.DV, c.DV, rows_of_tile);
+        product<true>(v.data, 1, v.ld, over_rows<T>(x.s, n, width, x.p), NT, x.acc, NT, c.DV, width, elements<T>(n));
     }
     transpose_tile(x.acc, NT, c.DV, M, state.acc + r0 * Vp, Vp);
     for (int64_t r = 0; r < M; r++) {
@@ -127,19 +104,20 @@ void attend_in_lanes(const Call& c, const Row& row, int64_t kv, const float* q, 
 }
 
 // Keys of the sequence, for all R = G * S queries of a row. ``next``: the row after it.
-void attend_in_place(const Call& c, const Row& row, const Row& next, int64_t kv, const float* q, float* s,
-                     const State& x, int64_t r0) {
-    const int64_t R = c.HQ / c.HKV * c.S, Dp = up(c.D), Vp = up(c.DV);
+template <typename T>
+void attend_in_place(const Call& c, const Row& row, const Row& next, int64_t kv, const T* q, float* s, const State& x,
+                     int64_t r0) {
+    const int64_t R = c.HQ / c.HKV * c.S, D = up(elements<T>(c.D)), Vp = up(c.DV);
     Range any{row.length, 0};
     std::vector<Range> limits(R);
     for (int64_t r = 0; r < R; r++) {
         limits[r] = seen(c, row, row.length - c.S + r % c.S);
         any = {std::min(any.lo, limits[r].lo), std::max(any.hi, limits[r].hi)};
     }
-    alignas(64) float rows_of_tile[NT * 256];
+    alignas(64) T rows_of_tile[NT * 256];
     for (int64_t n0 = any.lo / NT * NT; n0 < any.hi; n0 += NT) {
         const int64_t n = std::min(NT, any.hi - n0), at = key_at(c.value, row, kv, n0);
-        const Matrix k = matrix(c.key, key_at(c.key, row, kv, n0), n, c.D, Dp, rows_of_tile);
+        const Matrix<T> k = matrix(c.key, key_at(c.key, row, kv, n0), n, c.D, D, rows_of_tile);
         // Rows end where a page ends, and no hardware looks beyond: the values, and the keys that are read after these.
         const bool last = n0 + NT >= any.hi;
         const char* later =
@@ -150,22 +128,23 @@ void attend_in_place(const Call& c, const Row& row, const Row& next, int64_t kv,
                 vec dot[VL]{};
                 for (int i = 0; i < VL; i++)
                     if (j + i < n)
-                        for (int64_t d = 0; d < Dp; d += VL) {
-                            if (r == 0) __builtin_prefetch(later + ((j + i) * c.key.row + d) * size_of(c.key));
-                            if (r == 0) __builtin_prefetch(values + ((j + i) * c.value.row + d) * size_of(c.value));
-                            dot[i] += load(q + r * Dp + d) * load(k.data + (j + i) * k.ld + d);
+                        for (int64_t d = 0; d < D; d += VL) {
+                            if (r == 0) __builtin_prefetch(later + ((j + i) * c.key.row + d * PER<T>)*size_of(c.key));
+                            if (r == 0)
+                                __builtin_prefetch(values + ((j + i) * c.value.row + d * PER<T>)*size_of(c.value));
+                            dot[i] = step(dot[i], operand(q + r * D + d), operand(k.data + (j + i) * k.ld + d));
                         }
                 store(s + r * NT + j, sums(dot) * query_factor(c));
             }
         const uint8_t* mask = c.key_mask ? c.key_mask + row.b * c.T + n0 : nullptr;
-        const Matrix v = matrix(c.value, at, n, c.DV, Vp, rows_of_tile);
+        const Matrix<T> v = values_of(c.value, at, n, c.DV, Vp, rows_of_tile);
         for (int64_t r = 0; r < R; r++) {
             float* p = s + r * NT;
             if (c.softcap) cap(c, p, up(n));
             hide(p, up(n), limits[r].lo - n0, std::min(n, limits[r].hi - n0), mask);
             soften(p, up(n), x, r0 + r, Vp);
         }
-        product<true>(s, NT, 1, v.data, v.ld, x.acc + r0 * Vp, Vp, R, Vp, n);
+        product<true>(over_columns<T>(s, R, up(n)), NT, 1, v.data, v.ld, x.acc + r0 * Vp, Vp, R, Vp, elements<T>(n));
     }
 }
 
@@ -175,13 +154,15 @@ int64_t chunk_of(const Call& c) {
     return std::clamp((c.B * c.HKV + 7) / 8, std::min((VL + R - 1) / R, CHUNK), CHUNK);
 }
 
+template <typename T>
 void forward_few(const Forward& f, int64_t unit) {
     const Call& c = f.call;
     const int64_t chunk = chunk_of(c), chunks = (c.B + chunk - 1) / chunk, kv = unit / chunks,
                   b0 = unit % chunks * chunk;
-    const int64_t samples = std::min(c.B - b0, chunk), G = c.HQ / c.HKV, R = G * c.S, Dp = up(c.D);
-    float* q = scratch(samples * R * Dp + lanes_floats(c) + R * NT + state_floats(c, samples * R));
-    float *lanes = q + samples * R * Dp, *s = lanes + lanes_floats(c);
+    const int64_t samples = std::min(c.B - b0, chunk), G = c.HQ / c.HKV, R = G * c.S, D = up(elements<T>(c.D));
+    float* at = scratch(samples * R * D + lanes_floats<T>(c) + R * NT + state_floats(c, samples * R));
+    float *lanes = at + samples * R * D, *s = lanes + lanes_floats<T>(c);
+    T* q = (T*)at;
     const State x = state_at(c, s + R * NT, samples * R);
     // Samples with the same prefix side by side: each of its tiles is read once for all of them.
     std::vector<int64_t> order(c.B);
@@ -196,15 +177,15 @@ void forward_few(const Forward& f, int64_t unit) {
         return rows[r / R].length - c.S + r % c.S >= rows[r / R].start;
     };
     for (int64_t r = 0; r < samples * R; r++)
-        load_row(c.query, query_at(c.query, rows[r / R], kv * G + r % R / c.S, r % c.S), c.D, Dp, 1.f, q + r * Dp);
+        load_row(c.query, query_at(c.query, rows[r / R], kv * G + r % R / c.S, r % c.S), c.D, D, q + r * D);
     for (int64_t r = 0, M; r < samples * R; r += std::max<int64_t>(M, 1)) {
         const Row& row = rows[r / R];
         for (M = 0; M < NT && r + M < samples * R && rows[(r + M) / R].entry == row.entry && sees_prefix(r + M);)
             M++;
-        if (M && row.prefix) attend_in_lanes(c, row, kv, q + r * Dp, M, lanes_at(c, lanes), x, r);
+        if (M && row.prefix) attend_in_lanes(c, row, kv, q + r * D, M, lanes_at<T>(c, lanes), x, r);
     }
     for (int64_t i = 0; i < samples; i++) {
-        attend_in_place(c, rows[i], rows[std::min(i + 1, samples - 1)], kv, q + i * R * Dp, s, x, i * R);
+        attend_in_place(c, rows[i], rows[std::min(i + 1, samples - 1)], kv, q + i * R * D, s, x, i * R);
         for (int64_t r = 0; r < R; r++)
             finish(f, rows[i], kv * G + r / c.S, r % c.S, x, i * R + r);
     }

@@ -84,37 +84,41 @@ void finish(const Forward& f, const Row& row, int64_t h, int64_t i, const State&
 }
 
 // A bank entry's keys for one head.
-Keys prefix_at(const Call& c, const float* packed, int64_t entry, int64_t head, bool backward) {
+template <typename T>
+Keys<T> prefix_at(const Call& c, const float* packed, int64_t entry, int64_t head, bool backward) {
     const Array &k = c.prefix_key, &v = c.prefix_value;
-    return keys_at(c, k, entry * k.batch + head * k.head, v, entry * v.batch + head * v.head, c.P,
-                   packed + (entry * c.HKV + head) * keys_floats(c, c.P, backward), backward);
+    return keys_at<T>(c, k, entry * k.batch + head * k.head, v, entry * v.batch + head * v.head, c.P,
+                      packed + (entry * c.HKV + head) * keys_floats<T>(c, c.P, backward), backward);
 }
 
 // The row's own keys for one head, packed at ``at``.
-Keys sequence_at(const Call& c, const Row& row, int64_t kv, float* at, bool backward) {
+template <typename T>
+Keys<T> sequence_at(const Call& c, const Row& row, int64_t kv, float* at, bool backward) {
     const int64_t key0 = key_at(c.key, row, kv, 0), value0 = key_at(c.value, row, kv, 0);
     const int64_t first =
         seen(c, row, row.length - row.S).lo / NT * NT;  // no query sees a key before the first's window
-    pack_keys(c, c.key, key0, c.value, value0, row.length, backward, at, first);
-    return keys_at(c, c.key, key0, c.value, value0, row.length, at, backward);
+    pack_keys<T>(c, c.key, key0, c.value, value0, row.length, backward, at, first);
+    return keys_at<T>(c, c.key, key0, c.value, value0, row.length, at, backward);
 }
 
 // M queries against the n keys of the tile at n0; ``limits`` null = all are visible.
-void attend(const Call& c, const float* q, int64_t M, const Keys& keys, int64_t n0, int64_t n, const Range* limits,
-            const uint8_t* mask, float* s, const State& x, int64_t r0) {
-    const int64_t Dp = up(c.D), Vp = up(c.DV), step = limits ? ROWS : M;
+template <typename T>
+void attend(const Call& c, const Matrix<T>& q, int64_t M, const Keys<T>& keys, int64_t n0, int64_t n,
+            const Range* limits, const uint8_t* mask, float* s, const State& x) {
+    const int64_t D = elements<T>(c.D), Vp = up(c.DV), step = limits ? ROWS : M;
     for (int64_t i = 0; i < M; i += step) {
         const int64_t rows = std::min(step, M - i), seen = limits ? std::min(n, limits[i + rows - 1].hi - n0) : n;
         if (seen <= 0) continue;
         const int64_t width = up(seen);
-        product<false>(q + i * Dp, Dp, 1, keys.kt + n0 * c.D, NT, s, NT, rows, width, c.D);
+        product<false>(q.data + i * q.ld, q.ld, 1, keys.kt + n0 * D, NT, s, NT, rows, width, D, query_factor(c));
         for (int64_t r = 0; r < rows; r++) {
             if (c.softcap) cap(c, s + r * NT, width);
             const Range all = {0, seen}, own = limits ? Range{limits[i + r].lo - n0, limits[i + r].hi - n0} : all;
             hide(s + r * NT, width, own.lo, std::min(seen, own.hi), mask);
-            soften(s + r * NT, width, x, r0 + i + r, Vp);
+            soften(s + r * NT, width, x, i + r, Vp);
         }
-        product<true>(s, NT, 1, keys.v + n0 * keys.ldv, keys.ldv, x.acc + (r0 + i) * Vp, Vp, rows, Vp, seen);
+        product<true>(over_columns<T>(s, rows, width), NT, 1, keys.v + n0 / PER<T> * keys.ldv, keys.ldv, x.acc + i * Vp,
+                      Vp, rows, Vp, elements<T>(seen));
     }
 }
 
@@ -125,37 +129,52 @@ int64_t parts(const Call& c) {  // units that share a row and key head, so that 
     return std::max<int64_t>(1, std::min(blocks, 16 / heads));
 }
 
+// What a block of queries sees: of the sequence each query and all together, of the prefix each, if some see none.
+struct View {
+    Range own[BLOCK], prefix[BLOCK], any;
+    int64_t blind;  // queries before the prefix's start: the first ones
+};
+
+View view_of(const Call& c, const Row& row, int64_t i0, int64_t M) {
+    View x;
+    x.any = {row.length, 0};
+    x.blind = 0;
+    for (int64_t r = 0; r < M; r++) {
+        const int64_t position = row.length - row.S + i0 + r;
+        x.own[r] = seen(c, row, position);
+        x.any = {std::min(x.any.lo, x.own[r].lo), std::max(x.any.hi, x.own[r].hi)};
+        x.blind += position < row.start;
+        x.prefix[r] = {0, position < row.start ? 0 : row.prefix};
+    }
+    return x;
+}
+
+template <typename T>
 void forward_many(const Forward& f, const float* packed, int64_t unit) {
     const Call& c = f.call;
     const int64_t P = parts(c), part = unit % P, kv = unit / P % c.HKV, b = unit / P / c.HKV;
     const Row row = row_of(c, b);
-    const int64_t G = c.HQ / c.HKV, Dp = up(c.D), blocks = (row.S + BLOCK - 1) / BLOCK;
-    const int64_t own = keys_floats(c, row.length, false);
-    float* at = scratch(own + BLOCK * (Dp + NT) + state_floats(c, BLOCK));
-    const Keys sequence = sequence_at(c, row, kv, at, false);
-    float *q = at + own, *s = q + BLOCK * Dp;
-    const float factor = query_factor(c);
+    const int64_t G = c.HQ / c.HKV, D = elements<T>(c.D), blocks = (row.S + BLOCK - 1) / BLOCK;
+    const int64_t own = keys_floats<T>(c, row.length, false);
+    float* at = scratch(own + BLOCK * (up(D) + NT) + state_floats(c, BLOCK));
+    const Keys<T> sequence = sequence_at<T>(c, row, kv, at, false);
+    float *q = at + own, *s = q + BLOCK * up(D);
     for (int64_t block = part; block < G * blocks; block += P) {
         const int64_t h = kv * G + block / blocks, i0 = block % blocks * BLOCK, M = std::min(BLOCK, row.S - i0);
-        Range limits[BLOCK], any{row.length, 0};
-        int64_t blind = 0;  // queries before the prefix's start: the first ones of the block
-        for (int64_t r = 0; r < M; r++) {
-            const int64_t position = row.length - row.S + i0 + r;
-            limits[r] = seen(c, row, position);
-            any = {std::min(any.lo, limits[r].lo), std::max(any.hi, limits[r].hi)};
-            blind += position < row.start;
-            load_row(c.query, query_at(c.query, row, h, i0 + r), c.D, Dp, factor, q + r * Dp);
-        }
+        const View view = view_of(c, row, i0, M);
+        const Matrix<T> queries{(const T*)q, D};
+        for (int64_t r = 0; r < M; r++)
+            load_row(c.query, query_at(c.query, row, h, i0 + r), c.D, D, (T*)q + r * D);
         const State x = state_at(c, s + BLOCK * NT, M);
-        if (row.prefix && blind < M) {
-            const Keys prefix = prefix_at(c, packed, row.entry, kv, false);
+        if (row.prefix && view.blind < M) {
+            const Keys<T> prefix = prefix_at<T>(c, packed, row.entry, kv, false);
             for (int64_t n0 = 0; n0 < row.prefix; n0 += NT)
-                attend(c, q + blind * Dp, M - blind, prefix, n0, std::min(NT, row.prefix - n0), nullptr, nullptr, s, x,
-                       blind);
+                attend(c, queries, M, prefix, n0, std::min(NT, row.prefix - n0), view.blind ? view.prefix : nullptr,
+                       nullptr, s, x);
         }
-        for (int64_t n0 = any.lo / NT * NT; n0 < any.hi; n0 += NT)
-            attend(c, q, M, sequence, n0, std::min(NT, any.hi - n0), limits,
-                   c.key_mask ? c.key_mask + row.b * c.T + n0 : nullptr, s, x, 0);
+        for (int64_t n0 = view.any.lo / NT * NT; n0 < view.any.hi; n0 += NT)
+            attend(c, queries, M, sequence, n0, std::min(NT, view.any.hi - n0), view.own,
+                   c.key_mask ? c.key_mask + row.b * c.T + n0 : nullptr, s, x);
         for (int64_t r = 0; r < M; r++)
             finish(f, row, h, i0 + r, x, r);
     }

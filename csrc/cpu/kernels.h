@@ -8,7 +8,7 @@
 // of queries sees. Backward walks the same tiles with the final lse: p = exp(logit - lse). Logits are never in units of
 // log 2: converting a large lse back and forth would cost the digits that its difference to a logit is made of. Few
 // queries per row have a forward of their own, decode.h.
-#ifndef PA_PAIRS  // whether decoding multiplies bfloat16; a test turns it on everywhere
+#ifndef PA_PAIRS  // whether bfloat16 is multiplied as it is; a test turns it on everywhere
 #define PA_PAIRS 0
 #endif
 
@@ -26,15 +26,26 @@ bool few(const Call& c) {
     return c.S <= FEW && !c.cu_q;
 }
 
+// ``f`` of a float or a Pair: of what the products of this call are made.
+template <typename F>
+auto with_elements(const Call& c, const F& f) {
+    if constexpr (PA_PAIRS)
+        if (paired(c)) return f(Pair{});
+    return f(float{});
+}
+
 int64_t packed_floats(const Call& c, bool backward) {
-    return few(c) && !backward ? 0 : c.N * c.HKV * keys_floats(c, c.P, backward);
+    if (few(c) && !backward) return 0;
+    return with_elements(c, [&](auto x) { return c.N * c.HKV * keys_floats<decltype(x)>(c, c.P, backward); });
 }
 
 void pack(const Call& c, bool backward, float* packed, int64_t unit) {
     const int64_t n = unit / c.HKV, kv = unit % c.HKV;
     const Array &k = c.prefix_key, &v = c.prefix_value;
-    pack_keys(c, k, n * k.batch + kv * k.head, v, n * v.batch + kv * v.head, c.P, backward,
-              packed + unit * keys_floats(c, c.P, backward));
+    with_elements(c, [&](auto x) {
+        pack_keys<decltype(x)>(c, k, n * k.batch + kv * k.head, v, n * v.batch + kv * v.head, c.P, backward,
+                               packed + unit * keys_floats<decltype(x)>(c, c.P, backward));
+    });
 }
 
 int64_t forward_units(const Call& c) {
@@ -42,7 +53,13 @@ int64_t forward_units(const Call& c) {
 }
 
 void forward(const Forward& f, const float* packed, int64_t unit) {
-    few(f.call) ? forward_few(f, unit) : forward_many(f, packed, unit);
+    with_elements(f.call, [&](auto x) {
+        few(f.call) ? forward_few<decltype(x)>(f, unit) : forward_many<decltype(x)>(f, packed, unit);
+    });
+}
+
+void backward(const Backward& f, const float* packed, int64_t unit) {
+    with_elements(f.call, [&](auto x) { backward_run<decltype(x)>(f, packed, unit); });
 }
 
 }  // namespace

@@ -25,36 +25,46 @@ float* scratch(int64_t floats) {
     return (float*)(((uintptr_t)memory.get() + 63) / 64 * 64);
 }
 
-// Keys and values of one head, in float32. What lies in memory as the kernels read it is not copied.
+// Keys and values of one head, as the products read them. float32 that lies so in memory is not copied. Of pairs, two
+// rows are one in k and v: number d of both is pair d.
+template <typename T>
 struct Keys {
-    const float *kt, *k, *vt, *v;  // kt, vt: [tile][D or DV][NT], transposed; k, v: rows ldk and ldv apart
+    const T *kt, *k, *vt, *v;  // kt, vt: [tile][elements of D or DV][NT]; k, v: rows ldk and ldv apart
     int64_t ldk, ldv;
 };
 
+template <typename T>
 bool in_place(const Array& x, int64_t size) {
-    return x.type == Type::f32 && size % VL == 0;
+    return PER<T> == 1 && x.type == Type::f32 && size % VL == 0;
 }
 
+// Whether products can be of pairs of bfloat16: a float32 prefix is rounded to them.
+bool paired(const Call& c) {
+    return c.query.type == Type::bf16 && c.key.type == Type::bf16 && c.value.type == Type::bf16;
+}
+
+template <typename T>
 int64_t keys_floats(const Call& c, int64_t n, bool backward) {
-    const int64_t t = tiles(n) * NT, Dp = up(c.D), Vp = up(c.DV);
-    return t * (c.D + Vp) + (backward ? t * (Dp + c.DV) : 0);
+    const int64_t t = tiles(n) * NT, k = elements<T>(c.D), v = elements<T>(c.DV);
+    return t * k + t / PER<T> * up(c.DV) + (backward ? t / PER<T> * up(c.D) + t * v : 0);
 }
 
 // Keys [0, n), whose rows begin at ``key0`` and ``value0``, and which were packed at ``at``.
-Keys keys_at(const Call& c, const Array& key, int64_t key0, const Array& value, int64_t value0, int64_t n,
-             const float* at, bool backward) {
+template <typename T>
+Keys<T> keys_at(const Call& c, const Array& key, int64_t key0, const Array& value, int64_t value0, int64_t n,
+                const float* at, bool backward) {
     const int64_t t = tiles(n) * NT, Dp = up(c.D), Vp = up(c.DV);
-    Keys x{at, nullptr, nullptr, at + t * c.D, Dp, Vp};
+    Keys<T> x{(const T*)at, nullptr, nullptr, (const T*)at + t * elements<T>(c.D), Dp, Vp};
     if (backward) {
-        x.k = x.v + t * Vp;
-        x.vt = x.k + t * Dp;
+        x.k = x.v + t / PER<T> * Vp;
+        x.vt = x.k + t / PER<T> * Dp;
     }
-    if (in_place(key, c.D)) {
-        x.k = (const float*)key.data + key0;
+    if (in_place<T>(key, c.D)) {
+        x.k = (const T*)key.data + key0;
         x.ldk = key.row;
     }
-    if (in_place(value, c.DV)) {
-        x.v = (const float*)value.data + value0;
+    if (in_place<T>(value, c.DV)) {
+        x.v = (const T*)value.data + value0;
         x.ldv = value.row;
     }
     return x;
@@ -73,41 +83,89 @@ void transpose_tile(const float* from, int64_t ld, int64_t count, int64_t size, 
         }
 }
 
-// Rows of a tile in float32, ``ld`` apart.
+// Rows of a tile, ``ld`` apart.
+template <typename T>
 struct Matrix {
-    const float* data;
+    const T* data;
     int64_t ld;
 };
 
-// ``n`` rows of ``size`` values from ``at`` on, of each of which ``width`` floats are read: where they lie if they can
-// be, else copied to ``to``.
-Matrix matrix(const Array& x, int64_t at, int64_t n, int64_t size, int64_t width, float* to) {
-    if (x.type == Type::f32 && size == width) return {(const float*)x.data + at, x.row};
+// ``n`` rows of ``size`` numbers from ``at`` on, of each of which ``width`` elements are read: where they lie if they
+// can be, else copied to ``to``.
+template <typename T>
+Matrix<T> matrix(const Array& x, int64_t at, int64_t n, int64_t size, int64_t width, T* to) {
+    const Type type = PER<T> == 1 ? Type::f32 : Type::bf16;
+    if (x.type == type && size == width * PER<T> && x.row % PER<T> == 0)
+        return {(const T*)((const char*)x.data + at * size_of(x)), x.row / PER<T>};
     for (int64_t i = 0; i < n; i++)
-        load_row(x, at + i * x.row, size, width, 1.f, to + i * width);
+        load_row(x, at + i * x.row, size, width, to + i * width);
     return {to, width};
 }
 
-// Packs what ``keys_at`` then finds. Floats behind the last key of a tile are 0 up to a whole vector.
+// Rows 2 i and 2 i + 1 of ``x`` become row i of ``to``, number d of both its pair d; a row that is missing is 0.
+inline void zip_rows(const Matrix<Pair>& x, int64_t n, int64_t width, Pair* __restrict to) {
+    static const uint16_t nothing[256] = {};
+    for (int64_t i = 0; i < n; i += 2, to += width) {
+        const uint16_t* lo = (const uint16_t*)(x.data + i * x.ld);
+        const uint16_t* hi = i + 1 < n ? lo + 2 * x.ld : nothing;
+        for (int64_t d = 0; d < width; d++)
+            to[d] = {lo[d], hi[d]};
+    }
+}
+
+// ``n`` rows of floats, NT apart, for a product that sums over rows: pairs are zipped to ``to``.
+template <typename T>
+const T* over_rows(const float* s, int64_t n, int64_t width, float* to) {
+    if constexpr (PER<T> == 1) return s;
+    for (int64_t i = 0; i < n; i += 2)
+        for (int64_t j = 0; j < width; j += VL) {
+            const float* lo = s + i * NT + j;
+            store(to + i / 2 * NT + j, narrow<true>(load(lo), i + 1 < n ? load(lo + NT) : vec{}));
+        }
+    return (const T*)to;
+}
+
+// The same for a sum over columns: pairs take their place.
+template <typename T>
+const T* over_columns(float* s, int64_t n, int64_t width) {
+    if constexpr (PER<T> == 2)
+        for (int64_t i = 0; i < n; i++)
+            for (int64_t j = 0; j < width; j += 2 * VL) {  // behind an odd vector lies another, which nobody reads
+                const float* two = s + i * NT + j;
+                store(s + i * NT + j / 2, narrow<false>(load(two), load(two + VL)));
+            }
+    return (const T*)s;
+}
+
+// A tile's keys or values, transposed to ``across`` and by rows to ``down``; null: not wanted.
+inline void pack_tile(const Array& x, int64_t at, int64_t count, int64_t size, float* across, float* down) {
+    alignas(64) float rows_of_tile[NT * 256];
+    const Matrix<float> rows = matrix(x, at, count, size, up(size), down ? down : rows_of_tile);
+    if (across) transpose_tile(rows.data, rows.ld, count, size, across, NT);
+}
+inline void pack_tile(const Array& x, int64_t at, int64_t count, int64_t size, Pair* across, Pair* down) {
+    alignas(64) Pair rows_of_tile[NT * 128];
+    const int64_t n = elements<Pair>(size), width = up(n);
+    for (int64_t i = 0; i < count; i++)
+        load_row(x, at + i * x.row, size, width, rows_of_tile + i * width);
+    if (across) transpose_tile((const float*)rows_of_tile, width, count, n, (float*)across, NT);
+    if (down) zip_rows({rows_of_tile, width}, count, up(size), down);
+}
+
+// Packs what ``keys_at`` then finds. What is behind the last key of a tile is 0 up to a whole vector.
+template <typename T>
 void pack_keys(const Call& c, const Array& key, int64_t key0, const Array& value, int64_t value0, int64_t n,
                bool backward, float* to, int64_t from = 0) {
-    const Keys x = keys_at(c, key, key0, value, value0, n, to, backward);
-    const int64_t Dp = up(c.D), Vp = up(c.DV);
-    alignas(64) float rows_of_tile[NT * 256];
+    const Keys<T> x = keys_at<T>(c, key, key0, value, value0, n, to, backward);
+    const auto tile = [&](const T* at, int64_t n0, int64_t size) {
+        return at ? const_cast<T*>(at) + n0 * size : nullptr;
+    };
     for (int64_t n0 = from; n0 < n; n0 += NT) {
         const int64_t count = std::min(NT, n - n0);
-        const float *k = x.k + n0 * x.ldk, *v = x.v + n0 * x.ldv;
-        if (!in_place(key, c.D)) {
-            float* rows = backward ? const_cast<float*>(k) : rows_of_tile;
-            for (int64_t i = 0; i < count; i++)
-                load_row(key, key0 + (n0 + i) * key.row, c.D, Dp, 1.f, rows + i * Dp);
-            k = rows;
-        }
-        if (!in_place(value, c.DV))
-            for (int64_t i = 0; i < count; i++)
-                load_row(value, value0 + (n0 + i) * value.row, c.DV, Vp, 1.f, const_cast<float*>(v) + i * Vp);
-        transpose_tile(k, x.ldk, count, c.D, const_cast<float*>(x.kt) + n0 * c.D, NT);
-        if (backward) transpose_tile(v, x.ldv, count, c.DV, const_cast<float*>(x.vt) + n0 * c.DV, NT);
+        pack_tile(key, key0 + n0 * key.row, count, c.D, tile(x.kt, n0, elements<T>(c.D)),
+                  backward ? tile(x.k, n0 / PER<T>, x.ldk) : nullptr);
+        pack_tile(value, value0 + n0 * value.row, count, c.DV, tile(x.vt, n0, elements<T>(c.DV)),
+                  tile(x.v, n0 / PER<T>, x.ldv));
     }
 }
 

@@ -5,13 +5,18 @@ constexpr int VL = PA_LANES, MR = PA_ROWS;
 typedef float vec __attribute__((vector_size(4 * PA_LANES)));
 typedef float vecu __attribute__((vector_size(4 * PA_LANES), aligned(4), may_alias));
 typedef int32_t veci __attribute__((vector_size(4 * PA_LANES)));
-typedef int32_t vecui __attribute__((vector_size(4 * PA_LANES), aligned(4), may_alias));
+typedef uint16_t vech __attribute__((vector_size(4 * PA_LANES)));
+typedef int32_t vecui __attribute__((vector_size(4 * PA_LANES), aligned(2), may_alias));
+typedef uint16_t vechu __attribute__((vector_size(4 * PA_LANES), aligned(2), may_alias));
 
 static inline vec load(const float* p) {
     return *(const vecu*)p;
 }
 static inline void store(float* p, vec x) {
     *(vecu*)p = x;
+}
+static inline void store(void* p, vech x) {
+    *(vechu*)p = x;
 }
 static inline vec all(float x) {
     return x - vec{};  // + would have to turn -0 into 0, by an instruction more
@@ -94,10 +99,34 @@ struct Pair {
     uint16_t lo, hi;
 };
 
-static inline uint16_t to_bf16(float x) {
-    uint32_t bits;
-    std::memcpy(&bits, &x, 4);
-    return (x != x ? bits | 0x400000 : bits + 0x7FFF + ((bits >> 16) & 1)) >> 16;  // to the nearest, ties to even
+// What a product steps over: so many numbers at once, and the elements that n numbers take.
+template <typename T>
+constexpr int64_t PER = 1;
+template <>
+constexpr int64_t PER<Pair> = 2;
+template <typename T>
+constexpr int64_t elements(int64_t n) {
+    return (n + PER<T> - 1) / PER<T>;
+}
+
+// bfloat16 to the nearest, ties to even, of the lanes of a, then b; ZIP: of both in turn, as VL pairs.
+template <bool ZIP>
+static inline vech narrow(vec a, vec b) {
+    vech from;
+#ifdef PA_DPBF16
+    const vech x = (vech)_mm512_cvtne2ps_pbh((__m512)b, (__m512)a);
+    for (int i = 0; i < 2 * VL; i++)
+        from[i] = ZIP ? i / 2 + i % 2 * VL : i;
+    return __builtin_shuffle(x, from);
+#else
+    const auto rounded = [](vec x) {  // in the upper half of each lane; NaN stays NaN
+        const veci bits = (veci)x;
+        return (vech)(x == x ? bits + 0x7FFF + ((bits >> 16) & 1) : bits | 0x400000);
+    };
+    for (int i = 0; i < 2 * VL; i++)
+        from[i] = ZIP ? (i | 1) + i % 2 * (2 * VL) : 2 * i + 1;
+    return __builtin_shuffle(rounded(a), rounded(b), from);
+#endif
 }
 
 // An element of the left matrix in every lane, a vector of the right one, and their product on top of a sum.
@@ -126,9 +155,10 @@ static inline vec step(vec sum, veci a, veci b) {
 #endif
 }
 
-// c[R][NV vectors] (+)= a[R][K] b[K][NV]. a's element (r, k) is a[r * ar + k * ak].
+// c[R][NV vectors] = factor a[R][K] b[K][NV], or with ADD a b more. a's element (r, k) is a[r * ar + k * ak].
 template <int R, int NV, bool ADD, typename T>
-static inline void tile(const T* a, int64_t ar, int64_t ak, const T* b, int64_t ldb, float* c, int64_t ldc, int64_t K) {
+static inline void tile(const T* a, int64_t ar, int64_t ak, const T* b, int64_t ldb, float* c, int64_t ldc, int64_t K,
+                        float factor) {
     vec x[R][NV];
     for (int r = 0; r < R; r++)
         for (int j = 0; j < NV; j++)
@@ -145,37 +175,37 @@ static inline void tile(const T* a, int64_t ar, int64_t ak, const T* b, int64_t 
     }
     for (int r = 0; r < R; r++)
         for (int j = 0; j < NV; j++)
-            store(c + r * ldc + j * VL, x[r][j]);
+            store(c + r * ldc + j * VL, ADD ? x[r][j] : x[r][j] * factor);
 }
 
 template <int NV, bool ADD, typename T>
 static inline void rows(const T* a, int64_t ar, int64_t ak, const T* b, int64_t ldb, float* c, int64_t ldc, int64_t M,
-                        int64_t K) {
+                        int64_t K, float factor) {
     int64_t r = 0;
     for (; r + MR <= M; r += MR)
-        tile<MR, NV, ADD>(a + r * ar, ar, ak, b, ldb, c + r * ldc, ldc, K);
+        tile<MR, NV, ADD>(a + r * ar, ar, ak, b, ldb, c + r * ldc, ldc, K, factor);
     for (; r + 2 <= M; r += 2)
-        tile<2, NV, ADD>(a + r * ar, ar, ak, b, ldb, c + r * ldc, ldc, K);
+        tile<2, NV, ADD>(a + r * ar, ar, ak, b, ldb, c + r * ldc, ldc, K, factor);
     for (; r < M; r++)
-        tile<1, NV, ADD>(a + r * ar, ar, ak, b, ldb, c + r * ldc, ldc, K);
+        tile<1, NV, ADD>(a + r * ar, ar, ak, b, ldb, c + r * ldc, ldc, K, factor);
 }
 
-// c[M][N] = a[M][K] b[K][N], or with ADD that much more; N a multiple of VL. T: float, or Pair for twice as many k.
+// c[M][N] = factor a[M][K] b[K][N], or with ADD a b more; N a multiple of VL. T: float, or Pair for twice as many k.
 template <bool ADD, typename T>
 static void product(const T* a, int64_t ar, int64_t ak, const T* b, int64_t ldb, float* c, int64_t ldc, int64_t M,
-                    int64_t N, int64_t K) {
+                    int64_t N, int64_t K, float factor = 1.f) {
     int64_t n = 0;
     for (; n + 4 * VL <= N; n += 4 * VL)
-        rows<4, ADD>(a, ar, ak, b + n, ldb, c + n, ldc, M, K);
+        rows<4, ADD>(a, ar, ak, b + n, ldb, c + n, ldc, M, K, factor);
     if (n + 3 * VL <= N) {
-        rows<3, ADD>(a, ar, ak, b + n, ldb, c + n, ldc, M, K);
+        rows<3, ADD>(a, ar, ak, b + n, ldb, c + n, ldc, M, K, factor);
         n += 3 * VL;
     }
     if (n + 2 * VL <= N) {
-        rows<2, ADD>(a, ar, ak, b + n, ldb, c + n, ldc, M, K);
+        rows<2, ADD>(a, ar, ak, b + n, ldb, c + n, ldc, M, K, factor);
         n += 2 * VL;
     }
-    if (n < N) rows<1, ADD>(a, ar, ak, b + n, ldb, c + n, ldc, M, K);
+    if (n < N) rows<1, ADD>(a, ar, ak, b + n, ldb, c + n, ldc, M, K, factor);
 }
 
 // Storage types -> float32
@@ -202,26 +232,47 @@ static inline float to_float(uint16_t bits, Type type) {
     return (float)half;
 }
 
-// ``width`` floats of a row with ``n`` values, zeros behind them.
-static inline void load_row(const Array& x, int64_t at, int64_t n, int64_t width, float factor, float* to) {
+// ``n`` floats as bfloat16.
+static inline void narrow_row(const float* from, int64_t n, float factor, uint16_t* to) {
+    int64_t i = 0;
+    for (; i + 2 * VL <= n; i += 2 * VL)
+        store(to + i, narrow<false>(load(from + i) * factor, load(from + i + VL) * factor));
+    if (i == n) return;
+    float rest[2 * VL] = {};
+    for (int64_t j = i; j < n; j++)
+        rest[j - i] = from[j] * factor;
+    const vech x = narrow<false>(load(rest), load(rest + VL));
+    std::memcpy(to + i, &x, (n - i) * sizeof(uint16_t));
+}
+
+// A row of ``n`` numbers as ``width`` elements, zeros behind them.
+static inline void load_row(const Array& x, int64_t at, int64_t n, int64_t width, float* to) {
     if (x.type == Type::f32) {
-        const float* from = (const float*)x.data + at;
-        for (int64_t i = 0; i < n; i++)
-            to[i] = from[i] * factor;
+        std::memcpy(to, (const float*)x.data + at, n * sizeof(float));
     } else {
         const uint16_t* from = (const uint16_t*)x.data + at;
         if (x.type == Type::bf16)
             for (int64_t i = 0; i < n; i++)
-                to[i] = to_float(from[i], Type::bf16) * factor;
+                to[i] = to_float(from[i], Type::bf16);
         else
             for (int64_t i = 0; i < n; i++)
-                to[i] = to_float(from[i], Type::f16) * factor;
+                to[i] = to_float(from[i], Type::f16);
     }
     for (int64_t i = n; i < width; i++)
         to[i] = 0;
 }
+static inline void load_row(const Array& x, int64_t at, int64_t n, int64_t width, Pair* pairs) {
+    uint16_t* to = (uint16_t*)pairs;
+    if (x.type == Type::bf16)
+        std::memcpy(to, (const uint16_t*)x.data + at, n * sizeof(uint16_t));
+    else
+        narrow_row((const float*)x.data + at, n, 1.f, to);
+    for (int64_t i = n; i < 2 * width; i++)
+        to[i] = 0;
+}
 
 static inline void store_row(const Array& x, int64_t at, int64_t n, float factor, const float* from) {
+    if (x.type == Type::bf16) return narrow_row(from, n, factor, (uint16_t*)x.data + at);
     if (x.type == Type::f32) {
         float* to = (float*)x.data + at;
         for (int64_t i = 0; i < n; i++)
@@ -230,12 +281,7 @@ static inline void store_row(const Array& x, int64_t at, int64_t n, float factor
     }
     uint16_t* to = (uint16_t*)x.data + at;
     for (int64_t i = 0; i < n; i++) {
-        const float y = from[i] * factor;
-        if (x.type == Type::bf16) {
-            to[i] = to_bf16(y);
-        } else {
-            const Half half = (Half)y;
-            std::memcpy(to + i, &half, 2);
-        }
+        const Half half = (Half)(from[i] * factor);
+        std::memcpy(to + i, &half, 2);
     }
 }

@@ -1,7 +1,8 @@
 """The C++ kernels of csrc/cpu: one pass over [prefix ; sequence] in float32, for every instruction set.
 
-The prefix is packed once per call and read by all rows; tiles that no query sees are not visited; half precision is
-only how tensors are stored.
+The prefix is packed once per call and read by all rows; tiles that no query sees are not visited. Half precision is
+only how tensors are stored, but for bfloat16 on a processor that multiplies it (isa avx512bf16): there the operands of
+every product are bfloat16, probabilities and a float32 prefix among them, and sums are float32.
 """
 
 from __future__ import annotations
