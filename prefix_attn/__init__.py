@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from prefix_attn.hf.accelerate import accelerate as accelerate
     from prefix_attn.hf.config import PrefixConfig as PrefixConfig
     from prefix_attn.hf.embedding import PrefixTuning as PrefixTuning
+    from prefix_attn.hf.mass import prefix_mass as prefix_mass
     from prefix_attn.hf.model import PrefixModel as PrefixModel
     from prefix_attn.hf.model import get_prefix_model as get_prefix_model
 
@@ -25,6 +26,7 @@ _HF = {
     "PrefixTuning": "embedding",
     "accelerate": "accelerate",
     "get_prefix_model": "model",
+    "prefix_mass": "mass",
 }
 
 

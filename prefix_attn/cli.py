@@ -255,15 +255,54 @@ def evaluate(
 
 
 @app.command()
-def inspect(adapter: Adapter, as_json: AsJson = False) -> None:
-    """Show what an adapter holds, without its base model."""
+def inspect(
+    adapter: Adapter,
+    mass: Annotated[
+        str | None,
+        typer.Option(
+            help="Data, as for train: show what share of the softmax goes to the prefix there.", metavar="DATA"
+        ),
+    ] = None,
+    plot: Annotated[Path | None, typer.Option(help="With --mass: its heat map, a PNG.", dir_okay=False)] = None,
+    limit: Annotated[int, typer.Option(min=1, help="With --mass: use only so many inputs.")] = 64,
+    source_column: Source = "source",
+    target_column: Target = "target",
+    model: Annotated[str | None, typer.Option(help="With --mass: default: the model that the adapter names.")] = None,
+    batch_size: BatchSize = 16,
+    as_json: AsJson = False,
+) -> None:
+    """Show what an adapter holds, without its base model; with --mass how much attention the prefix gets.
+
+    [bold]prefix-attn inspect runs/e2e --mass testset_w_refs.csv --plot mass.png[/bold]
+    """
     from prefix_attn.hf.checkpoint import describe
 
+    if mass is None and plot is not None:
+        raise ValueError("--plot is the heat map of --mass: give data with --mass")
     found = describe(adapter)
     table = Table(title=Text(str(adapter)), show_header=False)
     for name, value in found.items():
         table.add_row(name, f"{value:,}" if isinstance(value, int) else Text(str(value)))
-    _print(found, as_json, table)
+    if mass is None:
+        _print(found, as_json, table)
+        return
+    from prefix_attn.data import collate, encode, read_examples
+    from prefix_attn.hf.mass import layers_of, mass_table, plot_mass, prefix_mass
+
+    examples = read_examples(mass, split="dev", source_column=source_column, target_column=target_column)[:limit]
+    prefixed, tokenizer = _prefixed(adapter, model)
+    rows, _ = encode(tokenizer, examples, max_length=512)
+    batches = [collate(rows[i : i + batch_size], tokenizer.pad_token_id) for i in range(0, len(rows), batch_size)]
+    with _progress("mass", len(rows)) as advance:
+        shares = prefix_mass(prefixed, batches, progress=advance)
+    layers = layers_of(prefixed)
+    if plot is not None:
+        plot_mass(shares, layers, plot)
+    sites = {site: {"layers": layers[site], "heads": values.tolist()} for site, values in shares.items()}
+    table = Table("", "layer", "mean", "of heads", "each head", title=Text(f"softmax mass on {adapter}, {mass}"))
+    for row in mass_table(shares, layers):
+        table.add_row(*row)
+    _print(found | {"prefix_mass": sites}, as_json, table)
 
 
 @app.command()

@@ -114,6 +114,26 @@ def test_convert(files: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Ca
     assert not Path("x").exists()
 
 
+def test_inspect_mass(files: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """The same numbers as JSON, as a table and as a heat map."""
+    monkeypatch.chdir(files)
+    data = ("--model", "model", "--data", "data.jsonl", "--virtual-tokens", 3, "--steps", 1, "--batch-size", 1)
+    assert run(monkeypatch, "train", "--output", "watched", *data) == 0
+    capsys.readouterr()
+    look = ("inspect", "watched", "--mass", "data.jsonl", "--limit", 2, "--batch-size", 1)
+    assert run(monkeypatch, *look, "--plot", "new/mass.png", "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    (site,) = found["prefix_mass"].items()
+    assert (site[0], site[1]["layers"]) == ("decoder", [0, 1, 2])
+    assert all(len(row) == 4 and all(0 < share < 1 for share in row) for row in site[1]["heads"])
+    assert (files / "new" / "mass.png").read_bytes().startswith(b"\x89PNG")
+    assert run(monkeypatch, *look) == 0
+    out = capsys.readouterr().out
+    for row in site[1]["heads"]:
+        assert f"{sum(row) / 4:.3f}" in out
+        assert "".join("▁▂▃▄▅▆▇█"[int(share * 8)] for share in row) in out
+
+
 ERRORS = {
     "no adapter": (("inspect", "missing"), "missing: not a folder|missing: neither a folder"),
     "no data": (("train", "--output", "x", "--data", "none.csv"), "none.csv: no such file"),
@@ -122,6 +142,7 @@ ERRORS = {
         ("train", "--output", "x", "--data", "{data}", "--position-mode", "rope"),
         "position_mode must be one of",
     ),
+    "a plot of nothing": (("inspect", "missing", "--plot", "x.png"), "--plot is the heat map of --mass"),
     "two starts": (
         ("train", "--output", "x", "--data", "{data}", "--init-text", "a", "--init-document", "{data}"),
         "one start, got --init-text and --init-document",

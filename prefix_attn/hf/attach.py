@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
-from prefix_attn.hf.attention import FIRST, MASKED, NAME, STATE, Call, Capture, PrefixState
+from prefix_attn.hf.attention import FIRST, MASKED, NAME, STATE, Call, Capture, PrefixState, Watch
 from prefix_attn.hf.banks import Rows
 from prefix_attn.hf.bridge import Bridge, bridge_next
 from prefix_attn.hf.config import SITES, PrefixConfig
@@ -186,6 +186,7 @@ class Attachment:
             rows=rows,
             gates=gates,
             starts=starts,
+            watch=self._now.watch,
         )
         with self._set(state, bridge):
             yield
@@ -195,6 +196,15 @@ class Attachment:
         if left:
             names = ", ".join(f"{slot.site} {slot.layer}" for slot in left)
             raise RuntimeError(f"{self._name} did not hand the prefix to layers {names}")
+
+    @contextmanager
+    def watching(self, watch: Watch) -> Iterator[None]:
+        """Forwards that enter ``running`` within the context tell ``watch`` what share of the softmax prefixes get."""
+        self._now.watch = watch
+        try:
+            yield
+        finally:
+            self._now.watch = None
 
     @contextmanager
     def plain(self) -> Iterator[None]:
@@ -362,6 +372,7 @@ class _Now(threading.local):
 
     state: PrefixState | Capture | None = None
     bridge: tuple[Any, ...] | None = None
+    watch: Watch | None = None
 
     def __reduce__(self) -> tuple[type[_Now], tuple[()]]:
         """A copy of the model runs nothing yet."""

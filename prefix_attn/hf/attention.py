@@ -26,6 +26,9 @@ DISTANCES = "prefix_distances"  # another, for stacks whose tokens are moved by 
 FIRST = "prefix_first"  # another, for an infix: the column of the first query, which caches of a fixed size do not tell
 
 
+Watch = Callable[[nn.Module, Tensor], None]  # of a module: shares (B, Hq, S)
+
+
 class Prefix(NamedTuple):
     """What an attention module hands to ``prefix_attention``."""
 
@@ -50,6 +53,7 @@ class PrefixState:
         rows: Rows | None = None,
         gates: Tensor | None = None,
         starts: Tensor | None = None,
+        watch: Watch | None = None,
     ) -> None:
         """One prefix for all rows, or a bank.
 
@@ -61,6 +65,7 @@ class PrefixState:
             rows: of a bank.
             gates: (slots, Hq), or of a bank (N, slots, Hq).
             starts: (B,) int64: the first column of each row that sees an infix; None = all see their prefix.
+            watch: is told the share of the softmax that each query gives to the prefix.
         """
         parts = kv.unbind(-4)
         self.layers = list(zip(parts[::2], parts[1::2]))
@@ -70,6 +75,7 @@ class PrefixState:
         self.backend = backend
         self.rows = rows
         self.starts = starts
+        self.watch = watch
         self.entered: set[nn.Module] = set()
         self.served: set[nn.Module] = set()
 
@@ -117,6 +123,7 @@ class Capture:
     backend = "auto"
     shifts: Mapping[nn.Module, int | Tensor] = {}
     starts = None
+    watch = None
 
     def __init__(self) -> None:
         """Empty."""
@@ -167,11 +174,14 @@ def prefix_attention_forward(
                 "distances; position_mode='none' works"
             )
         bias = function(query.shape[2], prefix.key.shape[1], query.device, prefix_distances.first)
-        out = _at_a_distance(query, key, value, prefix.key, prefix.value, bias, sequence, options)
+        out, share = _at_a_distance(query, key, value, prefix.key, prefix.value, bias, sequence, options)
     else:
+        share = None
         options |= {"prefix_ids": prefix.ids, "prefix_lengths": prefix.lengths}
         options |= {"prefix_gate": prefix.gate, "prefix_start": prefix.start}
         out = prefix_attention(query, key, value, prefix.key, prefix.value, **sequence, **options)
+    if prefix_state is not None and prefix_state.watch is not None and prefix.key is not None:
+        prefix_state.watch(module, _share(query, key, value, prefix, sequence, options) if share is None else share)
     assert isinstance(out, Tensor)
     return out.transpose(1, 2).contiguous(), None
 
@@ -248,15 +258,29 @@ def _at_a_distance(
     prefix_bias: Tensor,
     sequence: dict[str, Any],
     options: dict[str, Any],
-) -> Tensor:
-    """Attention where the prefix has a bias too: over the sequence, over the prefix, and merged by log-sum-exp."""
+) -> tuple[Tensor, Tensor]:
+    """Attention where the prefix has a bias too: over the sequence, over the prefix, and merged by log-sum-exp.
+
+    Also (B, Hq, S), the prefix's share.
+    """
     out, lse = prefix_attention(query, key, value, None, None, return_lse=True, **sequence, **options)
     # Expanded before the cast: the gradient's sum over the batch is taken in the prefix's dtype.
     key, value = (t.expand(query.shape[0], -1, -1, -1).to(query.dtype) for t in (prefix_key, prefix_value))
     options |= {"bias": prefix_bias, "is_causal": False, "return_lse": True}
     prefix, prefix_lse = prefix_attention(query, key, value, None, None, **options)
-    share = torch.sigmoid(prefix_lse - lse)[..., None]
-    return (out + share * (prefix - out)).to(query.dtype)
+    share = torch.sigmoid(prefix_lse - lse)
+    return (out + share[..., None] * (prefix - out)).to(query.dtype), share
+
+
+def _share(
+    query: Tensor, key: Tensor, value: Tensor, prefix: Prefix, sequence: dict[str, Any], options: dict[str, Any]
+) -> Tensor:
+    """(B, Hq, S): the prefix's share of the softmax's mass, from the log-sum-exps with and without it."""
+    options = options | sequence | {"return_lse": True}
+    _, both = prefix_attention(query, key, value, prefix.key, prefix.value, **options)
+    options |= dict.fromkeys(("prefix_ids", "prefix_lengths", "prefix_start"))
+    _, without = prefix_attention(query, key, value, None, None, **options)
+    return -torch.expm1(without - torch.where(both == -torch.inf, 0.0, both)).where(both > -torch.inf, 0.0)
 
 
 for name, mask in ((NAME, prefix_attention_mask), (MASKED, full_mask)):

@@ -1,0 +1,123 @@
+"""How much of the attention goes to a prefix: the share of softmax mass, of each layer and head."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from prefix_attn.hf.attach import evaluating
+from prefix_attn.hf.infix import IGNORED, start_of_targets
+from prefix_attn.hf.model import PrefixModel
+
+BARS = "▁▂▃▄▅▆▇█"  # of shares in eighths
+
+
+@torch.no_grad()
+def prefix_mass(
+    model: PrefixModel, batches: Iterable[Mapping[str, Tensor]], progress: Callable[[int], object] | None = None
+) -> dict[str, Tensor]:
+    """The mean share of the softmax's mass that the active prefix gets, in [0, 1].
+
+    From log-sum-exps: 1 - exp(lse of the sequence - lse of both), a sink counted in both. The mean is over the tokens
+    that are not padding and see the prefix.
+
+    Args:
+        model: with a prefix that shares the softmax with the sequence.
+        batches: arguments of ``model``'s forward, with ``attention_mask`` where there is padding.
+        progress: called with the number of rows of each finished batch.
+
+    Returns:
+        For each site (layers with a prefix, query heads) float64.
+
+    Raises:
+        ValueError: no active prefix, one with a gate (which has a softmax of its own), or no batches.
+    """
+    if model.active_prefix is None:
+        raise ValueError("there is no active prefix to look at")
+    config, attachment = model.prefix_configs[model.active_prefix], model._attachment
+    if config.gate is not None:
+        raise ValueError(
+            f"{model.active_prefix} has a gate: its softmax is its own, and takes no mass of the sequence's"
+        )
+    slots = attachment.layout(config).slots
+    sums = {slot.module: torch.zeros(slot.query_heads, dtype=torch.float64) for slot in slots}
+    counts = dict.fromkeys(sums, 0)
+    sites = {slot.module: slot.site for slot in slots}
+    device = model.base_model.get_input_embeddings().weight.device
+    with evaluating(model):
+        for batch in batches:
+            batch = {name: tensor.to(device) for name, tensor in batch.items()}
+            starts = start_of_targets(None, batch) if config.mode == "infix" else None
+
+            def add(module: nn.Module, share: Tensor, batch: Any = batch, starts: Tensor | None = starts) -> None:
+                B, _, S = share.shape
+                tokens = _tokens(batch, sites[module], attachment.has_decoder)
+                tokens = torch.ones(B, S, device=device) if tokens is None else tokens
+                if starts is not None:
+                    tokens = tokens * (torch.arange(S, device=device) >= starts[:, None])
+                sums[module] += torch.einsum("bhs,bs->h", share.double(), tokens.double()).cpu()
+                counts[module] += int(tokens.sum())
+
+            with attachment.watching(add):
+                model(**batch)
+            if progress is not None:
+                progress(len(next(iter(batch.values()))))
+    if not all(counts.values()):
+        raise ValueError("no token saw the prefix: there is nothing to take the mean of")
+    return {
+        site: torch.stack([sums[s.module] / counts[s.module] for s in slots if s.site == site])
+        for site in dict.fromkeys(sites.values())
+    }
+
+
+def layers_of(model: PrefixModel) -> dict[str, list[int]]:
+    """For each site the numbers of the layers that the rows of ``prefix_mass`` are of."""
+    assert model.active_prefix is not None
+    slots = model._attachment.layout(model.prefix_configs[model.active_prefix]).slots
+    return {site: [s.layer for s in slots if s.site == site] for site in dict.fromkeys(s.site for s in slots)}
+
+
+def mass_table(mass: Mapping[str, Tensor], layers: Mapping[str, list[int]]) -> list[tuple[str, str, str, str, str]]:
+    """Site, layer, mean, range and a bar for each head: a line for each layer, as text."""
+    return [
+        (site, str(layer), f"{row.mean():.3f}", f"{row.min():.3f} to {row.max():.3f}", _bars(row))
+        for site, values in mass.items()
+        for layer, row in zip(layers[site], values)
+    ]
+
+
+def _bars(shares: Tensor) -> str:
+    return "".join(BARS[min(int(share * len(BARS)), len(BARS) - 1)] for share in shares.tolist())
+
+
+def plot_mass(mass: Mapping[str, Tensor], layers: Mapping[str, list[int]], path: Path) -> None:
+    """A heat map for each site, layers against heads, as a PNG; ``layers`` are the numbers of the rows."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, len(mass), figsize=(1 + 4 * len(mass), 5), squeeze=False, layout="constrained")
+    top = max(values.max().item() for values in mass.values())
+    for (site, values), axis in zip(mass.items(), axes[0]):
+        image = axis.imshow(values.tolist(), vmin=0, vmax=top, aspect="auto", origin="lower", interpolation="nearest")
+        axis.set(xlabel="query head", ylabel="layer", title=site)
+        step = -(-len(values) // 16)
+        axis.set_yticks(range(0, len(values), step), layers[site][::step])
+    figure.colorbar(image, ax=list(axes[0]), label="share of softmax mass on the prefix")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+
+
+def _tokens(batch: Mapping[str, Tensor], site: str, has_decoder: bool) -> Tensor | None:
+    """(B, S): 1 for the queries of ``site`` that are no padding; None = all."""
+    if site == "encoder" or not has_decoder:
+        return batch.get("attention_mask")
+    if "decoder_attention_mask" in batch or "labels" not in batch:
+        return batch.get("decoder_attention_mask")
+    return batch["labels"] != IGNORED
