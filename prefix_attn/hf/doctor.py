@@ -70,7 +70,7 @@ def examine(base: PreTrainedModel, adapter: str | None = None) -> Iterator[Findi
 def _causality(model: PrefixModel, ids: Tensor) -> float:
     other = ids.clone()
     other[:, TOKENS // 2 :] = ids[:, TOKENS // 2 :].flip(1)
-    return _far(model(other).logits[:, : TOKENS // 2], model(ids).logits[:, : TOKENS // 2])
+    return _far(_run(model, other).logits[:, : TOKENS // 2], _run(model, ids).logits[:, : TOKENS // 2])
 
 
 @torch.no_grad()
@@ -79,7 +79,7 @@ def _padding(model: PrefixModel, ids: Tensor) -> float:
     mask = torch.ones(ROWS, width + TOKENS, dtype=torch.int64, device=ids.device)
     mask[:, :width] = 0
     padded = torch.cat([ids[:, :width], ids], dim=1)
-    return _far(model(padded, attention_mask=mask).logits[:, width:], model(ids).logits)
+    return _far(_run(model, padded, attention_mask=mask).logits[:, width:], _run(model, ids).logits)
 
 
 def _cache(model: PrefixModel, ids: Tensor) -> float:
@@ -119,11 +119,11 @@ def _checkpointing(model: PrefixModel, ids: Tensor) -> float:
 
 @torch.no_grad()
 def _files(model: PrefixModel, ids: Tensor) -> float:
-    expected = model(ids).logits
+    expected = _run(model, ids).logits
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
         model.load_prefix(folder, "reloaded")
-    far, name = _far(model(ids).logits, expected), model.prefix_names[0]
+    far, name = _far(_run(model, ids).logits, expected), model.prefix_names[0]
     model.delete_prefix("reloaded")
     model.set_prefix(name)
     return far
@@ -139,16 +139,23 @@ MEASURES: dict[str, Callable[[PrefixModel, Tensor], float]] = {
 }
 
 
+def _run(model: PrefixModel, ids: Tensor, **given: Any) -> Any:
+    """A forward in which all tokens see the prefix, an infix too."""
+    if model.prefix_configs[model.active_prefix or ""].mode == "infix":
+        given["infix_start"] = torch.zeros(len(ids), dtype=torch.int64, device=ids.device)
+    return model(ids, **given)
+
+
 def _gradient(model: PrefixModel, ids: Tensor) -> Tensor:
     leaves = [p for p in model.parameters() if p.requires_grad]
-    loss = model(ids, labels=ids, use_cache=False).loss
+    loss = _run(model, ids, labels=ids, use_cache=False).loss
     return torch.cat([g.flatten() for g in torch.autograd.grad(loss, leaves)])
 
 
 def _train(model: PrefixModel, ids: Tensor) -> None:
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     with _in_training(model):
-        model(ids, labels=ids, use_cache=False).loss.backward()
+        _run(model, ids, labels=ids, use_cache=False).loss.backward()
     optimizer.step()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -23,8 +24,17 @@ def test_a_model_that_is_served(name: str) -> None:
     assert all(torch.equal(p, before[n]) for n, p in base.named_parameters())
 
 
-def test_an_adapter_through_an_mlp(tmp_path: Path) -> None:
-    config = PrefixConfig(num_virtual_tokens=3, prefix_projection=True, encoder_hidden_size=8)
+ADAPTERS: dict[str, dict[str, Any]] = {
+    "mlp": {"prefix_projection": True, "encoder_hidden_size": 8},
+    "infix": {"mode": "infix", "num_frozen_tokens": 1},
+    "gate": {"gate": "zero"},
+    "embedding": {"mode": "embedding"},
+}
+
+
+@pytest.mark.parametrize("kind", ADAPTERS)
+def test_an_adapter(kind: str, tmp_path: Path) -> None:
+    config = PrefixConfig(num_virtual_tokens=3, **ADAPTERS[kind])
     get_prefix_model(tiny("llama"), config).save_pretrained(tmp_path, training_state=True)
     assert [f.name for f in examine(tiny("llama"), str(tmp_path)) if not f.holds] == []
 
