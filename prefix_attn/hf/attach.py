@@ -20,8 +20,9 @@ from prefix_attn.hf.banks import Rows
 from prefix_attn.hf.bridge import Bridge, bridge_next
 from prefix_attn.hf.config import SITES, PrefixConfig
 from prefix_attn.hf.heads import find_heads
-from prefix_attn.hf.positions import Positions, past, shifted
+from prefix_attn.hf.positions import Positions, cache_of, past, shifted
 from prefix_attn.hf.slots import Slot, find_slots, find_stacks, is_causal
+from prefix_attn.hf.wrapper import device_of
 
 
 class Layout(NamedTuple):
@@ -292,7 +293,7 @@ class Attachment:
             return self.base.base_model(**given, use_cache=False)[0]
 
     def _inputs(self, tokens: Tensor, decoder_ids: Tensor | None = None) -> dict[str, Tensor]:
-        device = self.base.get_input_embeddings().weight.device
+        device = device_of(self.base.get_input_embeddings())
         name = "inputs_embeds" if tokens.is_floating_point() else "input_ids"
         given = {name: tokens[None].to(device)} if self.reads_text else {"input_features": self._noise()}
         return given if decoder_ids is None else given | {"decoder_input_ids": decoder_ids[None].to(device)}
@@ -318,12 +319,22 @@ class Attachment:
     def _inject(self, stack: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Before ``stack`` runs: hand it the state, the positions of its tokens and the bridge."""
         state, bridge = self._now.state, self._now.bridge
+        weights = kwargs.get("output_attentions", getattr(stack.config, "output_attentions", False))
         if state is None:
-            return None
+            if not weights:
+                return None
+            state = Capture()
+            state.weights = True
+            return args, kwargs | {STATE: state}
+        state.weights = bool(weights)
         state.entered.add(stack)
         positions = self._positions[stack]
         kwargs = dict(zip(positions.names, args)) | kwargs | {STATE: state}
         kwargs |= positions.arguments(kwargs, state.shifts.get(stack, 0))
+        if _is_packed(kwargs):  # with a cache transformers would not see where a sequence ends
+            if kwargs.get("use_cache"):
+                raise ValueError("packed sequences (position_ids that start again) need use_cache=False, got True")
+            kwargs["use_cache"] = False
         if state.starts is not None:
             kwargs[FIRST] = past(kwargs)
         if bridge is not None:
@@ -352,7 +363,7 @@ class Attachment:
         """(1, bins, frames) features of a sound, as long as Whisper wants all of them to be."""
         config = self.base.config
         sound = torch.randn(1, config.num_mel_bins, 2 * config.max_source_positions)
-        return sound.to(self.base.device, self.base.dtype)
+        return sound.to(device_of(self.base.get_input_embeddings()), self.base.dtype)
 
 
 @contextmanager
@@ -383,6 +394,14 @@ def some_ids(embeddings: nn.Module, length: int) -> Tensor:
     """Different ids from the middle of the vocabulary: padding and other special ones are at its ends."""
     assert isinstance(embeddings.weight, Tensor)
     return embeddings.weight.shape[0] // 2 + torch.arange(length)
+
+
+def _is_packed(kwargs: dict[str, Any]) -> bool:
+    """Whether rows hold several sequences, told apart by positions that start again."""
+    positions = kwargs.get("position_ids")
+    if positions is None or kwargs.get("attention_mask") is not None or cache_of(kwargs) is not None:
+        return False
+    return not torch.compiler.is_compiling() and bool((positions.diff(dim=-1) < 0).any())
 
 
 def _drops_layers(stack: PreTrainedModel) -> bool:

@@ -8,6 +8,7 @@ a change of prefix in between see the state that they started with. The KV cache
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import bidirectional_mask_function, causal_mask_function, sdpa_mask
 
+from prefix_attn.call import MAX_HEAD_SIZE
 from prefix_attn.functional import prefix_attention
 from prefix_attn.hf.banks import Rows, grow
 
@@ -41,7 +43,12 @@ class Prefix(NamedTuple):
 
 
 class PrefixState:
-    """The prefixes of one forward: what each attention module attends to before its sequence."""
+    """The prefixes of one forward: what each attention module attends to before its sequence.
+
+    ``weights``: whether each module returns its attention weights.
+    """
+
+    weights = False
 
     def __init__(
         self,
@@ -87,11 +94,15 @@ class PrefixState:
         self.served.add(call.module)
         gate = None if self.gates is None else self.gates[slot]
         start = None if self.starts is None else self._start(self.starts, call)
-        if self.rows is None:
-            return Prefix(*self.layers[slot], gate=gate, start=start)
-        ids = grow(self.rows.ids, call.query.shape[0])
-        gate = None if gate is None else gate[ids.clamp(min=0)]  # whatever it is in rows without a prefix
-        return Prefix(*self.layers[slot], ids, self.rows.lengths, gate, start)
+        ids = lengths = None
+        if self.rows is not None:
+            ids, lengths = grow(self.rows.ids, call.query.shape[0]), self.rows.lengths
+            gate = None if gate is None else gate[ids.clamp(min=0)]  # whatever it is in rows without a prefix
+        prefix = Prefix(*self.layers[slot], ids, lengths, gate, start)
+        if prefix.key is None or prefix.key.device == call.query.device:
+            return prefix
+        # A device_map has this layer elsewhere.
+        return Prefix(*(None if t is None else t.to(call.query.device) for t in prefix))
 
     def _start(self, starts: Tensor, call: Call) -> Tensor:
         """``starts`` where the operator has the last query at the last key: caches are larger, or hold a window."""
@@ -124,6 +135,7 @@ class Capture:
     shifts: Mapping[nn.Module, int | Tensor] = {}
     starts = None
     watch = None
+    weights = False
 
     def __init__(self) -> None:
         """Empty."""
@@ -155,8 +167,12 @@ def prefix_attention_forward(
     prefix_distances: Distances | None = None,
     prefix_first: int | Tensor = 0,
     **_: Any,  # transformers hands every attention function what any of them might want
-) -> tuple[Tensor, None]:
-    """transformers' attention interface: (B, H, S, D) in, (B, S, H, D) out."""
+) -> tuple[Tensor, Tensor | None]:
+    """transformers' attention interface: (B, H, S, D) in, (B, S, H, D) out.
+
+    If the state asks for them, also the weights (B, Hq, S, P + T), over the prefix and then the sequence, as PEFT has
+    them, but undropped. Columns of a bank's longest prefix are 0 in rows of a shorter one.
+    """
     if indices is not None or block_indices is not None:
         raise NotImplementedError(f"{type(module).__name__} chooses the keys of each query (sparse attention)")
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
@@ -174,16 +190,23 @@ def prefix_attention_forward(
                 "distances; position_mode='none' works"
             )
         bias = function(query.shape[2], prefix.key.shape[1], query.device, prefix_distances.first)
-        out, share = _at_a_distance(query, key, value, prefix.key, prefix.value, bias, sequence, options)
+        merged = partial(_at_a_distance, prefix_bias=bias, sequence=sequence)
+        attend: Callable[..., Any] = lambda *tensors, **others: merged(*tensors, **others)[0]
+        out, share = merged(query, key, value, prefix.key, prefix.value, **options)
     else:
         share = None
         options |= {"prefix_ids": prefix.ids, "prefix_lengths": prefix.lengths}
         options |= {"prefix_gate": prefix.gate, "prefix_start": prefix.start}
-        out = prefix_attention(query, key, value, prefix.key, prefix.value, **sequence, **options)
+        attend = partial(prefix_attention, **sequence)
+        out = attend(query, key, value, prefix.key, prefix.value, **options)
     if prefix_state is not None and prefix_state.watch is not None and prefix.key is not None:
         prefix_state.watch(module, _share(query, key, value, prefix, sequence, options) if share is None else share)
     assert isinstance(out, Tensor)
-    return out.transpose(1, 2).contiguous(), None
+    weights = None
+    if prefix_state is not None and prefix_state.weights:
+        options |= {"backend": "eager", "dropout_p": 0.0}
+        weights = _weights(partial(attend, **options), query, key, prefix.key)
+    return out.transpose(1, 2).contiguous(), weights
 
 
 def prefix_attention_mask(
@@ -249,15 +272,27 @@ def _bias(mask: Tensor, query: Tensor) -> Tensor:
     return mask.to(query.dtype).expand(-1, query.shape[1], query.shape[2], -1)
 
 
+def _weights(attend: Callable[..., Any], query: Tensor, key: Tensor, prefix_key: Tensor | None) -> Tensor:
+    """The weights (B, Hq, S, P + T) of ``attend``: what it makes of values that are 1 in a column of their own each."""
+    P, T = 0 if prefix_key is None else prefix_key.shape[-2], key.shape[2]
+    parts = []
+    for columns in torch.eye(P + T, dtype=query.dtype, device=query.device).split(MAX_HEAD_SIZE, dim=1):
+        value = columns[P:].expand(*key.shape[:2], -1, -1)
+        prefix_value = None if prefix_key is None else columns[:P].expand(*prefix_key.shape[:-2], -1, -1)
+        parts.append(attend(query, key, value, prefix_key, prefix_value))
+    return torch.cat(parts, dim=-1)
+
+
 def _at_a_distance(
     query: Tensor,
     key: Tensor,
     value: Tensor,
     prefix_key: Tensor,
     prefix_value: Tensor,
+    *,
     prefix_bias: Tensor,
     sequence: dict[str, Any],
-    options: dict[str, Any],
+    **options: Any,
 ) -> tuple[Tensor, Tensor]:
     """Attention where the prefix has a bias too: over the sequence, over the prefix, and merged by log-sum-exp.
 

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from prefix_attn.hf.attach import Attachment
 from prefix_attn.hf.config import PrefixConfig
 from prefix_attn.hf.slots import Slot
+from prefix_attn.hf.wrapper import device_of
 from prefix_attn.prefix import PrefixEncoder
 
 if TYPE_CHECKING:
@@ -61,10 +62,10 @@ def initial_embeddings(
     """(P, hidden size) float32: the model's own input embeddings of P tokens, or numbers."""
     module = base.get_input_embeddings()
     if config.init in ("zero", "uniform"):
-        return _numbers(config.init, config.num_virtual_tokens, module.weight.shape[1]).to(module.weight.device)
+        return _numbers(config.init, config.num_virtual_tokens, module.weight.shape[1]).to(device_of(module))
     first = getattr(base.config.get_text_config(), "bos_token_id", None)
     with torch.no_grad():
-        return module(_initial_ids(module, first, config, tokenizer).to(module.weight.device)).float().clone()
+        return module(_initial_ids(module, first, config, tokenizer).to(device_of(module))).float().clone()
 
 
 @torch.no_grad()

@@ -21,6 +21,7 @@ from transformers.utils import ModelOutput
 
 from prefix_attn.hf.attach import evaluating
 from prefix_attn.hf.positions import cache_of, from_mask
+from prefix_attn.hf.wrapper import device_of
 
 
 class Insertion:
@@ -95,11 +96,11 @@ class Insertion:
 
     def _rehearse(self, padding: int | None) -> None:
         """Three forwards of four tokens, none of which is padding: models tell it by its id."""
-        ids = torch.tensor([[i for i in range(5) if i != padding][:4]], device=self.embeddings.weight.device)
+        ids = torch.tensor([[i for i in range(5) if i != padding][:4]], device=device_of(self.embeddings))
         expected = self._entrance(input_ids=ids)[0]
         if not torch.allclose(self._entrance(inputs_embeds=self.embeddings(ids))[0], expected):
             raise NotImplementedError(f"{self._name} does not treat inputs_embeds as the embeddings of input_ids")
-        with self.running(self.embeddings.weight[:1]):
+        with self.running(self.embeddings(ids[0, :1])):
             length = self._entrance(input_ids=ids)[0].shape[1]
         if length != (4 if self._decoder is None else 5):
             raise NotImplementedError(

@@ -19,7 +19,7 @@ from prefix_attn.hf.config import PrefixConfig
 from prefix_attn.hf.heads import copy_heads, heads_in_place
 from prefix_attn.hf.infix import end_of_prompt, start_of_targets
 from prefix_attn.hf.initial import FromEmbeddings, draw_pieces, initial_embeddings, initial_kv, start_from_prefix
-from prefix_attn.hf.wrapper import Wrapper
+from prefix_attn.hf.wrapper import Wrapper, device_of
 from prefix_attn.prefix import PrefixEncoder
 
 if TYPE_CHECKING:
@@ -371,6 +371,6 @@ class PrefixModel(Wrapper):
             module.requires_grad_(trainable)
             module.train(self.training)
         self.heads[name] = heads
-        self.prefixes[name] = encoder.to(self.base_model.get_input_embeddings().weight.device)
+        self.prefixes[name] = encoder.to(device_of(self.base_model.get_input_embeddings()))
         self.prefix_configs[name] = config
         self.active_prefix = name

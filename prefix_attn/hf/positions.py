@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from prefix_attn.hf.attention import DISTANCES, Distances
 from prefix_attn.hf.banks import grow
+from prefix_attn.hf.wrapper import device_of
 
 
 class Positions:
@@ -67,7 +68,7 @@ def shifted(embedding: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any],
     positions = kwargs.get("position_ids")
     if positions is None:  # an encoder's: from 0 on
         shape = getattr(args[0], "shape", args[0])
-        positions = torch.arange(shape[1], device=next(embedding.parameters()).device)
+        positions = torch.arange(shape[1], device=device_of(embedding))
     return kwargs | {"position_ids": positions + shift}
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -48,3 +49,9 @@ class Wrapper(nn.Module):
             if name == "base_model":
                 raise
             return getattr(self.base_model, name)
+
+
+def device_of(module: nn.Module) -> torch.device:
+    """Where ``module`` runs; accelerate leaves an offloaded one without its weights in between."""
+    device = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
+    return next(module.parameters()).device if device is None else torch.device(device)
