@@ -56,7 +56,11 @@ def _main(debug: Annotated[bool, typer.Option("--debug", help="Show the tracebac
 def train(
     output: Annotated[Path, typer.Option(help="Folder for the adapter, its checkpoints, metrics.json and loss.png.")],
     model: Model = "smollm2",
-    data: Data = "aws",
+    data: Data | None = None,
+    distill_from: Annotated[
+        Path | None, typer.Option(help="Instead of --data: a text that the prefix is to stand for.", dir_okay=False)
+    ] = None,
+    top_k: Annotated[int, typer.Option(min=1, help="Of --distill-from: likeliest tokens that are compared.")] = 20,
     validation: Annotated[str | None, typer.Option(help="File to validate on; 'aws' has its own split.")] = None,
     source_column: Source = "source",
     target_column: Target = "target",
@@ -132,20 +136,31 @@ def train(
     [bold]prefix-attn train --data devset.csv --mlp 512 --steps 500 --output runs/e2e[/bold]
 
     [bold]prefix-attn train --data devset.csv --mode infix --init-text "table-to-text:" --output runs/infix[/bold]
+
+    [bold]prefix-attn train --distill-from manual.txt --virtual-tokens 64 --output runs/manual[/bold]
+
+    The last learns to do, in 64 tokens, what the whole text in front would do. It starts from pieces of the text.
     """
     import torch
 
     from prefix_attn.data import AWS_TASKS, read_examples
+    from prefix_attn.distill import distill
     from prefix_attn.hf.config import PrefixConfig
     from prefix_attn.hf.load import load_base
     from prefix_attn.hf.model import get_prefix_model
     from prefix_attn.train import Settings
     from prefix_attn.train import train as run
 
-    columns = {"source_column": source_column, "target_column": target_column}
-    examples = read_examples(data, **columns)
-    has_split = data in AWS_TASKS
-    held_out = read_examples(validation or data, split="dev", **columns) if validation or has_split else []
+    if distill_from is not None and data is not None:
+        raise ValueError("--data and --distill-from exclude one another")
+    document = _document(distill_from) if distill_from else None
+    other = _document(Path(validation)) if distill_from and validation else None
+    if distill_from and (init, init_text, init_document, init_prefix) == ("random", None, None, None):
+        init_document = distill_from
+    data, columns = data or "aws", {"source_column": source_column, "target_column": target_column}
+    examples = read_examples(data, **columns) if document is None else []
+    has_split = document is None and (validation or data in AWS_TASKS)
+    held_out = read_examples(validation or data, split="dev", **columns) if has_split else []
     config = PrefixConfig(
         num_virtual_tokens=virtual_tokens,
         prefix_projection=mlp is not None,
@@ -166,7 +181,10 @@ def train(
     settings = Settings(
         output, steps, batch_size, learning_rate, max_length, validate_every, seed, resume, gradient_checkpointing
     )
-    metrics = run(prefixed, tokenizer, examples, held_out[:validation_rows], settings)
+    if document is None:
+        metrics = run(prefixed, tokenizer, examples, held_out[:validation_rows], settings)
+    else:
+        metrics = distill(prefixed, tokenizer, document, settings, validation=other, top_k=top_k)
     text = (
         f"{metrics['trainable_parameters']:,} parameters ({metrics['trainable_share']:.3%}) trained, saved in {output}"
     )

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
 
 FLAT_LEARNING_RATE, MLP_LEARNING_RATE = 1e-2, 1e-3
 WARMUP = 20  # steps
+Objective = Callable[[Any, dict[str, Tensor]], Tensor]  # of a model and a batch
 _log = logging.getLogger(__name__)
 
 
@@ -68,21 +71,47 @@ def train(
     """
     if not examples:
         raise ValueError("no examples to train on")
-    checkpoint = _checkpoint(settings)
     rows, cut = encode(tokenizer, examples, settings.max_length)
     if cut:
         _log.warning("%d of %d rows have a source longer than max_length=%d: cut", cut, len(rows), settings.max_length)
     held_out = encode(tokenizer, validation, settings.max_length)[0]
+    batches = [collate(held_out[i : i + 16], tokenizer.pad_token_id) for i in range(0, len(held_out), 16)]
+    measure = partial(validation_loss, model, batches) if batches else lambda: None
+    return fit(model, rows, Collator(tokenizer.pad_token_id), measure, settings, extra={"cut": cut})
+
+
+def fit(
+    model: PrefixModel,
+    rows: Sequence[dict[str, list[int]]],
+    collator: Callable[..., dict[str, Tensor]],
+    measure: Callable[[], float | None],
+    settings: Settings,
+    *,
+    objective: Objective | None = None,
+    extra: Mapping[str, Any],
+) -> dict[str, Any]:
+    """What ``train`` and ``distill`` share: the Trainer, its files, metrics and plot.
+
+    Args:
+        model: its active prefix is trained and saved.
+        rows: the data.
+        collator: makes a batch of some of them.
+        measure: the validation loss now; None where there is nothing to measure on.
+        settings: how to train.
+        objective: the loss of the model on a batch. Default: the loss that the model returns.
+        extra: added to the metrics.
+    """
+    checkpoint = _checkpoint(settings)
     if settings.gradient_checkpointing:
         set_checkpointing(model, use_reentrant=False)
-    batches = [collate(held_out[i : i + 16], tokenizer.pad_token_id) for i in range(0, len(held_out), 16)]
-    trainer = Trainer(
+    trainer = _Trainer(
         model=model,
         args=_arguments(model, settings),
         train_dataset=rows,
-        data_collator=Collator(tokenizer.pad_token_id),
-        callbacks=[_Validation(model, batches)],
+        data_collator=collator,
+        callbacks=[_Validation(measure)],
     )
+    trainer.objective = objective
     # The Trainer's own would print dictionaries between the bars.
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
@@ -94,9 +123,9 @@ def train(
         "steps": trainer.state.global_step,
         "train_loss": [[entry["step"], entry["loss"]] for entry in history if "loss" in entry],
         "validation_loss": [[e["step"], e["validation_loss"]] for e in history if "validation_loss" in e],
-        "cut": cut,
         "trainable_parameters": trainable,
         "trainable_share": trainable / total,
+        **extra,
     }
     model.save_pretrained(settings.output, training_state=True)
     _write(settings.output / "metrics.json", json.dumps(metrics, indent=2))
@@ -153,14 +182,25 @@ def _step(checkpoint: Path) -> int | None:
         return None
 
 
+class _Trainer(Trainer):
+    """The Trainer with a loss of ours."""
+
+    objective: Objective | None = None
+
+    def compute_loss(self, model: Any, inputs: dict[str, Tensor], *args: Any, **kwargs: Any) -> Any:
+        if self.objective is None:
+            return super().compute_loss(model, inputs, *args, **kwargs)
+        return self.objective(model, inputs)
+
+
 class _Validation(TrainerCallback):
     """Measures the validation loss at step 0, before every checkpoint and at the end.
 
     It goes into the Trainer's log, which its checkpoints hold: a resumed training knows the whole curve.
     """
 
-    def __init__(self, model: PrefixModel, batches: list[dict[str, torch.Tensor]]) -> None:
-        self.model, self.batches = model, batches
+    def __init__(self, measure: Callable[[], float | None]) -> None:
+        self.measure = measure
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if state.global_step == 0:
@@ -171,10 +211,8 @@ class _Validation(TrainerCallback):
             self._measure(state)
 
     def _measure(self, state: Any) -> None:
-        if self.batches:
-            state.log_history.append(
-                {"step": state.global_step, "validation_loss": validation_loss(self.model, self.batches)}
-            )
+        if (loss := self.measure()) is not None:
+            state.log_history.append({"step": state.global_step, "validation_loss": loss})
 
 
 class _Bar(TrainerCallback):

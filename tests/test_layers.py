@@ -35,6 +35,7 @@ LEVELS = {
     "prefix_attn.evaluate": 8,
     "prefix_attn.metrics": 8,
     "prefix_attn.train": 8,
+    "prefix_attn.distill": 8,
     "prefix_attn.experiments": 9,
     "prefix_attn.cli": 10,
     "prefix_attn.demo": 10,
@@ -44,6 +45,7 @@ PEERS = (
     "prefix_attn.data",
     "prefix_attn.evaluate",
     "prefix_attn.train",
+    "prefix_attn.distill",
     "prefix_attn.demo",
     "prefix_attn.experiments",
 )
