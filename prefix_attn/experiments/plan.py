@@ -147,7 +147,12 @@ def ablate(kind: str, common: dict[str, Any], seeds: Sequence[int], subsets: Seq
         modes = ("prefix", "prefix-mlp", "embedding", "infix")
         changes = [{"method": mode, "seed": s, **length} for mode in modes for length in _lengths(mode) for s in seeds]
     elif kind == "init":
-        texts = [("random", None), ("text", INSTRUCTIONS[common["task"]]), *(("text", word) for word in WORDS)]
+        texts = [
+            ("random", None),
+            ("uniform", None),
+            ("text", INSTRUCTIONS[common["task"]]),
+        ]  # uniform: the paper's random
+        texts += [("text", word) for word in WORDS]
         n = INIT_EXAMPLES
         changes = [
             {"method": "prefix", "init": init, "init_text": text, **_few(n), "subset": subset, "seed": s}

@@ -60,7 +60,8 @@ def test_ablations_vary_one_thing() -> None:
     length = plan.ablate("length", COMMON, [0, 1], [0])
     assert [run.virtual_tokens for run in length[1::2]] == [1, 2, 5, 10, 20, 40, 100]
     init = plan.ablate("init", COMMON, [0, 1], [0, 1, 2])
-    assert len(init) == 1 + 7 * 3 * 2
+    assert len(init) == 1 + 8 * 3 * 2
+    assert {run.init for run in init[1:]} == {"random", "uniform", "text"}
     assert {(run.examples, run.steps) for run in init[1:]} == {(100, 200)}
     assert {run.init_text for run in init[1:]} == {None, plan.INSTRUCTIONS["e2e"], *plan.WORDS}
     mode = plan.ablate("mode", COMMON, [0], [0])
