@@ -333,18 +333,19 @@ def convert(
     ] = "prefix-attn",
     model: Annotated[
         str | None,
-        typer.Option(help="Folder or Hub id of the base model, of which only config.json is read. See below."),
+        typer.Option(help="Folder or Hub id of the base model, of which only config.json is read."),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Write a prefix of any library as ours or PEFT's, and say what is not as it was.
 
-    Read are our own and PEFT's prefixes (PREFIX_TUNING, CARTRIDGE), those of adapters, cartridges (.pt), and
-    checkpoints of the original PrefixTuning (pytorch_model.bin). MLPs are folded. Pickles are read for tensors alone.
+    It reads ours, PEFT's (PREFIX_TUNING, CARTRIDGE), adapters', cartridges (.pt) and the original PrefixTuning (.bin).
 
-    Of an encoder-decoder model PEFT's file has slots that no layer uses, and slots that two layers share: the report
-    maps them. How many layers the decoder has is not in that file, and adapters' files do not say how many heads there
-    are: --model does.
+    MLPs are folded. Of pickles nothing is read but tensors.
+
+    PEFT's files of encoder-decoders have slots that no layer uses, or two layers share: the report maps them.
+
+    How many layers its decoder has, and how many heads a model of adapters has, is not in the files: --model says it.
 
     [bold]prefix-attn convert their-peft-bart-prefix converted --model facebook/bart-base[/bold]
 

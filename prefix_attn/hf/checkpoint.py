@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from safetensors.torch import save
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from prefix_attn.hf import files, formats
 from prefix_attn.hf.attach import Attachment
@@ -56,7 +56,7 @@ def save_prefix(
     metadata = {
         "format": "pt",
         "prefix_config": json.dumps(config.to_dict()),
-        "base": json.dumps(_fingerprint(attachment.base)),
+        "base": json.dumps(fingerprint(attachment.base.config)),
         "prefix_sha256": _digest(prefix),  # says to which prefix a training state belongs
     }
     contents: dict[str, bytes] = {}
@@ -152,7 +152,7 @@ def save_table(folder: Path, table: Tensor, base: PreTrainedModel) -> None:
     tensors = {KEY: table.detach().float().cpu().contiguous()}
     folder.mkdir(parents=True, exist_ok=True)
     files.replace(folder / ADAPTER_CONFIG, json.dumps(peft, indent=2).encode())
-    files.replace(folder / ADAPTER, save(tensors, {"format": "pt", "base": json.dumps(_fingerprint(base))}))
+    files.replace(folder / ADAPTER, save(tensors, {"format": "pt", "base": json.dumps(fingerprint(base.config))}))
 
 
 def load_table(path: str | Path, base: PreTrainedModel) -> Tensor:
@@ -197,7 +197,7 @@ def _mlp_shapes(path: Path, tensors: int, config: PrefixConfig, sizes: tuple[int
 
 
 def _check_base(folder: Path, config: PrefixConfig, metadata: Mapping[str, str], base: PreTrainedModel) -> None:
-    ours = json.dumps(_fingerprint(base))
+    ours = json.dumps(fingerprint(base.config))
     if metadata.get("base", ours) != ours:
         raise ValueError(f"{folder}: trained for a base model {metadata['base']}, this one is {ours}")
     theirs, here = config.base_model_name_or_path, base.config._name_or_path
@@ -230,9 +230,9 @@ def _check_sizes(
             )
 
 
-def _fingerprint(base: PreTrainedModel) -> dict[str, Any]:
+def fingerprint(base: PreTrainedConfig) -> dict[str, Any]:
     """What the weights that a prefix was trained for cannot change. The vocabulary can: people add tokens."""
-    config = base.config.get_text_config()
+    config = base.get_text_config()
     return {name: getattr(config, name) for name in ("model_type", "hidden_size")}
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import AutoConfig, PreTrainedConfig
 
 from prefix_attn.hf import files, formats
-from prefix_attn.hf.checkpoint import peft_fields
+from prefix_attn.hf.checkpoint import fingerprint, peft_fields
 from prefix_attn.hf.stored import (
     ADAPTER,
     ADAPTER_CONFIG,
@@ -69,7 +69,8 @@ def convert(
             notes.append(f"task_type is not known, and PEFT runs no prefix without: set it in {ADAPTER_CONFIG}")
     else:
         metadata |= {"prefix_config": json.dumps(config.to_dict())}
-        metadata |= {"base": stored.metadata["base"]} if "base" in stored.metadata else {}
+        known = {"base": stored.metadata["base"]} if "base" in stored.metadata else {}
+        metadata |= known if base is None else {"base": json.dumps(fingerprint(base))}
     fields = peft_fields(
         kind,
         config,
@@ -158,7 +159,10 @@ def _for_peft(stored: Stored, rows: Tensor, sizes: dict[str, Any]) -> tuple[str,
     if config.gate is not None:
         why.append("it has a gate")
     if config.position_mode != "shift":
-        why.append("its tokens start at position 0 (position_mode='none'), PEFT's behind the prefix")
+        why.append(
+            "its tokens start at position 0 (position_mode='none'), PEFT's behind the prefix; prefix_attn.hf.edit.move "
+            "moves it on a model with rotary embeddings"
+        )
     if stored.encoder_decoder and list(config.sites or ()) != ["decoder"]:
         why.append(f"it has sites {list(config.sites or ())}, PEFT's encoder-decoder models the decoder alone")
     if why:

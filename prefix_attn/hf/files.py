@@ -94,8 +94,12 @@ def read_pickle(path: Path) -> Any:
     try:
         with warnings.catch_warnings(), torch.serialization.safe_globals([nn.ParameterList]):
             warnings.simplefilter("ignore")  # of pickle protocols: what follows says more
-            # Mapped, so that a file that lies about its size allocates nothing.
+            # Mapped and not compressed, so that a file that lies about its size allocates nothing.
             mapped = zipfile.is_zipfile(path)
+            if mapped:
+                with zipfile.ZipFile(path) as records:
+                    if any(record.file_size != record.compress_size for record in records.infolist()):
+                        raise zipfile.BadZipFile
             return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except FileNotFoundError:
         raise ValueError(f"{path}: no such file") from None

@@ -43,7 +43,7 @@ _ADAPTERS = ("adapter.safetensors", "pytorch_adapter.bin")
 _ADAPTERS_HEADS = ("model_head.safetensors", "pytorch_model_head.bin")
 _ORIGINAL = "pytorch_model.bin"
 _ON_HUB = (ADAPTER_CONFIG, ADAPTER, TRAINING, OLD_ADAPTER, *_ADAPTERS, *_ADAPTERS_HEADS)
-_LARGEST = 2**31  # numbers in a prefix: what a few kilobytes of a hostile MLP could ask us to make
+_LARGEST = 2**28  # numbers that an MLP may make: a hostile one of a few megabytes could ask for any
 
 
 def read(path: str | Path, *, decoder_layers: int | None = None) -> Stored:
@@ -272,7 +272,9 @@ def fold(path: Path, part: Mapping[str, Tensor], length: Any, activation: Any) -
     if hidden.dim() != 2 or any(w.dim() != 2 or b.shape != w.shape[:1] for w, b in layers):
         raise ValueError(f"{path}: an MLP must have matrices, got { {n: tuple(t.shape) for n, t in part.items()} }")
     sizes = [hidden.shape[1], *(w.shape[0] for w, _ in layers)]
-    if any(n != w.shape[1] for n, (w, _) in zip(sizes, layers)) or hidden.shape[0] * max(sizes) > _LARGEST:
+    if hidden.shape[0] * max(sizes) > _LARGEST:
+        raise ValueError(f"{path}: its MLP would make {hidden.shape[0]} x {max(sizes)} numbers, too many for a prefix")
+    if any(n != w.shape[1] for n, (w, _) in zip(sizes, layers)):
         raise ValueError(f"{path}: the layers of the MLP do not fit one another: {list(pairwise(sizes))}")
     for number, (weight, bias) in enumerate(layers):
         hidden = torch.nn.functional.linear(activation(hidden) if number else hidden, weight, bias)

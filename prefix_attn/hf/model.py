@@ -92,7 +92,7 @@ class PrefixModel(Wrapper):
         self._install(name, config, encoder, heads, trainable=True)
 
     def load_prefix(self, path: str | Path, name: str, *, is_trainable: bool = False) -> None:
-        """A prefix from a folder or a Hub id, as ``save_pretrained`` or PEFT wrote it; it becomes the active one."""
+        """A prefix from a folder, a file or a Hub id, of any library in ``formats``; it becomes the active one."""
         self._check_new(name)
         config, encoder, heads = self._load(path, is_trainable=is_trainable)
         self._install(name, config, encoder, heads, trainable=is_trainable)
@@ -290,7 +290,7 @@ class PrefixModel(Wrapper):
     def from_pretrained(
         cls, base: PreTrainedModel, path: str | Path, *, is_trainable: bool = False, name: str = "default"
     ) -> PrefixModel:
-        """``base`` with the prefix in ``path`` (a folder or a Hub id).
+        """``base`` with the prefix in ``path``: a folder, a file or a Hub id, of any library that ``formats`` knows.
 
         Raises:
             ValueError: the files do not fit ``base``, or are damaged.

@@ -64,11 +64,11 @@ def cartridge(path: Path, rows: Tensor, heads: int, *, frozen: int, old: bool = 
     return path
 
 
-def original(folder: Path, tensors: dict[str, Tensor], config: dict[str, Any]) -> Path:
-    """What ``save_pretrained`` of the original module writes."""
+def original(folder: Path, tensors: dict[str, Tensor], config: dict[str, Any], *, zipped: bool = True) -> Path:
+    """What ``save_pretrained`` of the original module writes; before torch 1.6 not as a zip file."""
     folder.mkdir(exist_ok=True)
     (folder / "config.json").write_text(json.dumps({"architectures": ["PrefixTuning"]} | config))
-    torch.save(tensors, folder / "pytorch_model.bin")
+    torch.save(tensors, folder / "pytorch_model.bin", _use_new_zipfile_serialization=zipped)
     return folder
 
 

@@ -100,6 +100,8 @@ def test_adapters_to_ours(tmp_path: Path) -> None:
         assert written["num_attention_heads"] == heads
         model = ours(tiny("bert"), tmp_path / "ours")
         assert torch.equal(model.prefixes["default"].embedding, rows)
+        with pytest.raises(ValueError, match="trained for a base model"):
+            ours(tiny("roberta"), tmp_path / "ours")
         assert torch.equal(logits(model), logits(ours(tiny("bert"), tmp_path / "theirs")))
     with pytest.raises(ValueError, match="trained for a base model"):
         convert(tmp_path / "theirs", tmp_path / "x", base=tiny("roberta").config)

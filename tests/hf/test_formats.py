@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -175,10 +176,11 @@ def test_cartridges(frozen: int, old: bool, tmp_path: Path) -> None:
 # The original ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "before torch 1.6"])
 @pytest.mark.parametrize("depth", [1, 2])
-def test_the_original_gpt2(depth: int, tmp_path: Path) -> None:
+def test_the_original_gpt2(depth: int, zipped: bool, tmp_path: Path) -> None:
     part, rows = mlp(3, depth=depth)
-    foreign.original(tmp_path, part, GPT2)
+    foreign.original(tmp_path, part, GPT2, zipped=zipped)
     model, got = load(tmp_path, "gpt2")
     assert torch.equal(got, rows)
     assert model.prefix_configs["default"].position_mode == "shift"
@@ -262,6 +264,22 @@ def kv(*shape: int) -> nn.ParameterList:
     return nn.ParameterList([nn.Parameter(torch.zeros(shape)) for _ in range(3)])
 
 
+def compressed(path: Path) -> Path:
+    """The same records, deflated: a megabyte could unpack to a gigabyte."""
+    with zipfile.ZipFile(path) as f:
+        records = {name: f.read(name) for name in f.namelist()}
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as f:
+        for name, content in records.items():
+            f.writestr(name, content)
+    return path.parent
+
+
+def wide(folder: Path) -> Path:
+    """16 MB whose product is 64 TB."""
+    part = {"wte.weight": torch.zeros(2**21, 1), "control_trans.0.weight": torch.zeros(2**21, 1)}
+    return gpt2(folder, part | {"control_trans.0.bias": torch.zeros(2**21)})
+
+
 HUGE = torch.zeros(1).as_strided((1 << 40, WIDTH), (0, 0))
 BAD: dict[str, tuple[Callable[[Path], Path], str]] = {
     "an empty folder": (lambda f: f, "no such file"),
@@ -270,6 +288,8 @@ BAD: dict[str, tuple[Callable[[Path], Path], str]] = {
     "truncated": (lambda f: cut(gpt2(f) / "pytorch_model.bin", -99), "damaged"),
     "half": (lambda f: cut(of_adapters(f) / "pytorch_adapter.bin", 999), "damaged"),
     "empty": (lambda f: cut(of_adapters(f) / "pytorch_adapter.bin", 0), "damaged"),
+    "compressed": (lambda f: compressed(gpt2(f) / "pytorch_model.bin"), "damaged"),
+    "a huge product": (wide, "2097152 x 2097152 numbers"),
     "larger than itself": (lambda f: gpt2(f, mlp(3)[0] | {"wte.weight": HUGE}), "more than the file holds"),
     "NaN": (lambda f: gpt2(f, {"control_trans": torch.full((P * 192,), torch.nan)}), "finite"),
     "integers": (lambda f: gpt2(f, {"control_trans": torch.ones(P * 192).long()}), "finite"),
