@@ -199,6 +199,7 @@ def _run(
     import torch
 
     from prefix_attn.experiments import report as reporting
+    from prefix_attn.experiments.methods import require
     from prefix_attn.experiments.runner import execute
 
     if threads is not None:
@@ -207,6 +208,7 @@ def _run(
     file = out / "results.jsonl"
     done = {Run.from_dict(result["run"]) for result in results.read(file)}
     missing = [run for run in runs if run not in done]
+    require(missing)
     typer.echo(f"{len(runs)} runs, {len(runs) - len(missing)} of them in {file} already", err=True)
     for number, run in enumerate(missing, start=1):
         typer.echo(f"run {number} of {len(missing)}: {_name(run)}", err=True)

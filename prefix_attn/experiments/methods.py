@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -14,12 +16,19 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
-def wrap(base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, run: Run) -> Any:
-    """The model of ``run.method``; the parameters that it trains are those that require a gradient.
+def require(runs: Iterable[Run]) -> None:
+    """Before hours of other runs.
 
     Raises:
-        ModuleNotFoundError: the method is PEFT's, and PEFT is missing.
+        ModuleNotFoundError: PEFT is missing, and some of ``runs`` are its methods.
     """
+    needed = sorted({run.method for run in runs} & {"peft", "lora"})
+    if needed and importlib.util.find_spec("peft") is None:
+        raise ModuleNotFoundError(f"the methods {needed} need PEFT: pip install peft, or leave them out with --methods")
+
+
+def wrap(base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, run: Run) -> Any:
+    """The model of ``run.method``; the parameters that it trains are those that require a gradient."""
     base.requires_grad_(run.method == "full")
     if run.method in ("frozen", "full"):
         return base

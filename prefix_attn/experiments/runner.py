@@ -57,7 +57,7 @@ def execute(run: Run, folders: Mapping[str, Path], device: str | None = None) ->
         device: default: the GPU where there is one.
 
     Raises:
-        ValueError: a file lacks what is needed. NotImplementedError, ModuleNotFoundError: the method cannot be had.
+        ValueError: a file lacks what is needed. NotImplementedError: the model cannot be served.
     """
     start = time.perf_counter()
     base, tokenizer = load_base(run.model, dtype=torch.float32, device=device)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -210,3 +211,12 @@ def test_errors_are_one_line(
     error = capsys.readouterr().err
     assert message in error
     assert len(error.strip().splitlines()) == 1
+
+
+def test_peft_is_missed_before_anything_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "peft", None)
+    assert prefix_attn(monkeypatch, "reproduce", "aws", "--methods", "frozen,lora", "--out", tmp_path / "x") == 1
+    assert "the methods ['lora'] need PEFT: pip install peft" in capsys.readouterr().err
+    assert not (tmp_path / "x").exists()
