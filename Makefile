@@ -47,9 +47,10 @@ lint: $(VENV)/.installed-test
 instructions: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -s -m valgrind tests/backends/test_instructions.py
 
-bench: $(VENV)/.installed-test
-	$(BIN)/python -m benchmarks.overhead $(ARGS)
-	$(BIN)/python -m benchmarks.train_step $(ARGS)
+# One figure in about a minute: decoding against the length of the prefix. ARGS="--suite model" and so on for others.
+bench: $(VENV)/.installed-demo
+	$(BIN)/python -m benchmarks run $(or $(ARGS),--suite operator --select what=decode B=64 dtype=float32) \
+	    --out runs/bench/results.json --figures runs/bench
 
 gpu: $(VENV)/.installed-test
 	PYTHON=$(BIN)/python benchmarks/gpu.sh

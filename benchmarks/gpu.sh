@@ -5,13 +5,15 @@
 #   benchmarks/gpu.sh decode memory            only these
 #
 # Stages: device correctness forward backward decode memory overhead report (the default set), flex decode_flex sanitizer
-# train_step tune.
+# model tune. DEVICE=cpu GRID=quick tries the sweeps on tiny shapes, without a GPU.
 # OUT names the folder of the results, PYTHON the interpreter. A stage that fails or runs out of its time is reported at
 # the end, with a status that is not 0; the others still run.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 python="${PYTHON:-python3}"
 out="${OUT:-benchmarks/results/gpu}"
+sweep=(run --device "${DEVICE:-cuda}" --grid "${GRID:-default}")
+slow=(run --device "${DEVICE:-cuda}" --grid "${GRID:-flex}")
 export PYTHONPATH=. HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false CUBLAS_WORKSPACE_CONFIG=:4096:8
 mkdir -p "$out"
 failed=()
@@ -34,21 +36,21 @@ import platform, torch, triton
 assert torch.cuda.is_available(), "no CUDA device"
 print(torch.cuda.get_device_name(), "python", platform.python_version(), "torch", torch.__version__, "triton", triton.__version__)' ;;
         correctness) stage correctness 180 "$python" -m tests.test_gpu --jobs "$(nproc)" ;;
-        forward) stage forward 95 "$python" -m benchmarks.attention --what forward --budget 60 --out "$out/forward.jsonl" ;;
-        backward) stage backward 120 "$python" -m benchmarks.attention --what backward both --budget 80 --out "$out/backward.jsonl" ;;
-        decode) stage decode 125 "$python" -m benchmarks.decode --budget 85 --out "$out/decode.jsonl" ;;
-        memory) stage memory 60 "$python" -m benchmarks.memory --budget 30 --out "$out/memory.jsonl" ;;
-        flex) stage flex 560 "$python" -m benchmarks.attention --flex --budget 450 --out "$out/flex.jsonl" ;;
-        decode_flex) stage decode_flex 560 "$python" -m benchmarks.decode --flex --budget 450 --out "$out/decode_flex.jsonl" ;;
+        forward) stage forward 95 "$python" -m benchmarks "${sweep[@]}" --suite operator --select what=forward --budget 60 --out "$out/forward.json" ;;
+        backward) stage backward 120 "$python" -m benchmarks "${sweep[@]}" --suite operator --select what=backward,both,prefix-only --budget 80 --out "$out/backward.json" ;;
+        decode) stage decode 125 "$python" -m benchmarks "${sweep[@]}" --suite operator --select what=decode --budget 85 --out "$out/decode.json" ;;
+        memory) stage memory 60 "$python" -m benchmarks "${sweep[@]}" --suite memory --select model=None --budget 30 --out "$out/memory.json" ;;
+        flex) stage flex 560 "$python" -m benchmarks "${slow[@]}" --suite operator --select what=forward,backward,both --budget 450 --out "$out/flex.json" ;;
+        decode_flex) stage decode_flex 560 "$python" -m benchmarks "${slow[@]}" --suite operator --select what=decode --budget 450 --out "$out/decode_flex.json" ;;
         report)
-            stage report 30 "$python" -m benchmarks.roofline "$out"/*.jsonl
+            stage report 30 "$python" -m benchmarks.roofline "$out"/*.json
             if "$python" -c 'import matplotlib' 2>/dev/null; then
-                stage plot 60 "$python" -m benchmarks.plot --out "$out" "$out"/*.jsonl
+                stage plot 60 "$python" -m benchmarks report "$out"/*.json --out "$out/report.md"
             else
-                echo "matplotlib is not installed: draw elsewhere, with python -m benchmarks.plot --out FOLDER RESULTS"
+                echo "matplotlib is not installed: elsewhere: python -m benchmarks report RESULTS --out report.md"
             fi ;;
-        overhead) stage overhead 60 "$python" -m benchmarks.overhead --device cuda --out "$out/overhead.jsonl" ;;
-        train_step) stage train_step 300 "$python" -m benchmarks.train_step --device cuda --steps 20 --out "$out/train_step.jsonl" ;;
+        overhead) stage overhead 60 "$python" -m benchmarks "${sweep[@]}" --suite overhead --out "$out/overhead.json" ;;
+        model) stage model 560 "$python" -m benchmarks "${sweep[@]}" --suite model --budget 450 --out "$out/model.json" ;;
         tune) stage tune 560 "$python" -m benchmarks.tune --device cuda --out "$out/tiles.json" ;;
         sanitizer)
             if ! command -v compute-sanitizer >/dev/null; then

@@ -5,10 +5,10 @@
 
 Nothing in this file was measured by this project. The device's constants are the manufacturer's; the sustained and L2
 bandwidth, the launch floor and the efficiencies are taken from published measurements of other kernels. FLOPs and bytes
-are those of ``benchmarks.attention`` and ``benchmarks.decode``.
+are those of ``prefix_attn.bench.operator``.
 
     python -m benchmarks.roofline                           the table, in Markdown
-    python -m benchmarks.roofline results/*.jsonl           with a column of what those results say, and a verdict
+    python -m benchmarks.roofline results/*.json            with a column of what those results say, and a verdict
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from benchmarks import attention, decode
-from benchmarks.measure import read
-from benchmarks.memory import FLAT, growth
+from prefix_attn.bench import operator
+from prefix_attn.bench.memory import FLAT, complete, growth
+from prefix_attn.bench.results import records as read
 
 # H100 SXM5
 PROCESSORS = 132
@@ -64,48 +64,39 @@ def bound(flops: float, exponentials: float, size: float) -> tuple[str, float]:
     return name, times[name]
 
 
-def traffic(c: Mapping[str, Any], what: str, itemsize: int = 2) -> float:
-    """Bytes of a training step's attention that must pass through memory, each tensor once."""
-    B, Hq, Hkv, S, P, D = (c[name] for name in ("B", "Hq", "Hkv", "S", "P", "D"))
-    query, lse = itemsize * B * Hq * S * D, 4 * B * Hq * S
-    keys = 2 * itemsize * (B * Hkv * S + Hkv * P) * D
-    # forward: q, k, v in, out and lse out. backward: q, k, v, out, grad and lse in, three gradients out.
-    return 2 * query + keys + lse if what == "forward" else 4 * query + 2 * keys + lse
-
-
-def find(records: Records, bench: str, what: str, way: str, case: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    """The last line of this measurement."""
-    wanted = (bench, what, way)
+def find(records: Records, what: str, way: str, case: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """The last record of this measurement."""
+    wanted = ("operator", what, way)
     same = [
         r
         for r in records
-        if (r["bench"], r["what"], r["way"]) == wanted and "median" in r and case.items() <= r["case"].items()
+        if (r["suite"], r["what"], r["way"]) == wanted and "median" in r and case.items() <= r["case"].items()
     ]
     return same[-1] if same else None
 
 
-def median(records: Records, bench: str, what: str, way: str, case: Mapping[str, Any]) -> float | None:
-    found = find(records, bench, what, way, case)
+def median(records: Records, what: str, way: str, case: Mapping[str, Any]) -> float | None:
+    found = find(records, what, way, case)
     return None if found is None else found["median"]
 
 
-def others(records: Records, what: str, case: Mapping[str, Any]) -> dict[str, float]:
+def others(records: Records, case: Mapping[str, Any]) -> dict[str, float]:
     """Medians of the peers in the decode sweep."""
-    ways = {r["way"] for r in records if r["bench"] == "decode" and r["case"].items() >= case.items()}
-    found = {w: median(records, "decode", what, w, case) for w in ways if not w.startswith((OURS, "composed", "eager"))}
+    ways = {r["way"] for r in records if r["what"] == "decode" and r["case"].items() >= case.items()}
+    found = {w: median(records, "decode", w, case) for w in ways if not w.startswith((OURS, "composed", "eager"))}
     return {way: time for way, time in found.items() if time is not None}
 
 
 def training(what: str, D: int, is_causal: bool, limit: float, efficiency: float) -> Target:
     """A rate at S = 8192. ``efficiency`` is of the tensor cores' peak, in products that are really computed."""
-    c = attention.case(8192, 128, D, 16, 16, is_causal)
-    flops, size = attention.flops(c, what), traffic(c, what)
-    name, seconds = bound(flops, attention.flops({**c, "D": 1}, "forward") / 4, size)
+    c = operator.batch(8192, 128, (16, 16, D), is_causal=is_causal)
+    flops, size = operator.flops(c, what), operator.traffic(c, what)
+    name, seconds = bound(flops, operator.flops({**c, "D": 1}, "forward") / 4, size)
     computed = flops * (7 / 5 if what == "backward" else 1)
     predicted = max(computed / (efficiency * TENSOR), size / SUSTAINED) + (4 if what == "backward" else 1) * LAUNCH
 
     def measured(records: Records) -> float | None:
-        time = median(records, "attention", what, OURS, c)
+        time = median(records, what, OURS, c)
         return None if time is None else flops / time / 1e12
 
     title = f"{what}, S = 8192, D = {D}, {'causal' if is_causal else 'not causal'}"
@@ -116,14 +107,14 @@ def training(what: str, D: int, is_causal: bool, limit: float, efficiency: float
 
 def bandwidth(B: int, S: int) -> Target:
     """Decoding against a copy."""
-    c = decode.case(B, S, 128)
-    flops, size = 4.0 * B * c["Hq"] * (S + c["P"]) * c["D"], decode.unique_bytes(c)
+    c = operator.step(B, S, 128)
+    flops, size = operator.flops(c, "decode"), operator.traffic(c, "decode")
     name, seconds = bound(flops, flops / 4 / c["D"], size)
     predicted = size / (0.92 * SUSTAINED) + 2 * LAUNCH
 
     def measured(records: Records) -> float | None:
-        found = find(records, "decode", "graph", OURS, c)
-        return None if found is None else 100 * found["of_copy"]
+        found = find(records, "decode", OURS, c)
+        return None if found is None else 100 * found["of_roofline"]  # the roofline of decoding is that copy
 
     ceiling = 100 / SUSTAINED
     return Target(
@@ -134,7 +125,7 @@ def bandwidth(B: int, S: int) -> Target:
 
 def prefix_cost() -> Target:
     """What P = 512 adds to decoding 256 rows: folded into tiles of 64 queries, a second launch and its slots."""
-    c, none = decode.case(256, 512, 512), decode.case(256, 512, 0)
+    c, none = operator.step(256, 512, 512), operator.step(256, 512, 0)
     B, Hq, Hkv, P, D = (c[name] for name in ("B", "Hq", "Hkv", "P", "D"))
     flops, prefix = 4.0 * B * Hq * P * D, 2 * 2 * Hkv * P * D
     name, seconds = bound(flops, flops / 4 / D, prefix)
@@ -143,7 +134,7 @@ def prefix_cost() -> Target:
     predicted = max(flops / (0.4 * TENSOR), copies * prefix / L2) + slots / L2 + LAUNCH
 
     def measured(records: Records) -> float | None:
-        times = [median(records, "decode", "graph", OURS, case) for case in (c, none)]
+        times = [median(records, "decode", OURS, case) for case in (c, none)]
         return None if times[0] is None or times[1] is None else 1e6 * (times[0] - times[1])
 
     return Target(
@@ -154,13 +145,13 @@ def prefix_cost() -> Target:
 
 def no_prefix() -> Target:
     """The price of the feature where it is not used: the worst of the P = 0 cases of the sweep."""
-    cases = [c for c in decode.grid() if not c["P"]]
-    size = decode.unique_bytes(cases[0])
+    cases = [c for c, what in operator.grid("cuda") if what == "decode" and not c["P"]]
+    size = operator.traffic(cases[0], "decode")
 
     def measured(records: Records) -> float | None:
         ratios = []
         for c in cases:
-            mine, peers = median(records, "decode", "graph", OURS, c), others(records, "graph", c)
+            mine, peers = median(records, "decode", OURS, c), others(records, c)
             if mine is not None and peers:
                 ratios.append(100 * (mine / min(peers.values()) - 1))
         return max(ratios, default=None)
@@ -172,17 +163,15 @@ def no_prefix() -> Target:
 
 def never_slower() -> Target:
     """Our time over that of SDPA's own choice on the concatenation: the worst of the sweep."""
-    c = decode.case(256, 512, 128)
-    one, whole = decode.unique_bytes(c), decode.unique_bytes({**c, "S": 512 + 128, "P": 0})
+    c = operator.step(256, 512, 128)
+    one, whole = (operator.traffic(case, "decode") for case in (c, {**c, "T": 512 + 128, "P": 0}))
 
     def measured(records: Records) -> float | None:
-        graphs = [
-            r for r in records if (r["bench"], r["what"], r["way"]) == ("decode", "graph", OURS) and "median" in r
-        ]
+        graphs = [r for r in records if (r["what"], r["way"]) == ("decode", OURS) and "median" in r]
         kinds = ("sdpa", "sdpa flash", "sdpa cudnn", "sdpa efficient")
         ratios = []
         for r in graphs:
-            times = [t for n in kinds if (t := median(records, "decode", "graph", n, r["case"])) is not None]
+            times = [t for n in kinds if (t := median(records, "decode", n, r["case"])) is not None]
             ratios += [r["median"] / min(times)] if times else []
         return max(ratios, default=None)
 
@@ -195,14 +184,14 @@ def never_slower() -> Target:
 
 def prefix_only() -> Target:
     """The backward of a frozen model's first layer over the full one."""
-    c = attention.case(1024, 128, 128, 16, 16, True)
-    few, all_ = attention.flops(c, "backward", frozen=True), attention.flops(c, "backward")
+    c = operator.batch(1024, 128, (16, 16, 128))
+    few, all_ = operator.flops(c, "prefix-only"), operator.flops(c, "backward")
     size = 2 * c["B"] * c["Hq"] * c["S"] * c["D"] * 2  # delta: output and its gradient
     delta = size / SUSTAINED
     predicted = (few / (0.35 * TENSOR) + delta + 3 * LAUNCH) / (1.4 * all_ / (0.42 * TENSOR) + delta + 4 * LAUNCH)
 
     def measured(records: Records) -> float | None:
-        times = [median(records, "attention", "backward", way, c) for way in (f"{OURS}, frozen", OURS)]
+        times = [median(records, what, OURS, c) for what in ("prefix-only", "backward")]
         return None if times[0] is None or times[1] is None else times[0] / times[1]
 
     return Target(
@@ -215,12 +204,9 @@ def flat() -> Target:
     """Copies of the prefix that a forward and backward keep per row."""
 
     def measured(records: Records) -> float | None:
-        mine = [r for r in records if (r["bench"], r["what"], r["way"]) == ("memory", "both", OURS) and "extra" in r]
+        mine = [r for r in records if (r["suite"], r["what"], r["way"]) == ("memory", "both", OURS) and "extra" in r]
         extras = {(r["case"]["B"], r["case"]["P"]): r["extra"] for r in mine}
-        rectangle = {B for B, _ in extras}, {P for _, P in extras}
-        if min(map(len, rectangle)) < 2 or len(extras) < len(rectangle[0]) * len(rectangle[1]):
-            return None
-        return growth(extras, mine[0]["case"]["Hkv"], mine[0]["case"]["D"])
+        return growth(extras, mine[0]["copy"]) if extras and complete(extras) else None
 
     return Target("memory that B and P add together", "copies", FLAT, 0, 0, "-", 0, 0, "no such tensor", measured)
 
@@ -263,12 +249,9 @@ def table(rows: Sequence[Target], records: Records | None = None) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> str:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("results", nargs="*", type=Path, help="JSON lines of the sweeps")
+    parser.add_argument("results", nargs="*", type=Path, help="files of results")
     args = parser.parse_args(arguments)
-    lines = [
-        line for path in args.results for line in read(path) if line.get("bench") in ("attention", "decode", "memory")
-    ]
-    text = table(targets(), lines if args.results else None)
+    text = table(targets(), read(args.results) if args.results else None)
     print(text)
     return text
 

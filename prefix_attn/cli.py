@@ -395,6 +395,19 @@ def check(
         raise typer.Exit(1)
 
 
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})
+def bench(context: typer.Context) -> None:
+    """Time attention and whole models beside every peer: run, plot, compare, report, regret.
+
+    [bold]prefix-attn bench run --suite operator --out operator.json[/bold]
+    """
+    from prefix_attn.bench.main import main as run
+
+    raise SystemExit(
+        run(context.args or ["--help"], prog="prefix-attn bench", restart=("-m", "prefix_attn.cli", "bench"))
+    )
+
+
 app.command()(commands.reproduce)
 app.command()(commands.ablate)
 app.command()(commands.report)

@@ -211,6 +211,16 @@ def test_help_teaches(command: str, monkeypatch: pytest.MonkeyPatch, capsys: pyt
     assert len(out) > 400
 
 
+def test_bench_passes_its_arguments_on(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    slice_of_it = ("--suite", "operator", "--select", "what=decode", "B=64", "dtype=float32", "--device", "cpu")
+    assert run(monkeypatch, "bench", "run", *slice_of_it, "--list") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 13
+    assert lines[-1] == "12 cases"
+    assert run(monkeypatch, "bench") == 0
+    assert capsys.readouterr().out.startswith("usage: prefix-attn bench")
+
+
 def test_unknown_option_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     assert run(monkeypatch, "inspect", "--nothing") == 2
 

@@ -36,6 +36,7 @@ LEVELS = {
     "prefix_attn.metrics": 8,
     "prefix_attn.train": 8,
     "prefix_attn.distill": 8,
+    "prefix_attn.bench": 9,
     "prefix_attn.experiments": 9,
     "prefix_attn.cli": 10,
     "prefix_attn.demo": 10,
@@ -47,16 +48,23 @@ PEERS = (
     "prefix_attn.train",
     "prefix_attn.distill",
     "prefix_attn.demo",
+    "prefix_attn.bench",
     "prefix_attn.experiments",
 )
 ANYONE = "prefix_attn"  # the package's own names; it re-exports and is not imported from below, see the test
 
 # Which modules may import these at all, at module level or in a function.
 HEAVY = {
-    "transformers": ("prefix_attn.hf", "prefix_attn.train", "prefix_attn.evaluate", "prefix_attn.demo"),
+    "transformers": (
+        "prefix_attn.hf",
+        "prefix_attn.train",
+        "prefix_attn.evaluate",
+        "prefix_attn.demo",
+        "prefix_attn.bench",
+    ),
     "triton": ("prefix_attn.backends.triton",),
     "typer": ("prefix_attn.cli", "prefix_attn.experiments.commands"),
-    "peft": ("prefix_attn.experiments.methods",),
+    "peft": ("prefix_attn.experiments.methods", "prefix_attn.bench.models"),
 }
 
 

@@ -8,28 +8,29 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import attention, decode, roofline
+from benchmarks import roofline
+from prefix_attn.bench import operator
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.mark.parametrize("is_causal", [False, True])
 def test_flops_count_visible_pairs(is_causal: bool) -> None:
-    c = {"B": 2, "Hq": 3, "Hkv": 1, "S": 7, "P": 4, "D": 8, "is_causal": is_causal}
-    visible = torch.ones(7, 7).tril() if is_causal else torch.ones(7, 7)
+    c = operator.case(2, 7, 9, 4, (3, 1, 8), is_causal=is_causal)
+    visible = torch.ones(7, 9).tril(2) if is_causal else torch.ones(7, 9)
     pairs = 2 * 3 * (int(visible.sum()) + 7 * 4)
-    assert attention.flops(c, "forward") == pairs * 4 * 8
-    assert attention.flops(c, "both") == 3.5 * attention.flops(c, "forward")
-    assert attention.flops(c, "backward", frozen=True) == 2 * 3 * 7 * 4 * 8 * 8
+    assert operator.flops(c, "forward") == operator.flops(c, "prefill") == pairs * 4 * 8
+    assert operator.flops(c, "both") == 3.5 * operator.flops(c, "forward")
+    assert operator.flops(c, "prefix-only") == 2 * 3 * 7 * 4 * 8 * 8
 
 
 def test_bytes_count_each_tensor_once() -> None:
-    c = {"B": 2, "Hq": 4, "Hkv": 2, "S": 9, "P": 3, "D": 8}
+    c = operator.step(2, 9, 3, (4, 2, 8))
     step = [(2, 4, 1, 8), (2, 2, 9, 8), (2, 2, 9, 8), (2, 3, 8), (2, 3, 8), (2, 4, 1, 8)]
     size = lambda shapes: sum(torch.empty(shape, dtype=torch.bfloat16).nbytes for shape in shapes)
-    assert decode.unique_bytes(c) == size(step)
+    assert operator.traffic(c, "decode") == size(step)
     full = [(2, 4, 9, 8), *step[1:5], (2, 4, 9, 8)]
-    assert roofline.traffic(c, "forward") == size(full) + 4 * 2 * 4 * 9
+    assert operator.traffic(c | {"S": 9}, "forward") == size(full) + 4 * 2 * 4 * 9
 
 
 def test_no_prediction_beats_the_roofline() -> None:
@@ -38,21 +39,21 @@ def test_no_prediction_beats_the_roofline() -> None:
         assert better, row.name
 
 
-def record(bench: str, what: str, way: str, case: dict[str, Any], seconds: float, **values: Any) -> dict[str, Any]:
-    return {"bench": bench, "what": what, "way": way, "case": case, "median": seconds, **values}
+def record(what: str, way: str, case: dict[str, Any], seconds: float, **values: Any) -> dict[str, Any]:
+    return {"suite": "operator", "what": what, "way": way, "case": case, "median": seconds, **values}
 
 
 def test_a_run_is_held_against_the_targets() -> None:
     training, step, none = (
-        attention.case(8192, 128, 128, 16, 16, False),
-        decode.case(256, 512, 512),
-        decode.case(256, 512, 0),
+        operator.batch(8192, 128, (16, 16, 128), is_causal=False),
+        operator.step(256, 512, 512),
+        operator.step(256, 512, 0),
     )
     records = [
-        record("attention", "forward", "triton", training, attention.flops(training, "forward") / 460e12),
-        record("decode", "graph", "triton", step, 112e-6),
-        record("decode", "graph", "triton", none, 100e-6),
-        record("decode", "graph", "sdpa", none, 99e-6),
+        record("forward", "triton", training, operator.flops(training, "forward") / 460e12),
+        record("decode", "triton", step, 112e-6),
+        record("decode", "triton", none, 100e-6),
+        record("decode", "sdpa", none, 99e-6),
     ]
     rows = roofline.targets()
     found = {row.name: row.measured(records) for row in rows}

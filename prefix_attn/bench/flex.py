@@ -2,26 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import AuxRequest, create_block_mask, flex_attention, noop_mask
 
-from benchmarks.peers import FIVE, Inputs, Ready, Unable, leaf
+from prefix_attn.bench.peers import FIVE, Inputs, Ready, Unable, leaf
 
 
 def best(function: Callable[..., Any], device: torch.device) -> Callable[..., Any]:
-    """Compiled at its best; on a CPU as it is, for the logic."""
-    if device.type == "cpu":
-        return function
-    return torch.compile(function, dynamic=False, mode="max-autotune-no-cudagraphs")
+    """Compiled at its best."""
+    mode = None if device.type == "cpu" else "max-autotune-no-cudagraphs"
+    return torch.compile(function, dynamic=False, mode=mode)
 
 
-def differentiable(tensor: Tensor) -> Tensor:
-    """A leaf; on a CPU, where FlexAttention has no backward and refuses leaves, the tensor."""
-    return leaf(tensor) if tensor.device.type != "cpu" else tensor.detach()
+def leaves_of(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Leaves; none on a CPU, where FlexAttention has no backward."""
+    return {name: leaf(tensor) for name, tensor in tensors.items() if tensor.device.type != "cpu"}
 
 
 def packed(x: Inputs) -> Ready:
@@ -39,11 +38,10 @@ def packed(x: Inputs) -> Ready:
         row = tensor.transpose(0, 1).flatten(1, 2)
         return (row if prefix is None else torch.cat([row, prefix], dim=1))[None].contiguous()
 
-    leaves = {
-        "query": differentiable(one_row(x.query)),
-        "whole_key": differentiable(one_row(x.key, x.prefix_key)),
-        "whole_value": differentiable(one_row(x.value, x.prefix_value)),
-    }
+    row = one_row(x.query)
+    whole = {"whole_key": one_row(x.key, x.prefix_key), "whole_value": one_row(x.value, x.prefix_value)}
+    query = {"query": row} if "query" in x.wanted else {}
+    leaves = leaves_of(query | whole)
 
     def visible(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
         own = (j < B * T) & (i // S == j // T)
@@ -60,15 +58,17 @@ def packed(x: Inputs) -> Ready:
 
     def back(grads: dict[str, Tensor]) -> dict[str, Tensor]:
         k, v = grads["whole_key"], grads["whole_value"]
-        return {
-            "query": unpacked(grads["query"]),
+        found = {
             "key": unpacked(k[:, :, : B * T]),
             "value": unpacked(v[:, :, : B * T]),
             "prefix_key": k[0, :, B * T :],
             "prefix_value": v[0, :, B * T :],
         }
+        found |= {name: unpacked(grads[name]) for name in query}
+        return {name: found[name] for name in x.wanted}
 
-    return Ready(lambda: run(*leaves.values()), leaves, unpacked, back)
+    call = [leaves.get(name, tensor) for name, tensor in {"query": row, **whole}.items()]
+    return Ready(lambda: run(*call), leaves, unpacked, back)
 
 
 def merged(x: Inputs) -> Ready:
@@ -76,6 +76,8 @@ def merged(x: Inputs) -> Ready:
     S, T = x.query.shape[2], x.key.shape[2]
     if not x.prefix_key.shape[1]:
         raise Unable("without a prefix there is nothing to merge")
+    if x.query.device.type == "cpu":
+        raise Unable("on a CPU torch compiles FlexAttention without a log-sum-exp")
     device, fold = x.query.device, S == 1
     how: dict[str, Any] = {"device": device, "_compile": device.type == "cuda"}
     own_mask = prefix_mask = None
@@ -96,5 +98,6 @@ def merged(x: Inputs) -> Ready:
         return (own + weight * (prefix.float() - own.float())).to(q.dtype)
 
     run = best(attend, device)
-    leaves = {name: differentiable(getattr(x, name)) for name in FIVE}
-    return Ready(lambda: run(*leaves.values()), leaves, lambda out: out, dict)
+    leaves = leaves_of({name: getattr(x, name) for name in x.wanted})
+    five = [leaves.get(name, getattr(x, name)) for name in FIVE]
+    return Ready(lambda: run(*five), leaves, lambda out: out, dict)

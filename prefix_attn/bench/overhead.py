@@ -4,26 +4,28 @@ The arithmetic is 4 * B * H * S * (P + T) * D = 1,536 FLOP, nanoseconds on any d
 Python and the dispatcher. Peers: scaled_dot_product_attention on tensors that already hold prefix and sequence (what
 no model has for free), and the same with the concatenation inside the call (what models do).
 
-    python -m benchmarks.overhead [--out results.jsonl] [--rounds 30] [--calls 300] [--threads 1]
+One thread: a second one has nothing to do.
 """
 
 from __future__ import annotations
 
-import argparse
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.measure import interleave, summarise, table, write
 from prefix_attn import explain, prefix_attention
+from prefix_attn.bench.measure import Way, back_to_back, spread
+from prefix_attn.bench.results import Case, Results
 from prefix_attn.dispatch import AUTO
 
-CASE = {"B": 1, "H": 2, "S": 1, "T": 8, "P": 4, "D": 16}
+CASE: Case = {"B": 1, "H": 2, "S": 1, "T": 8, "P": 4, "D": 16}
+WHAT = ("forward", "prefix gradient")
+CALLS = 300
 REFERENCE = "sdpa, concatenated before"
-Way = Callable[[], Tensor]
+Call = Callable[[], Any]
 
 
 def tensors(device: str) -> tuple[Tensor, ...]:
@@ -44,11 +46,11 @@ def backends(*tensors: Tensor) -> list[str]:
     return ["auto", *(backend.NAME for backend in AUTO if backend.NAME not in refused)]
 
 
-def forward_ways(device: str) -> dict[str, Way]:
+def forward_ways(device: str) -> dict[str, Call]:
     """Without gradients. One query at the end of the sequence sees every key, so no mask is needed."""
     q, k, v, pk, pv = tensors(device)
     whole_k, whole_v = concatenate(k, pk), concatenate(v, pv)
-    ways: dict[str, Way] = {
+    ways: dict[str, Call] = {
         REFERENCE: lambda: F.scaled_dot_product_attention(q, whole_k, whole_v),
         "sdpa, concatenated in the call": lambda: F.scaled_dot_product_attention(
             q, concatenate(k, pk), concatenate(v, pv)
@@ -59,19 +61,19 @@ def forward_ways(device: str) -> dict[str, Way]:
     return ways
 
 
-def training_ways(device: str) -> dict[str, Way]:
+def training_ways(device: str) -> dict[str, Call]:
     """Forward and backward to the prefix; the reference's leaf is the concatenated tensor."""
     q, k, v, pk, pv = tensors(device)
     leaves = (pk.requires_grad_(), pv.requires_grad_())
     whole = tuple(concatenate(s, p).detach().requires_grad_() for s, p in ((k, pk), (v, pv)))
     grad = torch.randn_like(q)
 
-    def step(out: Tensor, inputs: tuple[Tensor, ...]) -> Tensor:
+    def step(out: Any, inputs: tuple[Tensor, ...]) -> Tensor:
         torch.autograd.grad(out, inputs, grad)
         return out.detach()
 
-    ways: dict[str, Way] = {
-        REFERENCE: lambda: step(F.scaled_dot_product_attention(q, *whole), whole),
+    ways: dict[str, Call] = {
+        REFERENCE: lambda: step(F.scaled_dot_product_attention(q, whole[0], whole[1]), whole),
         "sdpa, concatenated in the call": lambda: step(
             F.scaled_dot_product_attention(q, concatenate(k, pk), concatenate(v, pv)), leaves
         ),
@@ -83,7 +85,7 @@ def training_ways(device: str) -> dict[str, Way]:
     return ways
 
 
-def same_results(ways: dict[str, Way]) -> None:
+def same_results(ways: dict[str, Call]) -> None:
     """Speed is only shown of ways that compute the same."""
     expected = ways[REFERENCE]()
     for name, way in ways.items():
@@ -92,25 +94,20 @@ def same_results(ways: dict[str, Way]) -> None:
             raise RuntimeError(f"{name} differs from {REFERENCE} by {error}")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, help="append JSON lines to this file")
-    parser.add_argument("--rounds", type=int, default=30)
-    parser.add_argument("--calls", type=int, default=300, help="calls in one sample")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    torch.manual_seed(0)
-    for what, ways in (("forward", forward_ways(options.device)), ("prefix gradient", training_ways(options.device))):
+def measure(kinds: Sequence[str], results: Results, device: str, rounds: int, calls: int = CALLS) -> None:
+    """What a call costs, forward and with the prefix's gradient."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    for what in kinds:
+        ways = forward_ways(device) if what == "forward" else training_ways(device)
         same_results(ways)
-        with torch.set_grad_enabled(what != "forward"):
-            samples = interleave(ways, rounds=options.rounds, calls=options.calls, warmup=options.calls)
-        print(f"\n{what}, {CASE}, {options.device}, {options.threads} threads")
-        print(table(summarise(samples, reference=REFERENCE)))
-        if options.out:
-            write(options.out, "overhead", CASE | {"what": what, "on": options.device}, samples)
-
-
-if __name__ == "__main__":
-    main()
+        grad = what != "forward"
+        timed = {name: Way(lambda _, call=call: call()) for name, call in ways.items()}
+        with torch.set_grad_enabled(grad):
+            samples = back_to_back(timed, device, rounds=rounds, calls=calls)
+        print(f"\n{what}, {CASE}, us per call")
+        for name, seconds in samples.items():
+            row = spread(seconds)
+            results.add(CASE | {"on": device}, what, name, seconds=seconds, **row)
+            print(f"  {name:32}{1e6 * (row['minimum'] or 0):10.2f} min{1e6 * (row['median'] or 0):10.2f} median")
+    torch.set_num_threads(threads)

@@ -1,0 +1,143 @@
+"""Files of results: one JSON document per run, with the machine, the versions, and every sample of every record."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+Record = dict[str, Any]
+Case = dict[str, Any]
+T = TypeVar("T")
+
+
+class Results:
+    """One run. A record is a case, what of it was done (forward, decode, ...), the way, and its numbers or a reason."""
+
+    def __init__(self, suite: str, out: Path | None, **about: Any) -> None:
+        """``about`` stands at the head of the file ``out``; None = no file."""
+        self.out = out
+        self.records: list[Record] = []
+        self.document: dict[str, Any] = {"suite": suite, **about, "records": self.records}
+
+    def add(self, case: Mapping[str, Any], what: str, way: str, **values: Any) -> Record:
+        """One record."""
+        self.records.append({"case": dict(case), "what": what, "way": way, **values})
+        return self.records[-1]
+
+    def save(self) -> None:
+        """Writes the whole file under another name, then renames it: a run that is killed leaves what it had."""
+        if self.out is None:
+            return
+        self.out.parent.mkdir(parents=True, exist_ok=True)
+        partial = self.out.with_name(self.out.name + ".partial")
+        head = {name: value for name, value in self.document.items() if name != "records"}
+        lines = ",\n".join(json.dumps(_short(record)) for record in self.records)
+        text = json.dumps(head, indent=1)[:-2] + f',\n "records": [\n{lines}\n]}}\n'
+        partial.write_text(text, encoding="utf-8")
+        os.replace(partial, self.out)
+
+
+def _short(value: Any) -> Any:
+    """Floats with the six digits that they have at best."""
+    if isinstance(value, float):
+        return float(f"{value:.6g}")
+    if isinstance(value, Mapping):
+        return {name: _short(part) for name, part in value.items()}
+    return [_short(part) for part in value] if isinstance(value, (list, tuple)) else value
+
+
+def read(path: Path) -> dict[str, Any]:
+    """The document that ``Results.save`` wrote.
+
+    Raises:
+        ValueError: the file is no such document.
+    """
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}: not JSON ({error.msg}, line {error.lineno})") from None
+    if not isinstance(document, dict) or not {"suite", "records"} <= document.keys():
+        raise ValueError(f"{path}: not a file of 'python -m benchmarks run'")
+    return document
+
+
+def records(paths: Iterable[Path]) -> list[Record]:
+    """The records of several files, each with its suite."""
+    return [{"suite": document["suite"], **record} for document in map(read, paths) for record in document["records"]]
+
+
+def key(record: Record) -> tuple[Any, ...]:
+    """What two records of the same measurement share."""
+    return (record.get("suite"), record["what"], record["way"], *sorted(record["case"].items()))
+
+
+def title(case: Iterable[tuple[str, Any]]) -> str:
+    """A case in words, without what is the same everywhere."""
+    return ", ".join(f"{name} {value}" for name, value in case if name != "on")
+
+
+def timed(found: Iterable[Record], suite: str, what: str) -> list[Record]:
+    """The last measurement of every case and way."""
+    wanted = [r for r in found if (r["suite"], r["what"]) == (suite, what) and "reason" not in r]
+    return list({key(r): r for r in wanted}.values())
+
+
+def parse_filters(texts: Sequence[str]) -> dict[str, set[str]]:
+    """``["P=0,128", "what=decode"]`` as sets of words.
+
+    Raises:
+        ValueError: a text is not of this form.
+    """
+    found: dict[str, set[str]] = {}
+    for text in texts:
+        name, equals, values = text.partition("=")
+        if not (name and equals and values):
+            raise ValueError(f"--select takes NAME=VALUE[,VALUE...], got {text!r}")
+        found[name] = set(values.split(","))
+    return found
+
+
+def selected(cases: Sequence[tuple[Case, str]], filters: Mapping[str, set[str]]) -> list[tuple[Case, str]]:
+    """The (case, what) pairs that every filter lets through.
+
+    Raises:
+        ValueError: a filter names what no case has, or nothing is left.
+    """
+    known = {"what"} | {name for case, _ in cases for name in case}
+    if unknown := sorted(set(filters) - known):
+        raise ValueError(f"--select {unknown[0]}: cases have {', '.join(sorted(known))}")
+    left = [
+        (case, what)
+        for case, what in cases
+        if all(str({**case, "what": what}.get(name)) in values for name, values in filters.items())
+    ]
+    if not left:
+        raise ValueError("--select leaves nothing; --list shows the cases")
+    return left
+
+
+class Budget:
+    """Seconds that a sweep may take. What no longer fits is listed, not dropped silently."""
+
+    def __init__(self, seconds: float | None, clock: Callable[[], float] = time.monotonic) -> None:
+        """It begins now. None = no limit."""
+        self.seconds, self.clock, self.start = seconds, clock, clock()
+
+    def spent(self) -> bool:
+        """Whether the time is up."""
+        return self.seconds is not None and self.clock() - self.start > self.seconds
+
+
+def sweep(items: Sequence[T], run: Callable[[T], None], results: Results, budget: Budget) -> list[T]:
+    """Runs the items while there is time and saves after each; returns those that are left."""
+    left = list(items)
+    while left and not budget.spent():
+        run(left.pop(0))
+        results.save()
+    if left:
+        print(f"\nthe time was up: {len(left)} of {len(items)} left out", flush=True)
+    return left
