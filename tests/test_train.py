@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,9 +19,9 @@ from tests.tokens import byte_tokenizer
 EXAMPLES = [Example(f"name : {n}", (f"this is {n}.",)) for n in ("ann", "bob", "cid", "dee", "eve", "fay")]
 
 
-def model(projection: bool = False) -> PrefixModel:
-    torch.manual_seed(0)
-    config = PrefixConfig(num_virtual_tokens=4, prefix_projection=projection, encoder_hidden_size=8)
+def model(seed: int = 0, **options: Any) -> PrefixModel:
+    torch.manual_seed(seed)
+    config = PrefixConfig(num_virtual_tokens=4, encoder_hidden_size=8, **options)
     return get_prefix_model(tiny("llama", vocab_size=257, max_position_embeddings=128), config)
 
 
@@ -44,15 +45,26 @@ def test_learns_and_saves(tmp_path: Path, checkpointing: bool) -> None:
     assert torch.equal(loaded.prefixes["default"].embedding, trained.prefixes["default"].embedding)
 
 
-def test_resumes_bit_for_bit(tmp_path: Path) -> None:
-    straight, first, second = model(True), model(True), model(True)
+MLP = {"prefix_projection": True, "dropout": 0.1}
+FORMS: dict[str, dict[str, Any]] = {
+    "mlp": MLP,
+    "infix": MLP | {"mode": "infix", "gate": "zero", "num_frozen_tokens": 1},
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_resumes_bit_for_bit(form: str, tmp_path: Path) -> None:
+    """From the checkpoint alone, whatever the new model started from; gates and frozen tokens are in it."""
+    straight, first, second = (model(seed, **FORMS[form]) for seed in (0, 0, 1))
     train(straight, byte_tokenizer(), EXAMPLES, [], settings(tmp_path / "a", 4))
     train(first, byte_tokenizer(), EXAMPLES, [], settings(tmp_path / "b", 4))
     for checkpoint in (tmp_path / "b").glob("checkpoint-4"):
         checkpoint.rename(tmp_path / "gone")  # as if killed after step 2
     train(second, byte_tokenizer(), EXAMPLES, [], settings(tmp_path / "b", 4, resume=True))
-    for (name, wanted), got in zip(straight.prefixes.named_parameters(), second.prefixes.parameters()):
-        assert torch.equal(got, wanted), name
+    expected, got = (m.prefixes["default"].state_dict() for m in (straight, second))
+    assert expected.keys() == got.keys()
+    assert len(got) == (5 if form == "mlp" else 7)
+    assert all(torch.equal(got[name], wanted) for name, wanted in expected.items())
 
 
 @pytest.mark.parametrize("state", [None, '{"best'], ids=["none", "half"])

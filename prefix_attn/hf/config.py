@@ -105,10 +105,7 @@ class PrefixConfig:
         for name, values in allowed.items():
             if getattr(self, name) not in values:
                 raise ValueError(f"{name} must be one of {values}, got {getattr(self, name)!r}")
-        if self.init in ("text", "document") and (self.init_text is None) == (self.init_token_ids is None):
-            raise ValueError(f"init={self.init!r} needs either init_text or init_token_ids")
-        if self.init == "prefix" and not self.init_prefix:
-            raise ValueError("init='prefix' needs init_prefix, a name, a folder or a Hub id")
+        self._check_start()
         if self.mode == "embedding" and (self.prefix_projection or self.num_frozen_tokens):
             raise NotImplementedError(
                 "mode='embedding' has no MLP, and trains all its tokens: prefix_projection must be False, "
@@ -124,6 +121,17 @@ class PrefixConfig:
             raise ValueError(
                 "gate='zero' starts from the frozen model, whose tokens are not moved: position_mode='none'"
             )
+
+    def _check_start(self) -> None:
+        texts = (self.init_text is not None) + (self.init_token_ids is not None)
+        if self.init in ("text", "document") and texts != 1:
+            raise ValueError(f"init={self.init!r} needs either init_text or init_token_ids")
+        if self.init not in ("text", "document") and texts:
+            raise ValueError(f"init={self.init!r} reads no init_text or init_token_ids: 'text' and 'document' do")
+        if self.init == "prefix" and not self.init_prefix:
+            raise ValueError("init='prefix' needs init_prefix, a name, a folder or a Hub id")
+        if self.init != "prefix" and self.init_prefix is not None:
+            raise ValueError(f"init={self.init!r} reads no init_prefix: 'prefix' does")
 
     def _check_frozen(self) -> None:
         frozen = self.num_frozen_tokens

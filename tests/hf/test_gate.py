@@ -69,12 +69,15 @@ def test_starts_from_the_frozen_model_exactly(name: str) -> None:
     assert (model(**given).logits - frozen).abs().max() > 1e-2
 
 
-def test_starts_from_the_frozen_model_in_half_precision() -> None:
-    model = get_prefix_model(tiny("llama").bfloat16(), PrefixConfig(num_virtual_tokens=P, gate="zero")).eval()
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_starts_from_the_frozen_model_in_half_precision_and_with_padding(name: str) -> None:
+    """On the right. On the left transformers counts padding as positions in a bare forward, and we do not."""
+    model = get_prefix_model(tiny(name).bfloat16(), PrefixConfig(num_virtual_tokens=P, gate="zero")).eval()
+    mask = (torch.arange(9) < torch.tensor([[9], [6]])).long()
     with model.disable_prefix():
-        frozen = model(tokens()).logits
+        frozen = model(tokens(2, 9), attention_mask=mask).logits
     assert model.prefixes["default"].gate.dtype == torch.float32
-    assert torch.equal(model(tokens()).logits, frozen)
+    assert torch.equal(model(tokens(2, 9), attention_mask=mask).logits[mask.bool()], frozen[mask.bool()])
 
 
 def test_gradient_flows_to_the_gate_and_then_to_the_prefix() -> None:

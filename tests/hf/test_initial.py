@@ -174,6 +174,8 @@ ERRORS: dict[str, tuple[dict[str, Any], str]] = {
     "no document": ({"init": "document"}, "init='document' needs either init_text or init_token_ids"),
     "two": ({"init": "document", "init_text": "a", "init_token_ids": [1]}, "needs either"),
     "no prefix": ({"init": "prefix"}, "init='prefix' needs init_prefix, a name, a folder or a Hub id"),
+    "text for nothing": ({"init_text": "a"}, "init='random' reads no init_text"),
+    "prefix for nothing": ({"init": "zero", "init_prefix": "a"}, "init='zero' reads no init_prefix"),
     "activation": ({"encoder_activation": "prelu"}, r"encoder_activation must be one of \('elu', .* got 'prelu'"),
 }
 
