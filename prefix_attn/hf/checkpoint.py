@@ -205,8 +205,8 @@ def _check_base(folder: Path, config: PrefixConfig, metadata: Mapping[str, str],
         return  # the same model may lie in another folder or under another owner
     if files.is_hub_id(theirs) and files.is_hub_id(here):
         raise ValueError(
-            f"{folder}: trained for {theirs}, this base model is {here}; if they are the same, edit "
-            f"base_model_name_or_path in {ADAPTER_CONFIG}"
+            f"{folder}: trained for {theirs}, this base model is {here}; if they are the same, correct the name in the "
+            f"{ADAPTER_CONFIG}, or config.json, beside it"
         )
     _log.warning("%s was trained for %s and is loaded into %s", folder, theirs, here)
 

@@ -58,14 +58,22 @@ def read(path: str | Path, *, decoder_layers: int | None = None) -> Stored:
     """
     place = files.find(path, *_ON_HUB)
     try:
-        if place.is_file():
-            return _file(place)
-        if (place / ADAPTER_CONFIG).exists() or not any((place / name).exists() for name in _pickles(place)):
-            known = files.read_json(place / ADAPTER_CONFIG)
-            return _adapters(place, known) if "peft_type" not in known else read_peft(place, known, decoder_layers)
-        return _file(_one_of(place))
+        stored = _read(place, decoder_layers)
     except (TypeError, AttributeError, KeyError, RuntimeError, NotImplementedError, RecursionError) as error:
         raise ValueError(f"{place}: {type(error).__name__}: {error}") from None
+    for name, size in stored.sizes.items():
+        if size is not None and (type(size) is not int or size < 1):
+            raise ValueError(f"{stored.path}: {name} must be a positive int, got {size!r}")
+    return stored
+
+
+def _read(place: Path, decoder_layers: int | None) -> Stored:
+    if place.is_file():
+        return _file(place)
+    if (place / ADAPTER_CONFIG).exists() or not any((place / name).exists() for name in _pickles(place)):
+        known = files.read_json(place / ADAPTER_CONFIG)
+        return _adapters(place, known) if "peft_type" not in known else read_peft(place, known, decoder_layers)
+    return _file(_one_of(place))
 
 
 def _file(path: Path) -> Stored:
@@ -211,9 +219,7 @@ def _original(path: Path, tensors: dict[str, Tensor]) -> Stored:
     heads = known.get("n_head", known.get("decoder_attention_heads"))
     rows = {}
     for site, (table, mlp) in _MODULES.items():
-        part = {
-            f"wte.{n.removeprefix(table + '.')}": tensors.pop(n) for n in list(tensors) if n.startswith(table + ".")
-        }
+        part = {"wte.weight": tensors.pop(f"{table}.weight")} if f"{table}.weight" in tensors else {}
         inside = [n for n in tensors if n == mlp or n.startswith(mlp + ".")]
         part |= {n.replace(mlp, "control_trans", 1): tensors.pop(n) for n in inside}
         if not inside and part:
@@ -262,10 +268,8 @@ def fold(path: Path, part: Mapping[str, Tensor], length: Any, activation: Any) -
             raise ValueError(f"{path}: {tuple(flat.shape)} numbers are no prefix of length {length!r}")
         return flat.view(length, -1).float()
     names = sorted({int(n.split(".")[1]) for n in part if re.fullmatch(r"control_trans\.\d{1,3}\.(weight|bias)", n)})
-    if not names or set(part) != {
-        "wte.weight",
-        *(f"control_trans.{i}.{kind}" for i in names for kind in ("weight", "bias")),
-    }:
+    needed = {f"control_trans.{i}.{kind}" for i in names for kind in ("weight", "bias")}
+    if not names or set(part) != {"wte.weight"} | needed:
         raise ValueError(f"{path}: an MLP must have wte and layers of weight and bias, got {sorted(part)[:8]}")
     layers = [(part[f"control_trans.{i}.weight"].float(), part[f"control_trans.{i}.bias"].float()) for i in names]
     hidden = part["wte.weight"].float()

@@ -299,6 +299,8 @@ BAD: dict[str, tuple[Callable[[Path], Path], str]] = {
     "another length": (lambda f: gpt2(f, {"control_trans": torch.ones(P * 192)}, preseqlen=7), "prefix of length 7"),
     "another model": (lambda f: gpt2(f, model_type="bart"), "trained for a base model"),
     "more layers": (lambda f: gpt2(f, mlp(4)[0], n_layer=4), "num_layers is 4, GPT2LMHeadModel needs 3"),
+    "sizes that are none": (lambda f: gpt2(f, n_head="4" * 9), "num_attention_heads must be a positive int, got '444"),
+    "another base": (lambda f: gpt2(f, _name_or_path="a/b"), "trained for a/b, this base model is somebody/tiny"),
     "other heads": (lambda f: gpt2(f, n_head=8), "num_attention_heads is 8, GPT2LMHeadModel needs 4"),
     "a wider MLP": (lambda f: of_adapters(f, mlp(4)[0]), r"need .*\(4, 192\).* has .*\(4, 256\)"),
     "an MLP without bias": (lambda f: of_adapters(f, {"wte.weight": torch.zeros(P, 32)}), "must have wte and layers"),
@@ -325,6 +327,7 @@ def test_bad_files_are_refused(tmp_path: Path, make: Callable[[Path], Path], mes
     """One ValueError that names the file; the model in memory goes on as it was."""
     (tmp_path / "good").mkdir()
     model, _ = load(gpt2(tmp_path / "good"), "gpt2")
+    model.base_model.config._name_or_path = "somebody/tiny"
     with torch.no_grad():
         before = model(tokens()).logits
         (tmp_path / "bad").mkdir()
