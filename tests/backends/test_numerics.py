@@ -71,11 +71,12 @@ def test_adversarial_logits(backend: str) -> None:
     arguments = case.arguments(torch.float32)
     arguments["query"] = arguments["query"] * 100
     arguments["key"] = arguments["key"] * 100
-    if backend != "triton":
+    if backend == "cpu":
         compare(backend, arguments)
         return
-    # Logits in units of log 2, as every GPU kernel has them: probabilities are only as exact as the saved lse.
-    got, exact = run("triton", arguments, lse_gradient=True), run("eager", widen(arguments), lse_gradient=True)
+    # GPU kernels have logits in units of log 2, and torch's kernels on some processors round them differently forward
+    # and backward: probabilities are then only as exact as the saved lse.
+    got, exact = run(backend, arguments, lse_gradient=True), run("eager", widen(arguments), lse_gradient=True)
     resolution = torch.finfo(torch.float32).eps * exact["lse"].abs().max()
     for name in got:
         worst = (got[name].double() - exact[name]).abs().max()

@@ -105,7 +105,7 @@ def test_gradient_is_peft_s() -> None:
 
 
 def test_smollm2_logits_of_a_peft_checkpoint(tmp_path: Path) -> None:
-    """A real model of 30 layers; PEFT's own attention backends differ by 1e-4 there."""
+    """A real model of 30 layers, against PEFT in float64, whose own attention functions differ by up to 7e-4 there."""
     config = PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=P)
     peft = get_peft_model(load_base("smollm2", dtype=torch.float32)[0], config).eval()
     peft.prompt_encoder["default"].embedding.weight.data.mul_(0.5)
@@ -114,5 +114,5 @@ def test_smollm2_logits_of_a_peft_checkpoint(tmp_path: Path) -> None:
     ours = PrefixModel.from_pretrained(model, tmp_path).eval()
     ids = tokenizer("name : Aromi | eatType : coffee shop\n=> Aromi is a coffee shop", return_tensors="pt")["input_ids"]
     with torch.no_grad():
-        assert (ours(input_ids=ids).logits - peft(input_ids=ids).logits).abs().max() <= 5e-4
-    assert torch.equal(greedy(ours, ids), greedy(peft, ids))
+        assert torch.equal(greedy(ours, ids), greedy(peft, ids))
+        assert (ours(input_ids=ids).logits - peft.double()(input_ids=ids).logits).abs().max() <= 5e-4
