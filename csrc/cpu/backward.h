@@ -12,42 +12,75 @@ struct Block {
     int64_t M;
 };
 
+// A row's products with the keys become probabilities in s and, where ``ds`` is not null, gradients of the products;
+// ``share``, if not null, takes what p dp adds to.
+void slopes(const Call& c, float* s, float* ds, int64_t width, const Range& seen, const uint8_t* mask, float lse,
+            float delta, float* share) {
+    alignas(64) float capped[NT];
+    if (c.softcap) {
+        cap(c, s, width);
+        std::memcpy(capped, s, sizeof(capped));
+    }
+    hide(s, width, seen.lo, seen.hi, mask);
+    const float factor = query_factor(c);
+    vec total{};
+    for (int64_t j = 0; j < width; j += VL) {
+        const vec p = exponential(load(s + j) - lse);
+        store(s + j, p);
+        if (!ds) continue;
+        total += p * load(ds + j);
+        vec g = p * factor * (load(ds + j) - delta);
+        if (c.softcap) {
+            const vec t = load(capped + j) * (1.f / c.softcap);
+            g *= 1.f - t * t;
+        }
+        store(ds + j, g);
+    }
+    if (share) *share += sum(total);
+}
+
 template <typename T>
 void differentiate(const Call& c, const Block<T>& x, const Keys<T>& keys, int64_t n0, int64_t n, const Range* limits,
                    const uint8_t* mask, float* dk, int64_t ldk, float* dv, int64_t ldv) {
-    const int64_t D = elements<T>(c.D), DV = elements<T>(c.DV), Dp = up(c.D), Vp = up(c.DV), width = up(n);
-    const float factor = query_factor(c);
-    const bool soft = x.dq || x.share || dk;  // the gradient of the logits is asked for
-    product<false>(x.q.data, x.q.ld, 1, keys.kt + n0 * D, NT, x.s, NT, x.M, width, D, factor);
-    if (soft) product<false>(x.dout.data, x.dout.ld, 1, keys.vt + n0 * DV, NT, x.ds, NT, x.M, width, DV);
-    for (int64_t r = 0; r < x.M; r++) {
-        float *s = x.s + r * NT, *ds = x.ds + r * NT;
-        if (c.softcap) cap(c, s, width);
-        alignas(64) float capped[NT];
-        if (c.softcap) std::memcpy(capped, s, sizeof(capped));
-        hide(s, width, limits ? limits[r].lo - n0 : 0, std::min(n, limits ? limits[r].hi - n0 : n), mask);
-        vec share{};
-        for (int64_t j = 0; j < width; j += VL) {
-            const vec p = exponential(load(s + j) - x.lse[r]);
-            store(s + j, p);
-            if (soft) {
-                share += p * load(ds + j);
-                vec g = p * factor * (load(ds + j) - x.delta[r]);
-                if (c.softcap) {
-                    const vec t = load(capped + j) * (1.f / c.softcap);
-                    g *= 1.f - t * t;
-                }
-                store(ds + j, g);
-            }
+    const int64_t D = elements<T>(c.D), DV = elements<T>(c.DV), Dp = up(c.D), Vp = up(c.DV), M = x.M;
+    float* ds = x.dq || x.share || dk ? x.ds : nullptr;  // null: nobody asks for the gradient of the logits
+    // Queries are taken ROWS at a time where they see less and less: the first ``seen`` keys.
+    const int64_t step = limits ? ROWS : M, group = limits ? ROWS : n;
+    const auto seen = [&](int64_t i) {
+        return limits ? std::clamp<int64_t>(limits[std::min(i + step, M) - 1].hi - n0, 0, n) : n;
+    };
+    for (int64_t i = 0; i < M; i += step) {
+        const int64_t rows = std::min(step, M - i), count = seen(i), width = up(count);
+        product<false>(x.q.data + i * x.q.ld, x.q.ld, 1, keys.kt + n0 * D, NT, x.s + i * NT, NT, rows, width, D,
+                       query_factor(c));
+        if (ds)
+            product<false>(x.dout.data + i * x.dout.ld, x.dout.ld, 1, keys.vt + n0 * DV, NT, ds + i * NT, NT, rows,
+                           width, DV);
+        for (int64_t r = i; r < i + rows; r++) {
+            const Range all{0, count}, own = limits ? Range{limits[r].lo - n0, limits[r].hi - n0} : all;
+            float *s = x.s + r * NT, *slope = ds ? ds + r * NT : nullptr;
+            slopes(c, s, slope, width, {own.lo, std::min(count, own.hi)}, mask, x.lse[r], x.delta[r],
+                   x.share ? x.share + r : nullptr);
+            std::fill(s + width, s + up(n), 0.f);
+            if (ds) std::fill(slope + width, slope + up(n), 0.f);
         }
-        if (x.share) x.share[r] += sum(share);
     }
-    const int64_t M = elements<T>(x.M);
-    if (dv) product<true>(over_rows<T>(x.s, x.M, width, x.pairs), 1, NT, x.dout_down, Vp, dv, ldv, n, Vp, M);
-    if (dk) product<true>(over_rows<T>(x.ds, x.M, width, x.pairs), 1, NT, x.q_down, Dp, dk, ldk, n, Dp, M);
-    if (x.dq)
-        product<true>(over_columns<T>(x.ds, x.M, width), NT, 1, keys.k + n0 / PER<T> * keys.ldk, keys.ldk, x.dq, Dp,
-                      x.M, Dp, elements<T>(n));
+    const auto add = [&](const T* left, const T* right, int64_t size, float* to, int64_t ldt) {
+        for (int64_t j = 0, i = 0; j < n; j += group) {
+            while (i + step < M && seen(i) <= j)  // the first queries do not see these keys
+                i += step;
+            const int64_t k = i / PER<T>;
+            product<true>(left + k * NT + j, 1, NT, right + k * size, size, to + j * ldt, ldt, std::min(group, n - j),
+                          size, elements<T>(M - i));
+        }
+    };
+    if (dv) add(over_rows<T>(x.s, M, up(n), x.pairs), x.dout_down, Vp, dv, ldv);
+    if (dk) add(over_rows<T>(ds, M, up(n), x.pairs), x.q_down, Dp, dk, ldk);
+    if (!x.dq) return;
+    const T* left = over_columns<T>(ds, M, up(n));
+    for (int64_t i = 0; i < M; i += step)
+        product<true>(left + i * NT, NT, 1, keys.k + n0 / PER<T> * keys.ldk, keys.ldk, x.dq + i * Dp, Dp,
+                      std::min(step, M - i), Dp, elements<T>(seen(i)));
 }
 
 int64_t backward_units(const Backward& f) {

@@ -20,6 +20,7 @@ from prefix_attn.call import Call
 NAME = "cpu"
 PACKED = True
 MAX_SLOTS = 16  # runs of the batch whose prefix gradients are summed apart, so that threads need not wait
+UNITS = 48  # (run, key head) pairs are enough for as many threads
 SLOT_FLOATS = 1 << 22  # and what all of them may hold together
 
 
@@ -120,7 +121,8 @@ def _slots(call: Call) -> int:
     if call.prefix_key is None or call.prefix_value is None:
         return max(B, 1)
     size = call.prefix_key.numel() + call.prefix_value.numel()
-    return max(1, min(B, MAX_SLOTS, SLOT_FLOATS // max(size, 1)))
+    heads = max(call.key.shape[1], 1)
+    return max(1, min(B, MAX_SLOTS, -(-UNITS // heads), SLOT_FLOATS // max(size, 1)))
 
 
 def _partials(prefix: Tensor, slots: int) -> Tensor:
