@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -98,10 +99,21 @@ def prefix_axis(axis: Any, ticks: Iterable[float]) -> None:
     """P on a logarithmic scale, on which 0 has its place."""
     axis.set_xscale("symlog", base=2, linthresh=8)
     ticks = sorted(set(ticks))
-    shown = [t for t in ticks if t in (0, 10, 128, 512, 2048, 4096) or (t in (8, 32) and 10 not in ticks)] or ticks
+    usual = (0, 10, 128, 512, 2048) if 2048 in ticks and 10 in ticks else (0, 8, 32, 128, 512, 2048)
+    shown = [t for t in ticks if t in usual] if len(ticks) > 4 else ticks
     axis.set_xticks(shown, [f"{t:g}" for t in shown])
     axis.minorticks_off()
     axis.set_xlabel("P, tokens of the prefix")
+
+
+def time_axis(axis: Any) -> None:
+    """A logarithmic scale with plain numbers."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    axis.set_yscale("log")
+    axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.yaxis.set_minor_formatter(NullFormatter())
 
 
 def legend(figure: Figure, axes: Sequence[Any]) -> None:
@@ -125,7 +137,7 @@ def draw_latency(panels: Sequence[Panel]) -> Figure:
         else:
             axis.set_xscale("log", base=2)
             axis.set_xlabel(panel.axis)
-        axis.set_yscale("log")
+        time_axis(axis)
         axis.set_ylabel(panel.unit)
         axis.set_title(panel.title, fontsize=9)
         axis.grid(alpha=0.3, which="both")
@@ -175,7 +187,8 @@ def draw_speedup(found: Sequence[Record]) -> Figure | None:
         for i, value in enumerate(rows):
             for j, P in enumerate(dense):
                 ratio, peer = table[value, P]
-                axis.text(j, i, f"{ratio:.2g}x\n{peer}", ha="center", va="center", fontsize=8)
+                color = "white" if abs(math.log2(ratio)) > 1.4 else "black"
+                axis.text(j, i, f"{ratio:.2g}x\n{peer}", ha="center", va="center", fontsize=9, color=color)
         axis.set_xticks(range(len(dense)), [str(P) for P in dense])
         axis.set_yticks(range(len(rows)), [str(value) for value in rows])
         axis.set_xlabel("P, tokens of the prefix")
