@@ -46,8 +46,8 @@ TOKENS = 16384  # of a batch on a GPU
 PREFIXES = (0, 1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
 FEW = (0, 16, 128, 512, 2048)
 GPT2, SMOLLM2, LLAMA = (12, 12, 64), (9, 3, 64), (32, 8, 128)  # query heads, key heads, head size
-# How many times torch's own rounding error is wrong: a wrong mask is off by hundreds of times that of half precision and
-# 1e5 times that of float32, of which sums in another order make ten. Every record says how many it was.
+# How many times torch's own rounding error is wrong. A wrong mask is off by hundreds of times that of half precision,
+# and by 1e5 times that of float32, of which sums in another order make ten. Every record says how many it was.
 WRONG = {torch.float32: 100.0, torch.bfloat16: 10.0}
 EAGER_CALLS = 20
 
