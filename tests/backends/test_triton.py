@@ -36,6 +36,7 @@ FEW_QUERIES = {
     "infix": Case(B=5, S=6, T=20, P=37, with_=("prefix_start", "key_lengths")),
     "no keys": Case(B=3, S=2, T=0, P=37),
     "softcap": Case(B=3, S=1, T=50, P=37, options={"softcap": 1.5}),
+    "more rows than a tile": Case(B=2, Hq=24, Hkv=2, S=7, T=33, P=21, D=8, Dv=8),  # 84 in two chunks of up to 64
 }
 
 
@@ -67,14 +68,24 @@ def test_many_tiles(with_: tuple[str, ...], options: dict[str, Any]) -> None:
     )
 
 
+@pytest.mark.parametrize("options", [{}, {"softcap": 2.0}], ids=["plain", "softcap"])
+@pytest.mark.parametrize("scale", [-0.7, 0.0, -1e-30])
+@pytest.mark.parametrize("S", [1, 20])
+def test_a_scale_of_any_sign(S: int, scale: float, options: dict[str, Any]) -> None:
+    """The softmax multiplies by the scale after it has looked for the largest product, which needs a positive one."""
+    case = Case(S=S, T=20, with_=("key_mask",), options={"scale": scale} | options)
+    compare("triton", case.arguments(torch.float32))
+
+
 def test_tiles_without_a_visible_key_are_not_visited() -> None:
     mask = torch.zeros(3, 70, dtype=torch.bool)
     mask[0, 33:35] = mask[0, 69] = True
     mask[1] = True
-    tiles, before = torch.full((3, 5), -1, dtype=torch.int32), torch.full((3, 6), -1, dtype=torch.int32)
-    _list_tiles[(3,)](mask, tiles, before, 70, BLOCK_N=16)
-    assert tiles[0, :2].tolist() == [2, 4]
-    assert before.tolist() == [[0, 0, 0, 1, 1, 2], [0, 1, 2, 3, 4, 5], [0] * 6]
+    for at_once in (2, 8):
+        tiles, before = torch.full((3, 5), -1, dtype=torch.int32), torch.full((3, 6), -1, dtype=torch.int32)
+        _list_tiles[(3,)](mask, tiles, before, 70, BLOCK_N=16, TILES=at_once)
+        assert tiles.tolist() == [[2, 4, -1, -1, -1], [0, 1, 2, 3, 4], [-1] * 5]
+        assert before.tolist() == [[0, 0, 0, 1, 1, 2], [0, 1, 2, 3, 4, 5], [0] * 6]
 
 
 def test_a_hole_costs_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -26,11 +26,11 @@ from prefix_attn.backends.triton.tiles import (
     keys_of,
     load_full,
     load_rows,
-    logits,
     prefix_of,
     queries_of,
     softmax_step,
     store_rows,
+    unscaled,
     visible,
 )
 
@@ -112,9 +112,9 @@ def _sequence_tile(
     if MASKED:
         b_k = load_rows(p_key, o_n, key_row, m_n, D, BLOCK_D)
     else:
-        b_k = load_full(p_key, o_n, key_row, D, BLOCK_D)
+        b_k = load_full(p_key, n, key_row, D, BLOCK_N, BLOCK_D)
     # [BLOCK_M, BLOCK_N]
-    b_s = logits(tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION), scores)
+    b_s = unscaled(tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION), scores)
     if MASKED:
         m_mn = visible((length - S + o_m)[:, None], o_n[None, :], length, row_mask, scores, CAUSAL)
         if bias is not None:
@@ -126,7 +126,7 @@ def _sequence_tile(
     if MASKED:
         b_v = load_rows(p_value, o_n, value_row, m_n, DV, BLOCK_DV)
     else:
-        b_v = load_full(p_value, o_n, value_row, DV, BLOCK_DV)
+        b_v = load_full(p_value, n, value_row, DV, BLOCK_N, BLOCK_DV)
     return softmax_step(b_s, b_m, b_l, b_acc, b_v, b_keep, scores, MASKED, PRECISION)
 
 
@@ -189,7 +189,7 @@ def _forward(
             o_n = n + tl.arange(0, BLOCK_N)
             m_n = o_n < prefix
             b_k = load_rows(p_key, o_n, prefix_key.row, m_n, D, BLOCK_D).to(b_q.dtype)
-            b_s = logits(tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION), scores)
+            b_s = unscaled(tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION), scores)
             m_mn = m_n[None, :]
             if rows.prefix_start is not None:
                 m_mn = m_mn & (o_m >= start)[:, None]

@@ -1,14 +1,19 @@
 """Forward for few queries per row of the batch (decoding, speculation): bound by reading keys and values.
 
-``_split_keys``: a program owns all S * G queries of one (row, key head) and one of SPLITS runs of its keys, so that a
-key is read once for the whole group. Short prefixes are walked in the same loop, from the L2 cache. With SPLITS = 1
-that is the whole work, in one launch. Otherwise each program leaves (out, lse) of its run in a slot, and whoever
-arrives last adds up the slots, in their order: no second launch.
+``_split_keys``: a program owns the S * G queries of one (row, key head), or one of CHUNKS equal parts where they are
+more than a tile holds, and one of SPLITS runs of its keys, so that a key is read once for the whole group. Short
+prefixes are walked in the same loop, from the L2 cache. With SPLITS = 1 that is the whole work, in one launch.
+Otherwise each program leaves (out, lse) of its run in a slot, and whoever arrives last adds up the slots, in their
+order: no second launch.
 
 ``_fold_prefix``: where a prefix is long enough, B programs reading it cost more than another launch. Then the queries
 of all rows that share an entry are folded into tiles of BLOCK_M, each prefix tile is read once per BLOCK_M queries, and
 the results go to slots of their own that ``_split_keys`` adds in. With a bank, rows come sorted by entry, and a tile
 walks the few entries it holds; the grid does not depend on how many there are, so nothing is read back to the host.
+
+The two launches overlap from sm_90 on (``EARLY``, programmatic dependent launch): ``_fold_prefix``, which waits for the
+tensor cores and the L2 cache, lets ``_split_keys``, which waits for memory, start beside it, and that waits for the
+slots only when its own keys are done.
 
 Lengths are read on the device: captured in a CUDA graph, both kernels follow ``key_lengths`` as it changes.
 """
@@ -17,6 +22,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from prefix_attn.backends.triton.tiles import (
     LOG2E,
@@ -25,9 +31,9 @@ from prefix_attn.backends.triton.tiles import (
     finish,
     keys_of,
     load_rows,
-    logits,
     prefix_of,
     softmax_step,
+    unscaled,
     visible,
 )
 
@@ -59,7 +65,7 @@ def _write(out, lse, sinks, i_b, o_h, o_s, HQ, S, m_row, b_m, b_l, b_acc, DV: tl
     tl.store(lse + (i_b * HQ + o_h) * S + o_s, b_lse, mask=m_row)
 
 
-@triton.jit(do_not_specialize=[*SIZES, "SPLITS", "FOLDED"])
+@triton.jit(do_not_specialize=[*SIZES, "CHUNKS", "SPLITS", "FOLDED"])
 def _split_keys(
     query,
     key,
@@ -73,7 +79,8 @@ def _split_keys(
     lse,
     slots_out,  # (FOLDED + SPLITS, B, Hq, S, Dv) float32, or None: one split, nothing folded
     slots_lse,  # (FOLDED + SPLITS, B, Hq, S) float32
-    arrived,  # (B, Hkv) int32 zeros, or None: one split
+    arrived,  # (B, Hkv, CHUNKS) int32 zeros, or None: one split
+    CHUNKS,
     SPLITS,
     FOLDED,
     B,
@@ -87,6 +94,7 @@ def _split_keys(
     DV: tl.constexpr,
     CAUSAL: tl.constexpr,
     PRECISION: tl.constexpr,
+    EARLY: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -95,11 +103,13 @@ def _split_keys(
     i = tl.program_id(0)
     i_split = i % SPLITS
     i = i // SPLITS
+    i_chunk = i % CHUNKS  # neighbours, since they read the same keys
+    i = i // CHUNKS
     i_kv = (i % HKV).to(tl.int64)
     i_b = (i // HKV).to(tl.int64)
     HQ = HKV * G
     _, _, length = keys_of(i_b, T, rows)
-    o_q = tl.arange(0, BLOCK_M)
+    o_q = i_chunk * BLOCK_M + tl.arange(0, BLOCK_M)
     m_row = o_q < S * G
     o_s = o_q // G
     o_h = i_kv * G + o_q % G
@@ -134,7 +144,7 @@ def _split_keys(
             o_n = i * BLOCK_N + tl.arange(0, BLOCK_N)
             m_n = o_n < prefix
             b_k = load_rows(p_key, o_n, prefix_key.row, m_n, D, BLOCK_D).to(b_q.dtype)
-            b_s = logits(tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION), scores)
+            b_s = unscaled(tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION), scores)
             m_mn = m_n[None, :]
             if rows.prefix_start is not None:
                 m_mn = m_mn & (length - S + o_s >= tl.load(rows.prefix_start + i_b))[:, None]
@@ -153,12 +163,14 @@ def _split_keys(
         if rows.key_mask is not None:  # a masked key is not even read
             m_n = m_n & tl.load(row_mask + o_n, mask=m_n, other=0).to(tl.int1)
         b_k = load_rows(p_key, o_n, key.row, m_n, D, BLOCK_D)
-        b_s = logits(tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION), scores)
+        b_s = unscaled(tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION), scores)
         m_mn = visible((length - S + o_s)[:, None], o_n[None, :], length, None, scores, CAUSAL) & m_n[None, :]
         b_s = tl.where(m_mn, b_s, -float("inf"))
         b_v = load_rows(p_value, o_n, value.row, m_n, DV, BLOCK_DV)
         b_m, b_l, b_acc = softmax_step(b_s, b_m, b_l, b_acc, b_v, None, scores, True, PRECISION)
 
+    if EARLY:  # the first FOLDED slots are written by a kernel that may still run
+        gdc_wait()
     o_row = (i_b * HQ + o_h) * S + o_s
     slot = B.to(tl.int64) * HQ * S  # rows of a slot
     if arrived is None:
@@ -175,7 +187,7 @@ def _split_keys(
         tl.store(slots_out + o_own[:, None] * DV + o_d[None, :], b_out, mask=m)
         tl.store(slots_lse + o_own, b_lse, mask=m_row)
         tl.debug_barrier()  # every thread's stores come before the one that announces them
-        if tl.atomic_add(arrived + i_b * HKV + i_kv, 1, sem="acq_rel", scope="gpu") == SPLITS - 1:
+        if tl.atomic_add(arrived + (i_b * HKV + i_kv) * CHUNKS + i_chunk, 1, sem="acq_rel", scope="gpu") == SPLITS - 1:
             b_m = tl.full([BLOCK_M], -float("inf"), tl.float32)
             b_l = tl.zeros([BLOCK_M], tl.float32)
             b_acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
@@ -206,11 +218,14 @@ def _fold_prefix(
     D: tl.constexpr,
     DV: tl.constexpr,
     PRECISION: tl.constexpr,
+    EARLY: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr,
 ):
+    if EARLY:
+        gdc_launch_dependents()
     i = tl.program_id(0)
     i_split = (i % FOLDED).to(tl.int64)
     i = i // FOLDED
@@ -254,7 +269,7 @@ def _fold_prefix(
             o_n = n + tl.arange(0, BLOCK_N)
             m_n = o_n < prefix
             b_k = load_rows(p_key, o_n, prefix_key.row, m_n, D, BLOCK_D).to(b_q.dtype)
-            b_s = logits(tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION), scores)
+            b_s = unscaled(tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION), scores)
             b_s = tl.where(m_e[:, None] & m_n[None, :], b_s, -float("inf"))
             b_v = load_rows(p_value, o_n, prefix_value.row, m_n, DV, BLOCK_DV).to(b_q.dtype)
             b_m, b_l, b_acc = softmax_step(b_s, b_m, b_l, b_acc, b_v, None, scores, True, PRECISION)

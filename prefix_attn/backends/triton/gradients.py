@@ -38,7 +38,9 @@ from prefix_attn.backends.triton.tiles import (
 def _delta(
     out,
     grad_out,
+    lse,  # (B, Hq, S) float32
     grad_lse,  # (B, Hq, S) float32 or None
+    lse2,  # (B, Hq, S) float32
     delta,  # (B, Hq, S) float32
     HQ,
     S,
@@ -46,26 +48,26 @@ def _delta(
     BLOCK_M: tl.constexpr,
     BLOCK_DV: tl.constexpr,
 ):
-    """delta = rowsum(dout * out) - dlse, for BLOCK_M queries of one head."""
+    """delta = rowsum(dout * out) - dlse, and lse2, for BLOCK_M queries of one head.
+
+    lse2 is the lse in units of log 2, and +inf for a query that sees nothing: each of its p is then an exact 0.
+    """
     num = tl.cdiv(S, BLOCK_M)
     i_bh = (tl.program_id(0) // num).to(tl.int64)
-    o_m = tl.program_id(0) % num * BLOCK_M + tl.arange(0, BLOCK_M)
+    first = tl.program_id(0) % num * BLOCK_M
+    o_m = first + tl.arange(0, BLOCK_M)
     m_m = o_m < S
     i_b = i_bh // HQ
     i_h = i_bh % HQ
+    p_do = grad_out.data + i_b * grad_out.batch + i_h * grad_out.head
     b_out = load_rows(out.data + i_b * out.batch + i_h * out.head, o_m, out.row, m_m, DV, BLOCK_DV)
-    b_do = load_rows(grad_out.data + i_b * grad_out.batch + i_h * grad_out.head, o_m, grad_out.row, m_m, DV, BLOCK_DV)
+    b_do = load_rows(p_do, o_m, grad_out.row, m_m, DV, BLOCK_DV)
     b_delta = tl.sum(b_out.to(tl.float32) * b_do.to(tl.float32), 1)
     if grad_lse is not None:
         b_delta -= tl.load(grad_lse + i_bh * S + o_m, mask=m_m, other=0.0)
     tl.store(delta + i_bh * S + o_m, b_delta, mask=m_m)
-
-
-@triton.jit
-def load_lse(lse, o_m, m_m):
-    """The lse in units of log 2. +inf for rows that see nothing or do not exist: each of their p is then an exact 0."""
-    b_lse = tl.load(lse + o_m, mask=m_m, other=float("inf"))
-    return tl.where(b_lse == -float("inf"), float("inf"), b_lse * LOG2E)
+    b_lse = tl.load(lse + i_bh * S + o_m, mask=m_m)
+    tl.store(lse2 + i_bh * S + o_m, tl.where(b_lse == -float("inf"), float("inf"), b_lse * LOG2E), mask=m_m)
 
 
 @triton.jit
@@ -94,9 +96,10 @@ def _query_tile(
     b_x = b_s
     if bias is not None:
         b_x = add_bias(b_s, bias, b_row, b_column, m_mn, scores)
+    b_x -= b_lse[:, None]
     if m_mn is not None:  # before the exponential, which would overflow where a hidden logit exceeds lse
         b_x = tl.where(m_mn, b_x, -float("inf"))
-    b_p = tl.exp2(b_x - b_lse[:, None])
+    b_p = tl.exp2(b_x)
     b_dp = tl.dot(b_do, tl.trans(b_v), input_precision=PRECISION)
     if scores.seed is not None:
         b_dp = tl.where(kept(i_bh, b_row, offset + b_column, scores), b_dp * (1 / (1 - scores.dropout)), 0.0)
@@ -148,8 +151,8 @@ def _query_sequence_tile(
         m_mn = visible((length - S + o_m)[:, None], o_n[None, :], length, row_mask, scores, CAUSAL)
         m_mn = m_mn & (o_m < S)[:, None]
     else:
-        b_k = load_full(p_key, o_n, key_row, D, BLOCK_D)
-        b_v = load_full(p_value, o_n, value_row, DV, BLOCK_DV)
+        b_k = load_full(p_key, n, key_row, D, BLOCK_N, BLOCK_D)
+        b_v = load_full(p_value, n, value_row, DV, BLOCK_N, BLOCK_DV)
     return _query_tile(
         b_k, b_v, b_q, b_do, b_lse, b_delta, b_dq, b_share, m_mn, bias, o_m[:, None], o_n[None, :], i_bh, P, scores,
         SHARE, PRECISION,
@@ -166,7 +169,7 @@ def _grad_query(
     rows,
     scores,
     grad_out,
-    lse,
+    lse2,
     delta,
     grad_query,
     share,  # (B, Hq, S) float32 or None: sum_j p dp, for the gradient of the sinks
@@ -197,7 +200,7 @@ def _grad_query(
     p_do = grad_out.data + i_b * grad_out.batch + i_h * grad_out.head + r_q * grad_out.row
     m_m = first + tl.arange(0, BLOCK_M) < S
     o_m, b_q, b_do, b_lse, b_delta = load_queries(
-        first, S, p_q, query.row, p_do, grad_out.row, lse + i_lse, delta + i_lse, D, DV, BLOCK_M, BLOCK_D, BLOCK_DV
+        first, S, p_q, query.row, p_do, grad_out.row, lse2 + i_lse, delta + i_lse, D, DV, BLOCK_M, BLOCK_D, BLOCK_DV
     )
     # [BLOCK_M, BLOCK_D]
     b_dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
@@ -300,9 +303,10 @@ def key_tile(
     b_x = b_s
     if bias is not None:
         b_x = add_bias(b_s, bias, b_row, b_column, m_nm, scores)
+    b_x -= b_lse[None, :]
     if m_nm is not None:  # before the exponential, which would overflow where a hidden logit exceeds lse
         b_x = tl.where(m_nm, b_x, -float("inf"))
-    b_p = tl.exp2(b_x - b_lse[None, :])
+    b_p = tl.exp2(b_x)
     b_dp = tl.dot(b_v, tl.trans(b_do), input_precision=PRECISION)
     b_used = b_p
     if scores.seed is not None:
@@ -316,14 +320,15 @@ def key_tile(
 
 
 @triton.jit
-def load_queries(m, S, p_q, q_row, p_do, do_row, p_lse, p_delta, D: tl.constexpr, DV: tl.constexpr,
+def load_queries(m, S, p_q, q_row, p_do, do_row, p_lse2, p_delta, D: tl.constexpr, DV: tl.constexpr,
                  BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr):  # fmt: skip
-    """(offsets, q, dout, lse, delta) of queries m..m + BLOCK_M of one head."""
+    """(offsets, q, dout, lse2, delta) of queries m..m + BLOCK_M of one head; lse2 is +inf where there is none."""
     o_m = m + tl.arange(0, BLOCK_M)
     m_m = o_m < S
     b_q = load_rows(p_q, o_m, q_row, m_m, D, BLOCK_D)
     b_do = load_rows(p_do, o_m, do_row, m_m, DV, BLOCK_DV)
-    return o_m, b_q, b_do, load_lse(p_lse, o_m, m_m), tl.load(p_delta + o_m, mask=m_m, other=0.0)
+    b_lse = tl.load(p_lse2 + o_m, mask=m_m, other=float("inf"))
+    return o_m, b_q, b_do, b_lse, tl.load(p_delta + o_m, mask=m_m, other=0.0)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -334,7 +339,7 @@ def _grad_sequence(
     rows,
     scores,
     grad_out,
-    lse,
+    lse2,
     delta,
     grad_key,
     grad_value,
@@ -370,8 +375,12 @@ def _grad_sequence(
     b_dv = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
 
     # Queries lo..hi see some key of the tile. One loop with masks: apart from whole tiles they cost little beside four
-    # products, and a second loop costs the registers that make the tile spill.
-    r_q, count_q, _row = queries_of(i_b, i_kv * G, HKV * G, S, rows)
+    # products, and a second loop costs the registers that make the tile spill. What hides a key from all queries, its
+    # length or the key mask, is left to the end: a row of dk and dv depends on no other key.
+    r_q, count_q, i_lse = queries_of(i_b, i_kv * G, HKV * G, S, rows)
+    per_head = S  # from one head's lse to the next
+    if rows.cu_q is not None:
+        per_head = rows.total_q
     shift = length - count_q  # position of query 0
     lo = 0
     hi = tl.where(n < length, count_q, 0)
@@ -379,34 +388,49 @@ def _grad_sequence(
         lo = tl.minimum(tl.maximum(n - shift, 0), count_q) // BLOCK_M * BLOCK_M
     if scores.window is not None:
         hi = tl.minimum(hi, tl.maximum(n + BLOCK_N - 1 + scores.window - shift, 0))
-    row_mask = rows.key_mask
+    m_seen = m_n
     if rows.key_mask is not None:
-        row_mask += i_b * T
-        hi = tl.where(tl.max(tl.load(row_mask + o_n, mask=m_n, other=0).to(tl.int32)) > 0, hi, 0)
+        m_seen = m_n & tl.load(rows.key_mask + i_b * T + o_n, mask=m_n, other=0).to(tl.int1)
+        hi = tl.where(tl.max(m_seen.to(tl.int32)) > 0, hi, 0)
 
-    # One loop over query tiles and the heads of the group, so that loads run ahead across heads too.
-    for u in range(tl.cdiv(tl.maximum(hi - lo, 0), BLOCK_M) * G):
-        i_h = i_kv * G + u % G
+    # One loop over the heads of the group and query tiles, so that loads run ahead across heads too. It counts both,
+    # since dividing by numbers that are not constant costs as much as a product.
+    tiles = tl.cdiv(tl.maximum(hi - lo, 0), BLOCK_M)
+    i_g = tl.zeros([], tl.int32)
+    i_m = tl.zeros([], tl.int32)
+    for _ in range(tiles * G):
+        i_h = i_kv * G + i_g
         i_bh = i_b * (HKV * G) + i_h
-        _own_row, _own_count, i_lse = queries_of(i_b, i_h, HKV * G, S, rows)
+        at = i_lse + i_g.to(tl.int64) * per_head
         o_m, b_q, b_do, b_lse, b_delta = load_queries(
-            lo + u // G * BLOCK_M, count_q,
+            lo + i_m * BLOCK_M, count_q,
             query.data + i_b * query.batch + i_h * query.head + r_q * query.row, query.row,
             grad_out.data + i_b * grad_out.batch + i_h * grad_out.head + r_q * grad_out.row, grad_out.row,
-            lse + i_lse, delta + i_lse, D, DV, BLOCK_M, BLOCK_D, BLOCK_DV,
+            lse2 + at, delta + at, D, DV, BLOCK_M, BLOCK_D, BLOCK_DV,
         )  # fmt: skip
-        m_nm = visible((shift + o_m)[None, :], o_n[:, None], length, row_mask, scores, CAUSAL)
+        m_nm = None
+        if CAUSAL:
+            m_nm = o_n[:, None] <= (shift + o_m)[None, :]
+        if scores.window is not None:
+            m_near = (shift + o_m)[None, :] - o_n[:, None] < scores.window
+            m_nm = m_near if m_nm is None else m_nm & m_near
         bias = scores.bias
-        if scores.bias is not None:
+        if scores.bias is not None:  # which must not be read where it is not
             bias += i_b * scores.bias_batch + i_h * scores.bias_head
-            m_nm = m_nm & (o_m < count_q)[None, :]
+            m_there = m_n[:, None] & (o_m < count_q)[None, :]
+            m_nm = m_there if m_nm is None else m_nm & m_there
         b_dk, b_dv = key_tile(
             b_k, b_v, b_q, b_do, b_lse, b_delta, b_dk, b_dv, m_nm, bias, o_m[None, :], o_n[:, None], i_bh, P, scores,
             PRECISION,
         )  # fmt: skip
+        i_m += 1
+        i_g += (i_m == tiles).to(tl.int32)
+        i_m = tl.where(i_m == tiles, 0, i_m)
 
+    b_dk = tl.where(m_seen[:, None], b_dk * scale, 0.0)
+    b_dv = tl.where(m_seen[:, None], b_dv, 0.0)
     m_t = o_n < count  # keys from length on get an exact 0
     p_dk = grad_key.data + i_b * grad_key.batch + i_kv * grad_key.head + r_k * grad_key.row
     p_dv = grad_value.data + i_b * grad_value.batch + i_kv * grad_value.head + r_k * grad_value.row
-    store_rows(p_dk, o_n, grad_key.row, m_t, b_dk * scale, D, BLOCK_D)
+    store_rows(p_dk, o_n, grad_key.row, m_t, b_dk, D, BLOCK_D)
     store_rows(p_dv, o_n, grad_value.row, m_t, b_dv, DV, BLOCK_DV)

@@ -40,9 +40,7 @@ def forward(call: Call) -> tuple[Tensor, Tensor]:
     if not lse.numel():
         return out, lse
     B, Hkv, G, S, *_ = sizes = _sizes(call)
-    size = max(call.query.shape[-1], call.value.shape[-1])
-    fits = S <= MAX_DECODE_QUERIES and max_decode_rows(call.query.dtype.itemsize, size) >= S * G
-    decode = fits and call.cu_seqlens_q is None
+    decode = S <= MAX_DECODE_QUERIES and call.cu_seqlens_q is None
     if decode and call.bias is None and call.seed is None:
         _decode(call, out, lse)
     else:
@@ -73,21 +71,24 @@ def backward(
     grads: list[Tensor | None] = [None] * 7
     if not lse.numel():
         return [torch.zeros_like(t) if isinstance(t, Tensor) and needed else None for t, needed in zip(call, needs)]
-    delta = torch.empty_like(lse)
+    lse2, delta = torch.empty_like(lse), torch.empty_like(lse)
     options = _blocks(call)
     _delta[(lse.shape[0] * lse.shape[1] * triton.cdiv(lse.shape[2], 64),)](
         _array(out),
         _array(grad_out),
+        lse,
         None if grad_lse is None else grad_lse.float().contiguous(),
+        lse2,
         delta,
         lse.shape[1],
         lse.shape[2],
         DV=Dv,
         BLOCK_M=64,
         BLOCK_DV=options["BLOCK_DV"],
+        enable_fp_fusion=True,
     )
     arrays, scores = _arrays(call), _scores(call)
-    saved = (_array(grad_out), lse, delta)
+    saved = (_array(grad_out), lse2, delta)
     if needs[0] or needs[5]:
         grads[0] = _empty(call, call.query, call.query.shape[-1]) if needs[0] else None
         share = torch.zeros_like(lse) if needs[5] else None
@@ -132,34 +133,40 @@ def _decode(call: Call, out: Tensor, lse: Tensor) -> None:
     B, Hq, S, _ = call.query.shape
     Hkv, T = call.key.shape[1:3]
     options = _options(call, "split_keys")
-    # The smallest tile that tensor cores take and that holds a row's queries.
-    options["BLOCK_M"] = max(16, triton.next_power_of_2(S * (Hq // Hkv)))
+    # The smallest tile that tensor cores take and that holds a row's queries, or an equal part of them.
+    size = max(call.query.shape[-1], call.value.shape[-1])
+    chunks = triton.cdiv(S * (Hq // Hkv), max_decode_rows(call.query.dtype.itemsize, size))
+    options["BLOCK_M"] = max(16, triton.next_power_of_2(triton.cdiv(S * (Hq // Hkv), chunks)))
     query, key, value, prefix_key, prefix_value = _arrays(call)
     runs = _fold_runs(call)
     loop = 0 if runs else triton.cdiv(call.prefix_length, options["BLOCK_N"])
-    splits = max(1, min(triton.cdiv(T, options["BLOCK_N"]) + loop, 2 * processors(out.device) // (B * Hkv)))
+    splits = max(1, min(triton.cdiv(T, options["BLOCK_N"]) + loop, 2 * processors(out.device) // (B * Hkv * chunks)))
     slots_out = slots_lse = arrived = None
     if runs or splits > 1:
         slots = (runs + (splits if splits > 1 else 0), B, Hq, S)
         slots_out = torch.empty(*slots, call.value.shape[-1], dtype=torch.float32, device=out.device)
         slots_lse = torch.empty(slots, dtype=torch.float32, device=out.device)
     if splits > 1:
-        arrived = torch.zeros(B, Hkv, dtype=torch.int32, device=out.device)
-    rows, scores, sizes = _rows(call, None), _scores(call), _sizes(call)
+        arrived = torch.zeros(B, Hkv, chunks, dtype=torch.int32, device=out.device)
+    rows, scores, sinks, sizes = _rows(call, None), _scores(call), _sinks(call), _sizes(call)
+    early = bool(runs) and architecture(out.device) in ("sm_90", "sm_100")
     if runs:
         folded = _options(call, "fold_prefix")
         order = None if rows.ids is None else _order(call)[1]
         _fold_prefix[(_fold_tiles(call) * Hkv * runs,)](
-            query, prefix_key, prefix_value, rows, scores, order, slots_out, slots_lse, runs, *sizes, **folded
-        )
+            query, prefix_key, prefix_value, rows, scores, order, slots_out, slots_lse, runs, *sizes,
+            EARLY=early, **folded,
+        )  # fmt: skip
         prefix_key = prefix_value = None
-    _split_keys[(B * Hkv * splits,)](
+    if early:  # starts before the launch above has ended: what both read and write was there before that began
+        options["launch_pdl"] = True
+    _split_keys[(B * Hkv * chunks * splits,)](
         query,
         key,
         value,
         prefix_key,
         prefix_value,
-        _sinks(call),
+        sinks,
         rows,
         scores,
         _array(out),
@@ -167,10 +174,12 @@ def _decode(call: Call, out: Tensor, lse: Tensor) -> None:
         slots_out,
         slots_lse,
         arrived,
+        chunks,
         splits,
         runs,
         *sizes,
         CAUSAL=call.is_causal,
+        EARLY=early,
         **options,
     )
 
@@ -240,7 +249,7 @@ def _grad_of_prefix(call: Call, arrays: tuple[Array | None, ...], saved: tuple[A
     if splits > 1:
         for part, grad in zip(parts, grads):
             size = grad.numel()
-            _sum_splits[(triton.cdiv(size, 1024),)](part, grad, splits, size, BLOCK=1024)
+            _sum_splits[(triton.cdiv(size, 1024),)](part, grad, splits, size, BLOCK=1024, enable_fp_fusion=True)
     return grads[0], grads[1]
 
 
@@ -308,7 +317,9 @@ def _rows(call: Call, block_n: int | None) -> Rows:
         num = triton.cdiv(T, block_n)
         tiles = torch.empty(B, max(num, 1), dtype=torch.int32, device=mask.device)
         before = torch.empty(B, num + 1, dtype=torch.int32, device=mask.device)
-        _list_tiles[(B,)](mask, tiles, before, T, BLOCK_N=block_n)
+        _list_tiles[(B,)](
+            mask, tiles, before, T, BLOCK_N=block_n, TILES=1024 // block_n, enable_fp_fusion=True
+        )  # fmt: skip
     ids, lengths, start, keys = (
         None if t is None else t.contiguous()
         for t in (call.prefix_ids, call.prefix_lengths, call.prefix_start, call.key_lengths)
@@ -327,7 +338,8 @@ def _scores(call: Call) -> Scores:
         batch = 0
     dropout = None if call.seed is None else call.dropout_p
     window = None if call.window is None else min(call.window, 1 << 30)  # positions plus a window stay in 32 bits
-    return Scores(float(scale), call.softcap, window, call.bias, batch, head, row, column, dropout, call.seed)
+    late = 1 if call.softcap is None and call.bias is None and scale > 0 else None
+    return Scores(float(scale), late, call.softcap, window, call.bias, batch, head, row, column, dropout, call.seed)
 
 
 def _sizes(call: Call) -> tuple[int, ...]:
@@ -352,8 +364,10 @@ def _options(call: Call, kernel: str) -> dict[str, Any]:
     plus = any(getattr(call, name) is not None for name in _PLUS)
     size = max(blocks["BLOCK_D"], blocks["BLOCK_DV"])
     options = tile(architecture(call.query.device), kernel, call.query.dtype, size, plus)
+    precision = "ieee" if exact else "tf32"
+    # Loops count on a multiplication and an addition being one instruction, which Triton 3.10 no longer does unasked.
     return (
-        {"D": call.query.shape[-1], "DV": call.value.shape[-1], "PRECISION": "ieee" if exact else "tf32"}
+        {"D": call.query.shape[-1], "DV": call.value.shape[-1], "PRECISION": precision, "enable_fp_fusion": True}
         | blocks
         | options
     )

@@ -30,7 +30,7 @@ def _grad_prefix(
     order,  # (B,) rows sorted by entry, or None: as they are
     bounds,  # (N + 1,) where each entry's rows begin in ``order``, or None: all rows share the one entry
     grad_out,
-    lse,
+    lse2,
     delta,
     grad_key,  # (SPLITS, N, Hkv, P, D) float32 partials; the gradient itself when SPLITS = 1
     grad_value,
@@ -58,7 +58,7 @@ def _grad_prefix(
     i_kv = (i % HKV).to(tl.int64)
     i = i // HKV
     i_n = (i % N).to(tl.int64)
-    i_split = (i // N).to(tl.int64)
+    i_split = i // N
 
     o_n = n + tl.arange(0, BLOCK_N)
     m_n = o_n < prefix_of(i_n, P, rows)
@@ -75,27 +75,32 @@ def _grad_prefix(
     if bounds is not None:
         first = tl.load(bounds + i_n).to(tl.int32)
         last = tl.load(bounds + i_n + 1).to(tl.int32)
-    per_row = tl.cdiv(S, BLOCK_M) * G
-    units = (last - first).to(tl.int64) * per_row
+    # Fewer than 2**31: the lse of so many units would be 512 GB.
+    tiles = tl.cdiv(S, BLOCK_M)
+    units = (last - first) * tiles * G
     share = tl.cdiv(units, SPLITS)
-    for u in range(i_split * share, tl.minimum((i_split + 1) * share, units)):
-        i_b = first + u // per_row
+    begin = i_split * share
+    # Which head, query tile and row a unit is, divided once and then counted.
+    i_g = begin % G
+    i_m = begin // G % tiles
+    i_row = first + begin // G // tiles
+    for _ in range(begin, tl.minimum(begin + share, units)):
+        i_b = i_row
         if order is not None:
             i_b = tl.load(order + i_b)
         i_b = i_b.to(tl.int64)
-        i_h = i_kv * G + u % G
+        i_h = i_kv * G + i_g
         i_bh = i_b * (HKV * G) + i_h
         r_q, count, i_lse = queries_of(i_b, i_h, HKV * G, S, rows)
-        i_m = (u % per_row // G * BLOCK_M).to(tl.int32)
         exists = True
         if rows.cu_q is not None:
-            exists = i_m < count
+            exists = i_m * BLOCK_M < count
         if exists:
             o_m, b_q, b_do, b_lse, b_delta = load_queries(
-                i_m, count,
+                i_m * BLOCK_M, count,
                 query.data + i_b * query.batch + i_h * query.head + r_q * query.row, query.row,
                 grad_out.data + i_b * grad_out.batch + i_h * grad_out.head + r_q * grad_out.row, grad_out.row,
-                lse + i_lse, delta + i_lse, D, DV, BLOCK_M, BLOCK_D, BLOCK_DV,
+                lse2 + i_lse, delta + i_lse, D, DV, BLOCK_M, BLOCK_D, BLOCK_DV,
             )  # fmt: skip
             if rows.prefix_start is not None:
                 _, _, length = keys_of(i_b, T, rows)
@@ -106,8 +111,13 @@ def _grad_prefix(
                 b_k, b_v, b_q, b_do, b_lse, b_delta, b_dk, b_dv, None, None, o_m[None, :], o_n[:, None], i_bh, 0,
                 scores, PRECISION,
             )  # fmt: skip
+        i_g += 1
+        i_m += (i_g == G).to(tl.int32)
+        i_g = tl.where(i_g == G, 0, i_g)
+        i_row += (i_m == tiles).to(tl.int32)
+        i_m = tl.where(i_m == tiles, 0, i_m)
 
-    i_out = (i_split * N + i_n) * HKV + i_kv
+    i_out = (i_split.to(tl.int64) * N + i_n) * HKV + i_kv
     b_dk = tl.where(m_n[:, None], b_dk * scale, 0.0)
     b_dv = tl.where(m_n[:, None], b_dv, 0.0)
     store_rows(grad_key + i_out * P * D, o_n, D, o_n < P, b_dk, D, BLOCK_D)

@@ -47,6 +47,7 @@ class Scores(NamedTuple):
     """From the product query . key to a probability."""
 
     scale: Any  # float; with a softcap divided by it
+    late: Any  # 1: the softmax multiplies by scale, see ``unscaled``; or None
     softcap: Any  # float or None
     window: Any  # int or None
     bias: Any  # pointer or None
@@ -126,10 +127,15 @@ def load_rows(data, o_row, stride, m_row, D: tl.constexpr, BLOCK_D: tl.constexpr
 
 
 @triton.jit
-def load_full(data, o_row, stride, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """As ``load_rows`` where every row exists."""
+def load_full(data, first, stride, D: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr):
+    """[BLOCK, BLOCK_D]: rows from ``first`` on, all of which exist.
+
+    What depends on ``first`` is one scalar, which a loop adds to addresses that it keeps in registers. ``load_rows``
+    computes every address anew: more instructions, for loops that are short or have no registers to spare.
+    """
     o_d = tl.arange(0, BLOCK_D)
-    p = data + o_row.to(tl.int64)[:, None] * stride + o_d[None, :]
+    data += (first + tl.zeros([], tl.int64)) * stride
+    p = data + tl.arange(0, BLOCK).to(tl.int64)[:, None] * stride + o_d[None, :]
     if D < BLOCK_D:
         b = tl.load(p, mask=(o_d < D)[None, :], other=0.0)
     else:
@@ -156,6 +162,19 @@ def logits(b_product, scores):
         b = tl.where(x < 0, -t, t) * (scores.softcap * LOG2E)
     else:
         b = b_product * (scores.scale * LOG2E)
+    return b
+
+
+@triton.jit
+def unscaled(b_product, scores):
+    """What ``softmax_step`` takes: ``logits``, or with ``scores.late`` the product itself.
+
+    Then the factor joins the softmax's subtraction in one instruction, and no multiplication is left in the loop.
+    """
+    if scores.late is not None:
+        b = b_product
+    else:
+        b = logits(b_product, scores)
     return b
 
 
@@ -201,8 +220,12 @@ def kept(i_bh, b_row, b_column, scores):
 
 @triton.jit
 def softmax_step(b_s, b_m, b_l, b_acc, b_v, b_keep, scores, MASKED: tl.constexpr, PRECISION: tl.constexpr):
-    """One tile of the online softmax. Invisible logits are -inf; with MASKED whole rows may be."""
-    b_max = tl.maximum(b_m, tl.max(b_s, 1))
+    """One tile of the online softmax. Invisible ``unscaled`` logits are -inf; with MASKED whole rows may be."""
+    b_top = tl.max(b_s, 1)
+    if scores.late is not None:  # positive, so the largest stays the largest
+        b_top *= scores.scale * LOG2E
+        b_s *= scores.scale * LOG2E
+    b_max = tl.maximum(b_m, b_top)
     b_pivot = tl.where(b_max == -float("inf"), 0.0, b_max) if MASKED else b_max
     b_alpha = tl.exp2(b_m - b_pivot)
     # [BLOCK_M, BLOCK_N]
@@ -231,18 +254,21 @@ def finish(b_m, b_l, b_acc, b_sink):
 
 
 @triton.jit(do_not_specialize=["T"])
-def _list_tiles(key_mask, tiles, before, T, BLOCK_N: tl.constexpr):
+def _list_tiles(key_mask, tiles, before, T, BLOCK_N: tl.constexpr, TILES: tl.constexpr):
     """Which tiles of row i_b's keys have a visible one, in order, and how many of these come before each tile."""
     i_b = tl.program_id(0).to(tl.int64)
     num = tl.cdiv(T, BLOCK_N)
     key_mask += i_b * T
     tiles += i_b * num
     before += i_b * (num + 1)
-    count = 0
-    for i in range(num):
-        o_n = i * BLOCK_N + tl.arange(0, BLOCK_N)
-        tl.store(before + i, count)
-        # Written even where the tile is empty: the next one that is not overwrites it.
-        tl.store(tiles + count, i)
-        count += tl.max(tl.load(key_mask + o_n, mask=o_n < T, other=0).to(tl.int32))
+    count = tl.zeros([], tl.int32)
+    for i in range(0, num, TILES):  # several tiles in one step: each step waits for memory
+        o_i = i + tl.arange(0, TILES)
+        # [TILES, BLOCK_N]
+        o_n = o_i[:, None] * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
+        b_some = tl.max(tl.load(key_mask + o_n, mask=o_n < T, other=0).to(tl.int32), 1)
+        b_before = count + tl.cumsum(b_some, 0) - b_some
+        tl.store(before + o_i, b_before, mask=o_i < num)
+        tl.store(tiles + b_before, o_i, mask=b_some > 0)
+        count += tl.sum(b_some, 0)
     tl.store(before + num, count)
