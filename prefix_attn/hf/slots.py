@@ -86,7 +86,10 @@ def is_causal(call: Call) -> bool:
 def _slot(call: Call, layer: int, stack: PreTrainedModel) -> Slot:
     heads, size, value_size = call.key.shape[1], call.key.shape[3], call.value.shape[3]
     if size != value_size:
-        raise NotImplementedError(f"{type(stack).__name__} has keys of size {size} and values of size {value_size}")
+        raise NotImplementedError(
+            f"{type(stack).__name__} has keys of size {size} and values of size {value_size}, as latent attention has; "
+            "a prefix has both in one size"
+        )
     if call.query.shape[2] != call.key.shape[2]:
         site = "cross"
     else:

@@ -1,4 +1,4 @@
-"""What works with which architecture, found by trying: the table of docs/models.md.
+"""What works with which architecture, found by trying: the tables of docs/models.md.
 
     python -m tests.hf.support --write docs/models.md
 
@@ -12,17 +12,29 @@ from __future__ import annotations
 import argparse
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import transformers
 from torch import Tensor
+from transformers import DynamicCache
 
 from prefix_attn import PrefixConfig, PrefixModel, get_prefix_model
 from prefix_attn.hf.bridge import set_checkpointing
-from tests.hf import test_gradients
-from tests.hf.models import _LLAMA, _MULTI_HEAD, CONFIGS, VOCABULARY, tiny, tokens
+from tests.hf import test_encoder, test_encoder_decoder, test_gradients
+from tests.hf.models import (
+    _LLAMA,
+    _MULTI_HEAD,
+    CACHE,
+    CONFIGS,
+    ENCODER_DECODERS,
+    ENCODERS,
+    VOCABULARY,
+    tiny,
+    tokens,
+)
 
 P = 4
 _GPT = {"vocab_size": VOCABULARY, "n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 64}
@@ -38,7 +50,7 @@ MORE: dict[str, dict[str, Any]] = {
     "deepseek_v3": _MULTI_HEAD
     | _ROUTED
     | _LATENT
-    | {"num_key_value_heads": 4, "first_k_dense_replace": 1, "n_shared_experts": 1},
+    | {"num_key_value_heads": 4, "first_k_dense_replace": 1, "n_shared_experts": 1, "qk_rope_head_dim": 8},
     "ernie4_5": _LLAMA,
     "exaone4": _LLAMA | {"sliding_window": None, "layer_types": ["full_attention"] * 3},
     "gemma": _HEADS,
@@ -68,6 +80,32 @@ MORE: dict[str, dict[str, Any]] = {
     "nemotron": _LLAMA,
     "stablelm": _LLAMA,
 }
+_BARTS = {n: v for n, v in ENCODER_DECODERS["bart"].items() if n != "scale_embedding"}
+MORE_ENCODER_DECODERS: dict[str, dict[str, Any]] = {
+    "blenderbot": _BARTS,
+    "blenderbot-small": _BARTS,
+    "led": _BARTS,
+    "mvp": _BARTS,
+    "nllb-moe": _BARTS | {"num_experts": 2, "encoder_sparse_step": 1, "decoder_sparse_step": 1},
+    "pegasus_x": _BARTS,
+    "plbart": _BARTS,
+}
+MORE_ENCODERS: dict[str, dict[str, Any]] = {
+    "albert": ENCODERS["bert"] | {"embedding_size": 16},
+    "camembert": ENCODERS["roberta"],
+    "data2vec-text": ENCODERS["roberta"],
+    "deberta-v2": ENCODERS["bert"],
+    "ernie": ENCODERS["bert"],
+    "fnet": {n: v for n, v in ENCODERS["bert"].items() if "attention" not in n},
+    "megatron-bert": ENCODERS["bert"],
+    "mpnet": ENCODERS["bert"],
+    "roberta-prelayernorm": ENCODERS["roberta"],
+    "xlm-roberta-xl": ENCODERS["roberta"],
+}
+_BERTS = ("camembert", "roberta"), ("data2vec-text", "data2vec_text"), ("ernie", "ernie"), ("megatron-bert", "bert")
+_BERTS += ("roberta-prelayernorm", "roberta_prelayernorm"), ("xlm-roberta-xl", "roberta")
+test_encoder.PATHS |= {name: f"{stack}.encoder.layer.{{}}.attention.self" for name, stack in _BERTS}
+test_encoder.FIRST |= {name: 2 for name, config in MORE_ENCODERS.items() if config is ENCODERS["roberta"]}
 QUIET = {"do_sample": False, "pad_token_id": 0, "eos_token_id": None, "max_new_tokens": 5}
 
 
@@ -77,6 +115,25 @@ def prefixed(name: str) -> PrefixModel:
 
 def close(got: Tensor, expected: Tensor) -> None:
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=2e-5)
+
+
+def batch(model: Any) -> dict[str, Tensor]:
+    """A forward of ``model`` with a loss."""
+    name = model.config.model_type
+    if name in ENCODER_DECODERS:
+        return test_encoder_decoder.inputs(name, 2) | {"labels": tokens(2, 5)}
+    if name in ENCODERS:
+        return test_encoder.inputs() | {"labels": test_encoder.LABELS}
+    return {"input_ids": tokens(), "labels": tokens()}
+
+
+def prompt(model: Any) -> dict[str, Any]:
+    """What ``model`` generates from."""
+    name = model.config.model_type
+    if name not in ENCODER_DECODERS:
+        return {"inputs": tokens(2, 9)} | QUIET
+    given = {n: t for n, t in test_encoder_decoder.inputs(name, 2).items() if not n.startswith("decoder")}
+    return given | {"do_sample": False, "suppress_tokens": [0, 1], "max_new_tokens": 5}
 
 
 def padded() -> tuple[Tensor, Tensor]:
@@ -90,23 +147,59 @@ def left_padding(model: Any) -> None:
     close(model(ids, attention_mask=mask).logits[:, 3:], model(ids[:, 3:]).logits)
 
 
+def right_padding(model: Any) -> None:
+    if model.main_input_name != "input_ids":
+        raise ValueError("sound has no padding")
+    ids = tokens(2, 9)
+    behind = torch.cat([ids, torch.full((2, 3), model.config.pad_token_id or 0)], dim=1)
+    mask = (torch.arange(12) < 9).long().expand(2, -1)
+    decoder = {"decoder_input_ids": tokens(2, 5)} if model.config.is_encoder_decoder else {}
+    logits = model(behind, attention_mask=mask, **decoder).logits
+    close(logits[:, :9] if logits.shape[1] == 12 else logits, model(ids, **decoder).logits)
+
+
 def no_cache(model: Any) -> None:
-    out = model.generate(tokens(2, 9), **QUIET)
-    assert torch.equal(model.generate(tokens(2, 9), use_cache=False, **QUIET), out)
+    assert torch.equal(model.generate(**prompt(model), use_cache=False), model.generate(**prompt(model)))
 
 
 def beams(model: Any) -> None:
-    options = {"num_beams": 3, "num_return_sequences": 2} | QUIET
-    out = model.generate(tokens(2, 9), **options)
-    assert torch.equal(model.generate(tokens(2, 9), use_cache=False, **options), out)
+    options = prompt(model) | {"num_beams": 3, "num_return_sequences": 2}
+    assert torch.equal(model.generate(**options, use_cache=False), model.generate(**options))
 
 
 def static_cache(model: Any) -> None:
     static = {"cache_implementation": "static", "disable_compile": True}
-    assert torch.equal(
-        model.generate(tokens(2, 9), **static, **QUIET),
-        model.generate(tokens(2, 9), **QUIET),
-    )
+    assert torch.equal(model.generate(**prompt(model), **static), model.generate(**prompt(model)))
+
+
+def two_turns(model: Any) -> None:
+    """The second goes on from the cache of a generate, which the caller made."""
+    cache = DynamicCache(config=model.config)
+    made = model.generate(tokens(2, 9), **{CACHE: cache}, **QUIET)
+    ids = torch.cat([made, tokens(2, 3)], dim=1)
+    close(model(ids[:, -4:], **{CACHE: cache}).logits, model(ids).logits[:, -4:])
+
+
+def assisted(model: Any) -> None:
+    """Tokens proposed from the prompt, checked several at a time."""
+    ids = tokens(1, 9).repeat(1, 2)
+    assert torch.equal(model.generate(ids, prompt_lookup_num_tokens=2, **QUIET), model.generate(ids, **QUIET))
+
+
+def attentions(name: str) -> None:
+    """Weights over [prefix ; sequence], that sum to 1 but for sinks; without the prefix those of the bare model."""
+    model = prefixed(name)
+    given: dict[str, Any] = {n: t[:1] for n, t in batch(model).items()} | {"output_attentions": True}
+    with torch.no_grad():
+        out, bare = model(**given), tiny(name, attn_implementation="eager")(**given)
+        with model.disable_prefix():
+            frozen = model(**given)
+    for key in [key for key in bare if key.endswith("attentions") and bare[key]]:
+        assert len(out[key]) == len(bare[key])
+        for weights, plain, own in zip(out[key], frozen[key], bare[key]):
+            close(plain, own)
+            assert weights.shape[-1] == own.shape[-1] + P
+            assert bool(((weights >= 0) & (weights.sum(-1, keepdim=True) <= 1 + 1e-5)).all())
 
 
 def packing(model: Any) -> None:
@@ -119,12 +212,13 @@ def packing(model: Any) -> None:
 
 def checkpointing(name: str) -> None:
     """Both kinds; layer 0's gradient is in the prefix's."""
-    model, ids = prefixed(name).train(), tokens()
+    model, given = prefixed(name).train(), batch(tiny(name))
+    cache = {} if name in ENCODERS else {"use_cache": False}
     leaf = model.prefixes["default"].embedding
 
     def grad() -> Tensor:
         leaf.grad = None
-        model(ids, labels=ids, use_cache=False).loss.backward()
+        model(**given, **cache).loss.backward()
         assert leaf.grad is not None
         return leaf.grad.clone()
 
@@ -140,11 +234,12 @@ def half_precision(name: str) -> None:
     for dtype in (torch.float32, torch.bfloat16):
         model = get_prefix_model(tiny(name).to(dtype), PrefixConfig(num_virtual_tokens=P, init="zero")).eval()
         leaf = model.prefixes["default"].embedding
-        model(tokens(), labels=tokens()).loss.backward()
+        given = {n: t.to(dtype) if t.is_floating_point() else t for n, t in batch(model).items()}
+        model(**given).loss.backward()
         assert leaf.grad is not None
         assert leaf.grad.dtype == torch.float32
         grads.append(leaf.grad.flatten())
-    assert torch.cosine_similarity(*grads, dim=0) > 0.97
+    assert torch.cosine_similarity(*grads, dim=0) > 0.9
 
 
 def files(name: str) -> None:
@@ -152,34 +247,72 @@ def files(name: str) -> None:
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
         again = PrefixModel.from_pretrained(tiny(name), folder).eval()
-    assert torch.equal(again(tokens()).logits, model(tokens()).logits)
+    assert torch.equal(again(**batch(model)).logits, model(**batch(model)).logits)
 
 
 # Ways of running, which a bare model has too, and what a prefix adds.
 RUNNING: dict[str, Callable[[Any], None]] = {
     "left padding": left_padding,
+    "right padding": right_padding,
     "no cache": no_cache,
     "static cache": static_cache,
     "beam search": beams,
     "packing": packing,
+    "two turns": two_turns,
+    "assisted": assisted,
 }
 PREFIX: dict[str, Callable[[str], None]] = {
     "equals concatenation": test_gradients.test_every_layer_against_concatenation,
     "checkpointing": checkpointing,
     "bfloat16 model": half_precision,
     "files": files,
+    "attentions": attentions,
+}
+slots = test_encoder_decoder.test_every_slot_against_concatenation
+layers = test_encoder.test_every_layer_against_concatenation
+SEQ2SEQ = ("right padding", "no cache", "static cache", "beam search")
+
+
+class Table(NamedTuple):
+    """Architectures of one kind, and what is tried with them."""
+
+    configs: dict[str, dict[str, Any]]
+    more: dict[str, dict[str, Any]]
+    prefix: dict[str, Callable[[str], None]]
+    running: dict[str, Callable[[Any], None]]
+
+    @property
+    def titles(self) -> list[str]:
+        return [*self.prefix, *self.running]
+
+
+TABLES = {
+    "Decoders": Table(CONFIGS, MORE, PREFIX, RUNNING),
+    "Encoder-decoders": Table(
+        ENCODER_DECODERS,
+        MORE_ENCODER_DECODERS,
+        PREFIX | {"equals concatenation": partial(slots, case="all")},
+        {title: RUNNING[title] for title in SEQ2SEQ},
+    ),
+    "Encoders": Table(
+        ENCODERS,
+        MORE_ENCODERS,
+        PREFIX | {"equals concatenation": partial(layers, mode="shift")},
+        {"right padding": right_padding},
+    ),
 }
 
 
-def row(name: str) -> list[str]:
+def row(kind: str, name: str) -> list[str]:
     """The cells of one architecture, after its name."""
+    table = TABLES[kind]
     try:
         prefixed(name)
     except NotImplementedError as error:
-        return [f"refused: {error}", *[""] * (len(PREFIX) + len(RUNNING) - 1)]
-    for check in PREFIX.values():
+        return [f"refused: {error}", *[""] * (len(table.titles) - 1)]
+    for check in table.prefix.values():
         check(name)
-    return [*["yes"] * len(PREFIX), *(ways_of_running(name, check) for check in RUNNING.values())]
+    return [*["yes"] * len(table.prefix), *(ways_of_running(name, check) for check in table.running.values())]
 
 
 def ways_of_running(name: str, check: Callable[[Any], None]) -> str:
@@ -196,7 +329,7 @@ def ways_of_running(name: str, check: Callable[[Any], None]) -> str:
 
 def page() -> str:
     """docs/models.md."""
-    head = [
+    lines = [
         "# Which models",
         "",
         "Written by `python -m tests.hf.support --write docs/models.md`, which tries every cell with transformers "
@@ -204,9 +337,12 @@ def page() -> str:
         "on a tiny random model; its docstring says what the words mean. A test compares each row with a new trial.",
         "",
     ]
-    titles = ["architecture", *PREFIX, *RUNNING]
-    rows = [" | ".join([name, *row(name)]) for name in sorted(CONFIGS)]
-    return "\n".join([*head, f"| {' | '.join(titles)} |", "|---" * len(titles) + "|", *(f"| {r} |" for r in rows), ""])
+    for kind, table in TABLES.items():
+        titles = ["architecture", *table.titles]
+        lines += [f"## {kind}", "", f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
+        lines += [f"| {' | '.join([name, *row(kind, name)])} |" for name in sorted(table.configs)]
+        lines += [""]
+    return "\n".join(lines)
 
 
 def main() -> None:
@@ -214,7 +350,8 @@ def main() -> None:
     parser.add_argument("--write", type=Path, required=True, metavar="FILE", help="the page to write")
     options = parser.parse_args()
     transformers.logging.set_verbosity_error()
-    CONFIGS.update(MORE)
+    for table in TABLES.values():
+        table.configs.update(table.more)
     options.write.write_text(page(), encoding="utf-8")
 
 
