@@ -118,7 +118,7 @@ def test_every_layer_against_two_softmaxes(name: str) -> None:
     handle.remove()
     torch.testing.assert_close(logits, expected, rtol=1e-5, atol=2e-5)
     for got, wanted in zip(grads, torch.autograd.grad((expected * weight).sum(), leaves)):
-        assert (got - wanted).norm() <= 1e-5 * wanted.norm()
+        assert (got - wanted).norm() <= 5e-5 * wanted.norm()
 
 
 @pytest.mark.parametrize("use_reentrant", [False, True], ids=["new", "reentrant"])

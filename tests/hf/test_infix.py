@@ -80,7 +80,7 @@ def test_equals_concatenation(name: str) -> None:
     expected = by_hand(model, ids, mask, STARTS)
     torch.testing.assert_close(logits[mask.bool()], expected[mask.bool()], rtol=1e-5, atol=2e-5)
     got, wanted = (torch.autograd.grad((t * weight).sum(), leaf)[0].view(P, 6, -1) for t in (logits, expected))
-    assert ((got - wanted).norm(dim=(0, 2)) / wanted.norm(dim=(0, 2))).max() <= 2e-5
+    assert ((got - wanted).norm(dim=(0, 2)) / wanted.norm(dim=(0, 2))).max() <= 5e-5
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama", "mistral"])
