@@ -33,12 +33,8 @@ _out, _err = Console(emoji=False), Console(stderr=True, emoji=False)
 Model = Annotated[str, typer.Option(help="'smollm2', a .gguf file, a local folder or the name of a model on the Hub.")]
 Adapter = Annotated[Path, typer.Argument(help="Folder of a prefix, ours or another library's.", show_default=False)]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
-Data = Annotated[
-    str,
-    typer.Option(
-        help="'aws', 'aws-summary', a .jsonl or .csv file (E2E's is recognised), DART's .json, WebNLG's .xml."
-    ),
-]
+_DATA = "'aws', 'aws-summary', a .jsonl or .csv file (E2E's is recognised), DART's .json, WebNLG's .xml."
+Data = Annotated[str, typer.Option(help=_DATA)]
 Source = Annotated[str, typer.Option(help="Column or key of the input.")]
 Target = Annotated[str, typer.Option(help="Column or key of the output.")]
 Beams = Annotated[int, typer.Option(min=1, help="Beams; 1 is greedy.")]
@@ -56,7 +52,7 @@ def _main(debug: Annotated[bool, typer.Option("--debug", help="Show the tracebac
 def train(
     output: Annotated[Path, typer.Option(help="Folder for the adapter, its checkpoints, metrics.json and loss.png.")],
     model: Model = "smollm2",
-    data: Data | None = None,
+    data: Annotated[str | None, typer.Option(help=f"{_DATA} Default: 'aws'.")] = None,
     distill_from: Annotated[
         Path | None, typer.Option(help="Instead of --data: a text that the prefix is to stand for.", dir_okay=False)
     ] = None,
