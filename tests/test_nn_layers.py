@@ -104,6 +104,25 @@ def test_inside_a_layer_it_is_the_concatenation(name: str, mode: str) -> None:
         torch.testing.assert_close(*grads)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", LAYERS)
+def test_inside_a_layer_no_prefix_is_the_original(name: str, dtype: torch.dtype) -> None:
+    """To the bit, in every mode; in bfloat16 a prefix is the concatenation to the precision of that."""
+    make, inputs, options = LAYERS[name]
+    original = make().to(dtype).requires_grad_(False)
+    tokens = {n: torch.randn(B, T if n in ("src", "memory") else S, E).to(dtype) for n in inputs}
+    options = {n: m.to(dtype) if torch.is_tensor(m) and m.is_floating_point() else m for n, m in options.items()}
+    ours = attach(copy.deepcopy(original), 0)
+    for training, context in MODES.values():
+        with context():
+            outs = [model.train(training)(**tokens, **options) for model in (ours, original)]
+        assert torch.equal(*outs)
+    prefixed = attach(original, P)
+    expected = by_concatenation(prefixed)(**tokens, **options)
+    error = (prefixed.train()(**tokens, **options) - expected).float().norm() / expected.float().norm()
+    assert error <= (1e-6 if dtype == torch.float32 else 1e-2)
+
+
 def test_an_encoder_made_of_a_prefixed_layer_does_not_nest() -> None:
     layer = attach(encoder_layer(), P)
     with pytest.warns(UserWarning, match="use_nested_tensor is False"):

@@ -42,6 +42,7 @@ def grid(device: str, name: str = "default") -> Plan:
     if name == "quick":
         return [(case("tiny", 2, 8, P), what) for what in WHAT for P in (0, 4, 16)]
     plan = [(case("smollm2", 64, 32, P), "decode") for P in LENGTHS]
+    plan += [(case("smollm2", 32, 32, P), "decode") for P in (0, 100)]
     plan += [(case("smollm2", 8, 96, P), "train") for P in LENGTHS]
     plan += [(case("smollm2", 8, 96, P, mlp=512), "train") for P in (0, 20)]
     few = LENGTHS if name == "full" else (0, 128, 512)
