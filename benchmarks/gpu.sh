@@ -4,11 +4,12 @@
 #   benchmarks/gpu.sh                          the default set, together under 10 minutes
 #   benchmarks/gpu.sh decode memory            only these
 #
-# Stages: device correctness forward backward decode memory overhead report (the default set), flex decode_flex sanitizer
-# model tune. DEVICE=cpu GRID=quick tries the sweeps on tiny shapes, without a GPU.
+# Stages: device correctness forward backward decode memory overhead dram report (the default set), flex decode_flex
+# sanitizer model tune. DEVICE=cpu GRID=quick tries the sweeps on tiny shapes, without a GPU.
 # OUT names the folder of the results, PYTHON the interpreter. A stage that fails or runs out of its time is reported at
-# the end, with a status that is not 0; the others still run.
+# the end, with a status that is not 0; the others still run. A stage whose tool is not installed says so and is left out.
 set -uo pipefail
+shopt -s nullglob
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 python="${PYTHON:-python3}"
 out="${OUT:-benchmarks/results/gpu}"
@@ -17,6 +18,7 @@ slow=(run --device "${DEVICE:-cuda}" --grid "${GRID:-flex}")
 export PYTHONPATH=. HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false CUBLAS_WORKSPACE_CONFIG=:4096:8
 mkdir -p "$out"
 failed=()
+left_out=()
 
 # stage NAME SECONDS COMMAND...: its output goes to the screen and to $out/NAME.txt
 stage() {
@@ -43,7 +45,7 @@ print(torch.cuda.get_device_name(), "python", platform.python_version(), "torch"
         flex) stage flex 560 "$python" -m benchmarks "${slow[@]}" --suite operator --select what=forward,backward,both --budget 450 --out "$out/flex.json" ;;
         decode_flex) stage decode_flex 560 "$python" -m benchmarks "${slow[@]}" --suite operator --select what=decode --budget 450 --out "$out/decode_flex.json" ;;
         report)
-            stage report 30 "$python" -m benchmarks.roofline "$out"/*.json
+            stage report 30 "$python" -m benchmarks.roofline "$out"/*.json "$out"/dram/*.json
             if "$python" -c 'import matplotlib' 2>/dev/null; then
                 stage plot 60 "$python" -m benchmarks report "$out"/*.json --out "$out/report.md"
             else
@@ -51,15 +53,21 @@ print(torch.cuda.get_device_name(), "python", platform.python_version(), "torch"
             fi ;;
         overhead) stage overhead 60 "$python" -m benchmarks "${sweep[@]}" --suite overhead --out "$out/overhead.json" ;;
         model) stage model 560 "$python" -m benchmarks "${sweep[@]}" --suite model --budget 450 --out "$out/model.json" ;;
-        tune) stage tune 560 "$python" -m benchmarks.tune --device cuda --out "$out/tiles.json" ;;
+        dram) stage dram 60 "$python" -m benchmarks.dram --out "$out/dram/dram.json" ;;
+        tune)
+            mkdir -p "$out/tune"
+            stage tune 560 "$python" -m benchmarks.tune --device cuda --dtype half --jobs "$(nproc)" \
+                --out "$out/tune/tiles.json" ;;
         sanitizer)
-            if ! command -v compute-sanitizer >/dev/null; then
-                echo "compute-sanitizer is not installed: nothing checked"
-                failed+=("sanitizer: not installed")
+            local checker
+            checker="$(command -v compute-sanitizer || compgen -G '/usr/local/cuda*/bin/compute-sanitizer' | tail -n 1)"
+            if [[ -z $checker ]]; then
+                echo "compute-sanitizer is neither on PATH nor in /usr/local/cuda: nothing checked" | tee "$out/sanitizer.txt"
+                left_out+=("sanitizer: compute-sanitizer is not installed")
                 return
             fi
             for tool in memcheck racecheck; do
-                stage "$tool" 250 compute-sanitizer --tool "$tool" --error-exitcode 9 \
+                stage "$tool" 250 "$checker" --tool "$tool" --error-exitcode 9 \
                     "$python" -m tests.test_gpu --bare plain "bank ids" everything decode
             done ;;
         *)
@@ -69,11 +77,14 @@ print(torch.cuda.get_device_name(), "python", platform.python_version(), "torch"
 }
 
 if [[ $# -eq 0 ]]; then
-    set -- device correctness forward backward decode memory overhead report
+    set -- device correctness forward backward decode memory overhead dram report
 fi
 for name in "$@"; do
     run_stage "$name"
 done
+if [[ ${#left_out[@]} -gt 0 ]]; then
+    printf 'left out: %s\n' "${left_out[@]}"
+fi
 if [[ ${#failed[@]} -gt 0 ]]; then
     printf 'failed: %s\n' "${failed[@]}"
     exit 1

@@ -1,11 +1,14 @@
-"""Makes prefix_attn/backends/triton/tiles.json: the tile that every kernel runs with.
+"""Makes prefix_attn/backends/triton/tiles.json: the tile that every kernel runs with, and from where decoding folds.
 
-    python -m benchmarks.tune --offline                for GPUs that are not here: the first candidate that fits
+    python -m benchmarks.tune --offline                for GPUs that are not here: compiled and counted, not run
     python -m benchmarks.tune --device cuda            measured: the fastest candidate on this GPU, for its architecture
+    python -m benchmarks.tune --offline --python ELSEWHERE/bin/python      what the Triton there cannot take is left out
 
-Candidates are listed in the order in which the literature and the register budget favour them. Offline, the first that
-compiles without spilling a byte, within the architecture's shared memory, is taken. A second entry, marked "+", serves
-calls with masks, windows, dropout or other options, which need more registers.
+Offline, of the candidates that compile without spilling a byte, within the architecture's shared memory, the one is
+taken that benchmarks/inner_loops.py predicts to be the fastest; where it has no model (float32, memory-bound kernels,
+other architectures) the first, in the order in which the literature and the register budget favour them. A second
+entry, marked "+", serves calls with masks, windows, dropout or other options, which need more registers. Measured, the
+same candidates are timed, and the crossover from a prefix in the loop to a folded one is found.
 """
 
 from __future__ import annotations
@@ -14,16 +17,20 @@ import argparse
 import concurrent.futures
 import json
 import multiprocessing
+import subprocess
 import sys
 import time
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from benchmarks import compile_kernels as offline
+from benchmarks import inner_loops
 from prefix_attn.backends.triton import table
+from prefix_attn.bench.measure import Way, interleave
 from prefix_attn.call import Call
 
 FILE = Path(table.__file__).with_name("tiles.json")
@@ -35,9 +42,36 @@ INTERPRETER = {
 
 # [BLOCK_M, BLOCK_N, warps, stages] per kernel and "dtype/head size".
 _KEYS_HALF = {  # dk and dv in registers: BLOCK_N keys against BLOCK_M queries
-    "half/64": [[64, 128, 8, 3], [64, 128, 8, 2], [64, 64, 4, 2], [32, 64, 4, 2], [32, 32, 4, 2], [16, 32, 4, 1]],
-    "half/128": [[64, 128, 8, 2], [64, 64, 8, 2], [32, 64, 8, 2], [32, 64, 8, 1], [32, 32, 8, 1], [16, 32, 8, 1]],
-    "half/256": [[32, 64, 8, 2], [32, 64, 8, 1], [32, 32, 8, 1], [16, 32, 8, 1], [16, 16, 8, 1]],
+    "half/64": [
+        [64, 128, 8, 3],
+        [64, 128, 8, 2],
+        [64, 64, 4, 3],
+        [64, 64, 4, 2],
+        [32, 64, 4, 2],
+        [32, 32, 4, 2],
+        [16, 32, 4, 1],
+    ],
+    "half/128": [
+        [64, 128, 8, 2],
+        [32, 128, 8, 2],
+        [32, 64, 4, 2],
+        [64, 64, 4, 2],
+        [64, 64, 8, 2],
+        [32, 64, 8, 2],
+        [32, 64, 8, 1],
+        [32, 32, 8, 1],
+        [16, 32, 8, 1],
+    ],
+    "half/256": [
+        [32, 128, 8, 1],
+        [16, 128, 8, 1],
+        [32, 64, 8, 2],
+        [32, 64, 8, 1],
+        [16, 64, 8, 2],
+        [32, 32, 8, 1],
+        [16, 32, 8, 1],
+        [16, 16, 8, 1],
+    ],
 }
 _KEYS_FLOAT = {
     "float/64": [[32, 32, 4, 2], [32, 32, 8, 2], [32, 32, 8, 1], [16, 32, 8, 1], [16, 16, 4, 1]],
@@ -46,9 +80,12 @@ _KEYS_FLOAT = {
 }
 CANDIDATES: dict[str, dict[str, list[list[int]]]] = {
     "forward": {
-        "half/64": [[128, 64, 4, 3], [128, 64, 8, 3], [128, 64, 8, 2], [64, 64, 4, 2], [64, 32, 4, 2]],
-        "half/128": [[128, 64, 8, 3], [128, 64, 8, 2], [64, 64, 4, 2], [64, 64, 8, 2], [64, 32, 4, 2], [32, 32, 4, 2]],
-        "half/256": [[64, 64, 8, 2], [64, 32, 8, 2], [64, 32, 8, 1], [32, 32, 8, 1], [16, 32, 4, 1]],
+        "half/64": [[128, 64, 8, 3], [128, 64, 4, 3], [128, 128, 8, 2], [128, 64, 8, 2], [64, 64, 4, 2],
+                    [64, 32, 4, 2]],
+        "half/128": [[128, 128, 8, 2], [128, 64, 8, 3], [128, 64, 8, 2], [64, 64, 4, 2], [64, 64, 8, 2],
+                     [64, 32, 4, 2]],
+        "half/256": [[128, 64, 8, 2], [128, 32, 8, 2], [64, 64, 8, 2], [64, 32, 8, 2], [64, 32, 8, 1], [32, 32, 8, 1],
+                     [16, 32, 4, 1]],
         "float/64": [[64, 32, 8, 2], [64, 32, 8, 1], [32, 32, 4, 2], [32, 32, 8, 1], [16, 32, 4, 1]],
         "float/128": [[32, 32, 8, 2], [32, 32, 8, 1], [16, 32, 8, 1], [16, 16, 4, 1]],
         "float/256": [[32, 16, 8, 1], [16, 16, 8, 1], [16, 16, 16, 1]],
@@ -56,7 +93,8 @@ CANDIDATES: dict[str, dict[str, list[list[int]]]] = {
     "grad_query": {
         "half/64": [[128, 64, 8, 3], [128, 64, 8, 2], [64, 64, 4, 2], [64, 64, 8, 2], [64, 32, 4, 2], [32, 32, 4, 2]],
         "half/128": [[128, 64, 8, 2], [64, 64, 8, 2], [64, 32, 8, 2], [64, 32, 8, 1], [64, 32, 4, 1], [32, 32, 8, 1]],
-        "half/256": [[64, 32, 8, 2], [64, 32, 8, 1], [32, 32, 8, 1], [16, 32, 8, 1], [16, 16, 8, 1]],
+        "half/256": [[128, 32, 8, 2], [128, 32, 8, 1], [64, 32, 4, 2], [64, 32, 8, 2], [64, 32, 8, 1], [32, 32, 8, 1],
+                     [16, 32, 8, 1], [16, 16, 8, 1]],
     } | _KEYS_FLOAT,
     "grad_sequence": _KEYS_HALF | _KEYS_FLOAT,
     "grad_prefix": _KEYS_HALF | _KEYS_FLOAT,
@@ -70,36 +108,56 @@ CANDIDATES: dict[str, dict[str, list[list[int]]]] = {
         "float/256": [[16, 16, 8, 2], [16, 16, 8, 1], [16, 16, 4, 1], [16, 16, 16, 1]],
     },
     "fold_prefix": {
-        "half/64": [[64, 64, 4, 3], [64, 64, 4, 2], [64, 64, 8, 2], [64, 32, 4, 2]],
-        "half/128": [[64, 64, 8, 2], [64, 32, 8, 2], [64, 32, 8, 1], [32, 32, 8, 1]],
-        "half/256": [[64, 32, 8, 2], [32, 32, 8, 2], [32, 32, 8, 1], [16, 32, 8, 1]],
+        "half/64": [[128, 64, 8, 3], [64, 64, 4, 3], [64, 64, 4, 2], [64, 64, 8, 2], [64, 32, 4, 2]],
+        "half/128": [[128, 64, 8, 2], [64, 64, 4, 2], [64, 32, 4, 2], [64, 64, 8, 2], [64, 32, 8, 2], [64, 32, 8, 1],
+                     [32, 32, 8, 1]],
+        "half/256": [[128, 32, 8, 2], [64, 32, 4, 2], [64, 32, 8, 2], [32, 32, 8, 2], [32, 32, 8, 1], [16, 32, 8, 1]],
         "float/64": [[32, 32, 4, 2], [32, 32, 8, 2], [32, 32, 8, 1], [16, 16, 4, 1]],
         "float/128": [[32, 32, 8, 1], [16, 32, 8, 1], [16, 16, 8, 1]],
         "float/256": [[16, 16, 8, 1], [16, 16, 4, 1], [16, 16, 16, 1]],
     },
 }  # fmt: skip
-PLUS = ("forward", "grad_query", "grad_sequence", "grad_prefix", "split_keys", "fold_prefix")
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Tune as the command line asks, and write the table."""
-    parser = argparse.ArgumentParser(prog="benchmarks.tune", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="benchmarks.tune", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     how = parser.add_mutually_exclusive_group(required=True)
     how.add_argument("--offline", action="store_true")
     how.add_argument("--device", help="a GPU, whose architecture is measured")
+    how.add_argument("--problems", metavar="JSON", help=argparse.SUPPRESS)  # of one candidate: what --python runs
     parser.add_argument("--arch", choices=offline.ARCHITECTURES, action="append", help="offline: default all")
+    parser.add_argument("--kernel", choices=CANDIDATES, action="append", help="default: all")
+    parser.add_argument("--dtype", choices=offline.DTYPES, action="append", help="default: both")
+    parser.add_argument("--plain", action="store_true", help="not the entries with options")
+    parser.add_argument("--python", action="append", default=[], help="offline: another interpreter with its Triton")
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--out", type=Path, default=FILE)
     args = parser.parse_args(arguments)
-    shipped = json.loads(FILE.read_text()) if FILE.exists() else {}
-    shipped["interpreter"] = {"fold_bytes": 1 << 14} | {
+    if args.problems:
+        print(json.dumps(problems(*json.loads(args.problems))))
+        return
+    tiles = json.loads(FILE.read_text())
+    tiles["interpreter"] = {"fold_bytes": 1 << 14} | {
         kernel: {
             f"{d}/{s}{plus}": [*tile, 4, 1] for d in ("half", "float") for s in (64, 128, 256) for plus in ("", "+")
         }
         for kernel, tile in INTERPRETER.items()
     }
-    found = _offline(args.arch or offline.ARCHITECTURES, args.jobs) if args.offline else _measured(args.device)
-    args.out.write_text(_text(shipped | found), encoding="utf-8")
+    keys = [
+        (kernel, key, plus)
+        for kernel in args.kernel or CANDIDATES
+        for key in CANDIDATES[kernel]
+        for plus in (("",) if args.plain else ("", "+"))
+        if key.split("/")[0] in (args.dtype or offline.DTYPES)
+    ]
+    if args.offline:
+        _offline(tiles, args.arch or offline.ARCHITECTURES, keys, args.python, args.jobs)
+    else:
+        _measured(tiles, args.device, keys, args.jobs)
+    args.out.write_text(_text(tiles), encoding="utf-8")
 
 
 def _text(tiles: dict[str, Any]) -> str:
@@ -117,39 +175,75 @@ def _text(tiles: dict[str, Any]) -> str:
     return "{\n" + ",\n".join(lines) + "\n}\n"
 
 
-def _offline(archs: Any, jobs: int) -> dict[str, Any]:
-    work = [(arch, kernel, key, plus) for arch in archs for kernel in CANDIDATES for key in CANDIDATES[kernel]
-            for plus in ("", "+")]  # fmt: skip
-    tiles: dict[str, Any] = {
-        arch: {"source": "compiled offline, not measured", "fold_bytes": FOLD_BYTES} for arch in archs
-    }
+Key = tuple[str, str, str]  # kernel, "dtype/head size", "+" or nothing
+
+
+def _offline(
+    tiles: dict[str, Any], archs: Sequence[str], keys: Sequence[Key], pythons: Sequence[str], jobs: int
+) -> None:
+    """Fills in the entries of ``keys``."""
+    work = [(arch, *key) for arch in archs for key in keys]
     with concurrent.futures.ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
-        for (arch, kernel, key, plus), tile in zip(work, pool.map(first_that_fits, *zip(*work))):
-            tiles[arch].setdefault(kernel, {})[key + plus] = tile
+        for (arch, kernel, key, plus), ranked in zip(work, pool.map(ranking, *zip(*work))):
+            fit = (t for t in ranked if not any(_elsewhere(p, arch, kernel, key, plus, t) for p in pythons))
+            if (tile := next(fit, None)) is None:
+                raise RuntimeError(f"{arch} {kernel} {key}{plus}: of {CANDIDATES[kernel][key]} none fits")
+            column = tiles.setdefault(arch, {"fold_bytes": FOLD_BYTES})
+            column["source"] = "compiled offline, not measured"
+            column.setdefault(kernel, {})[key + plus] = tile
             print(arch, kernel, key + plus, tile, file=sys.stderr, flush=True)
-    return tiles
 
 
-def first_that_fits(arch: str, kernel: str, key: str, plus: str) -> list[int]:
-    """The first candidate that spills nothing and fits; an error if there is none."""
+def ranking(arch: str, kernel: str, key: str, plus: str) -> list[list[int]]:
+    """The candidates that spill nothing and fit, the best first."""
     warnings.simplefilter("ignore")
     dtype, size = key.split("/")
-    tried = []
+    modelled = arch == inner_loops.ARCH and dtype == "half" and kernel != "split_keys"  # which waits for memory
+    found: list[tuple[float, list[int]]] = []
     for tile in CANDIDATES[kernel][key]:
         try:
-            found = compiled(arch, kernel, dtype, int(size), plus, tile)
+            rows = built(arch, kernel, dtype, int(size), plus, tile)
         except Exception as error:  # a pass of the compiler that fails is one more reason to pass over a candidate
-            tried.append(f"{tile}: {type(error).__name__}")
+            print(f"{arch} {kernel} {key}{plus} {tile}: {type(error).__name__}", file=sys.stderr)
             continue
-        bad = [problem for k in found for problem in offline.problems(k)]
-        if not bad:
-            return tile
-        tried.append(bad[0])
-    raise RuntimeError(f"{arch} {kernel} {key}{plus}: nothing fits: {tried}")
+        if any(offline.problems(row) for row, _ in rows):
+            continue
+        if not modelled:
+            found.append((0.0, tile))
+            if len(found) == 2:  # the second for a Triton elsewhere
+                break
+            continue
+        rates = [inner_loops.of_peak(row, inner_loops.fastest(k, tile[2])) for row, k in rows]
+        found.append((-min(rates), tile))
+    # Without a second stage a block waits for memory at every tile, which the model does not see.
+    return [tile for _, tile in sorted(found, key=lambda one: (one[1][3] == 1, one[0]))]
+
+
+def problems(arch: str, kernel: str, key: str, plus: str, tile: list[int]) -> list[str]:
+    """What is wrong with one candidate under this Triton."""
+    warnings.simplefilter("ignore")
+    dtype, size = key.split("/")
+    try:
+        return [p for row in compiled(arch, kernel, dtype, int(size), plus, tile) for p in offline.problems(row)]
+    except Exception as error:
+        return [type(error).__name__]
+
+
+def _elsewhere(python: str, *candidate: Any) -> list[str]:
+    """``problems`` of a candidate under the Triton of another interpreter."""
+    command = [python, "-m", "benchmarks.tune", "--problems", json.dumps(candidate)]
+    return json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
 
 
 def compiled(arch: str, kernel: str, dtype: str, size: int, plus: str, tile: list[int]) -> list[offline.Kernel]:
     """``kernel`` with ``tile``, for the calls that reach it; no other kernel is compiled."""
+    return [row for row, _ in built(arch, kernel, dtype, size, plus, tile)]
+
+
+def built(
+    arch: str, kernel: str, dtype: str, size: int, plus: str, tile: list[int]
+) -> list[tuple[offline.Kernel, Any]]:
+    """As ``compiled``, each with what the compiler made."""
     from prefix_attn.backends.triton import launch
 
     calls = (offline.options if plus else offline.plain)(offline.DTYPES[dtype], size)
@@ -165,27 +259,63 @@ def compiled(arch: str, kernel: str, dtype: str, size: int, plus: str, tile: lis
                         launch.backward(call, out, lse, out, None, [True] * 5 + [call.sinks is not None, False])
     finally:
         launch.tile = before
-    return [offline.Kernel(arch, name, dtype, size, plus, text, *offline.resources(k, arch)) for name, k, text in found]
+    return [
+        (offline.Kernel(arch, name, dtype, size, plus, text, *offline.resources(k, arch)), k) for name, k, text in found
+    ]
 
 
-def _measured(device: str) -> dict[str, Any]:
-    """The fastest candidate of every kernel on ``device``, over shapes of training and decoding."""
+def _measured(tiles: dict[str, Any], device: str, keys: Sequence[Key], jobs: int) -> None:
+    """The fastest candidate of every key on ``device``, over shapes of training and decoding, and the crossover."""
     from prefix_attn.backends.triton import launch
 
     arch = table.architecture(torch.device(device))
-    tiles: dict[str, Any] = {
-        "source": f"measured on {torch.cuda.get_device_name(device)}, torch {torch.__version__}",
-        "fold_bytes": table.table().get(arch, {}).get("fold_bytes", FOLD_BYTES),
-    }
-    for kernel, keys in CANDIDATES.items():
-        for key, candidates in keys.items():
-            for plus in ("", "+"):
-                dtype, size = key.split("/")
-                call = _to(_shape(kernel, offline.DTYPES[dtype], int(size), plus), device)
-                times = [(_time(launch, call, kernel, tile), tile) for tile in candidates]
-                tiles.setdefault(kernel, {})[key + plus] = min(times, key=lambda t: t[0])[1]
-                print(arch, kernel, key + plus, [(round(t * 1e3, 1), tile) for t, tile in times], flush=True)
-    return {arch: tiles}
+    column = tiles[arch]
+    work = [(arch, *key, tile) for key in keys for tile in CANDIDATES[key[0]][key[1]]]
+    # Compiled in processes beside: the candidates that spill are left out, the others wait in Triton's cache.
+    with concurrent.futures.ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
+        bad = {json.dumps(one[:-1]) + str(one[-1]): found for one, found in zip(work, pool.map(problems, *zip(*work)))}
+    for kernel, key, plus in keys:
+        dtype, size = key.split("/")
+        fit = [t for t in CANDIDATES[kernel][key] if not bad[json.dumps((arch, kernel, key, plus)) + str(t)]]
+        call = _to(_shape(kernel, offline.DTYPES[dtype], int(size), plus), device)
+        times = [(_time(launch, call, kernel, tile), tile) for tile in fit]
+        column[kernel][key + plus] = min(times, key=lambda t: t[0])[1]
+        print(arch, kernel, key + plus, [(round(t * 1e3, 1), tile) for t, tile in times], flush=True)
+    column["fold_bytes"] = crossover(_both_ways(launch, device))
+    column["source"] = f"measured on {torch.cuda.get_device_name(device)}, torch {torch.__version__}"
+    print(arch, "fold_bytes", column["fold_bytes"], flush=True)
+
+
+def _both_ways(launch: Any, device: str) -> list[tuple[int, float, float]]:
+    """(bytes of prefix that a decode step would read in its loop, seconds in the loop, seconds folded)."""
+    found = []
+    before = launch._folds
+    for B in (16, 64, 256):
+        for P in (16, 64, 128, 256, 512, 1024):
+            call = _to(offline._call(torch.bfloat16, 128, S=1, P=P, B=B, T=512), device)
+            ways = {}
+            for fold in (False, True):
+
+                def run(_: Any, call: Call = call, fold: bool = fold) -> None:
+                    launch._folds = lambda _: fold
+                    launch.forward(call)
+
+                ways[str(fold)] = Way(run)
+            samples = interleave(ways, device, rounds=11)
+            read = B * call.key.shape[1] * P * 2 * 128 * 2
+            found.append((read, *(sorted(samples[name])[5] for name in ("False", "True"))))
+            loop, folded = (1e6 * seconds for seconds in found[-1][1:])
+            print(f"B={B} P={P}: {loop:.1f} us in the loop, {folded:.1f} us folded", flush=True)
+    launch._folds = before
+    return found
+
+
+def crossover(points: Sequence[tuple[int, float, float]]) -> int:
+    """The bytes from which on to fold, so that all points together take the least time; see ``_both_ways``."""
+    limits = sorted({read for read, _, _ in points})
+    limits.append(2 * limits[-1])  # never
+    total = lambda limit: sum(folded if read >= limit else loop for read, loop, folded in points)
+    return min(limits, key=total)
 
 
 def _shape(kernel: str, dtype: torch.dtype, size: int, plus: str) -> Call:

@@ -61,6 +61,41 @@ def test_a_spill_is_seen() -> None:
     assert int(done.stdout) > 0
 
 
+def test_the_loop_of_forward_multiplies_no_score() -> None:
+    """Scale, subtraction and log 2 are one instruction per score. What is multiplied is the output, to rescale it."""
+    code = (
+        "from benchmarks import inner_loops, tune;"
+        "((row, kernel),) = tune.built('sm_90', 'forward', 'half', 128, '', [128, 64, 8, 3]);"
+        "counts = inner_loops.fastest(kernel, 8).counts;"
+        "print(counts['FMUL'], counts['FFMA'], counts['F2FP'], counts['LDGSTS'], counts['LDG'])"
+    )
+    done = python("-c", code)
+    assert done.returncode == 0, done.stderr[-4000:]
+    multiplied, fused, rounded, asynchronous, loads = map(int, done.stdout.split())
+    scores, outputs = 128 * 64 // 256, 128 * 128 // 256  # of a thread
+    assert outputs <= multiplied <= outputs + 4
+    assert scores <= fused <= scores + 4
+    assert rounded == scores // 2  # two probabilities in one instruction
+    assert (asynchronous, loads) == (
+        2 * 64 * 128 * 2 // 16 // 256,
+        0,
+    )  # keys and values go to shared memory by themselves
+
+
+def test_the_second_launch_of_decoding_starts_early_where_the_device_can() -> None:
+    """Folding allows it from its first instruction on; splitting waits before it reads what folding wrote."""
+    code = (
+        "from benchmarks import tune;"
+        "texts = [k.asm['ptx'] for name in ('fold_prefix', 'split_keys') for arch in ('sm_90', 'sm_80')"
+        "         for row, k in tune.built(arch, name, 'half', 64, '', [16, 32, 4, 2])[-1:]];"
+        "print([[word in text for word in ('griddepcontrol.launch_dependents', 'griddepcontrol.wait')]"
+        "       for text in texts])"
+    )
+    done = python("-c", code)
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert done.stdout.strip() == "[[True, False], [False, False], [False, True], [False, False]]"
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [
