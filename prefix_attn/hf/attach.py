@@ -279,13 +279,18 @@ class Attachment:
             raise NotImplementedError(f"{self._name} does not run on a few tokens alone ({error})") from error
         finite = expected.isfinite()
         error, size = (t[finite].float().norm().item() for t in (got - expected, expected))
-        if not error <= size * (1e-2 if expected.dtype.itemsize >= 4 else 0.2):
+        if not error <= size * (1e-2 if self._is_exact(expected) else 0.2):
             raise NotImplementedError(
                 f"{self._name} computes something else through transformers' AttentionInterface than with its own "
                 f"attention (relative difference {error / size:.1g}): its masks or positions mean other things"
             )
         self._listen(dict.fromkeys(slot.stack for slot in slots))
         return slots
+
+    def _is_exact(self, output: Tensor) -> bool:
+        """Whether nothing rounds to fewer bits than float32: no half precision, and no weights that are quantised."""
+        plain = all(type(p.data) is Tensor and p.is_floating_point() for p in self.base.parameters())
+        return plain and output.dtype.itemsize >= 4
 
     def _forward(self, given: dict[str, Tensor], state: Capture | None) -> Tensor:
         """The last hidden states of ``base`` in eval mode; a head would have nothing to say."""

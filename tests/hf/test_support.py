@@ -44,6 +44,11 @@ def test_the_page_is_whole() -> None:
         assert ROWS[kind, "architecture"] == table.titles
     rows = {place: cells for place, cells in ROWS.items() if place[1] != "architecture"}
     assert list(rows) == EVERY
+    quantised = PAGE.partition("## Quantised bases\n")[2].splitlines()
+    assert [line[2:].split(" | ")[0] for line in quantised if line.startswith("| ")] == [
+        "base",
+        *support.quantised.BASES,
+    ]
     served = [cells for cells in rows.values() if not cells[0].startswith("refused")]
     assert len(served) >= 50
     assert {cell for cells in served for cell in cells} == {"yes", "not in the model"}
