@@ -151,7 +151,7 @@ def right_padding(model: Any) -> None:
     if model.main_input_name != "input_ids":
         raise ValueError("sound has no padding")
     ids = tokens(2, 9)
-    behind = torch.cat([ids, torch.full((2, 3), model.config.pad_token_id or 0)], dim=1)
+    behind = torch.cat([ids, torch.full((2, 3), getattr(model.config, "pad_token_id", None) or 0)], dim=1)
     mask = (torch.arange(12) < 9).long().expand(2, -1)
     decoder = {"decoder_input_ids": tokens(2, 5)} if model.config.is_encoder_decoder else {}
     logits = model(behind, attention_mask=mask, **decoder).logits
