@@ -61,13 +61,14 @@ def distill(
         ValueError: the document is too short or too long, or ``train.train`` would raise it. NotImplementedError: a
             prefix takes no positions in this model, and could not stand for a text.
     """
-    ids = tokenizer(document, add_special_tokens=False)["input_ids"]
+    ids = tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"]
     teacher = Teacher(model.base_model, ids, settings.max_length, top_k)
     rows = pieces(ids, settings.max_length)
     if validation is None:
         held_out = pieces(ids[settings.max_length // 2 :], settings.max_length)
     else:
-        held_out = pieces(tokenizer(validation, add_special_tokens=False)["input_ids"], settings.max_length)
+        other = tokenizer(validation, add_special_tokens=False, verbose=False)["input_ids"]
+        held_out = pieces(other, settings.max_length)
     held_out = held_out[:VALIDATION_ROWS]
     pad = tokenizer.pad_token_id
     batches = [collate(held_out[i : i + VALIDATION_BATCH], pad) for i in range(0, len(held_out), VALIDATION_BATCH)]
