@@ -135,6 +135,10 @@ void backward_run(const Backward& f, const float* packed, int64_t unit) {
             const View view = view_of(c, row, i0, M);
             for (int64_t r = 0; r < M; r++) {
                 const int64_t i = i0 + r, place = place_of(c, row, h, i);
+                const int64_t later = std::min(i + 4, row.S - 1);  // rows of models lie far apart
+                fetch(c.query, query_at(c.query, row, h, later), 1, c.D);
+                fetch(f.grad_out, query_at(f.grad_out, row, h, later), 1, c.DV);
+                fetch(f.out, query_at(f.out, row, h, later), 1, c.DV);
                 load_row(c.query, query_at(c.query, row, h, i), c.D, D, (T*)q + r * D);
                 load_row(f.grad_out, query_at(f.grad_out, row, h, i), c.DV, V, (T*)dout + r * V);
                 load_row(f.out, query_at(f.out, row, h, i), c.DV, V, buffer);

@@ -22,17 +22,7 @@ Lanes<T> lanes_at(const Call& c, float* at) {
     return {(T*)at, s, acc, m, l, l + NT};
 }
 
-// Asks for ``n`` rows of ``size`` values, the first at ``at``.
-void fetch(const Array& x, int64_t at, int64_t n, int64_t size) {
-    for (int64_t i = 0; i < n; i++) {
-        const char* row = (const char*)x.data + (at + i * x.row) * size_of(x);
-        for (int64_t byte = 0; byte < size * size_of(x); byte += 64)
-            __builtin_prefetch(row + byte);
-    }
-}
-
-// ``soften`` for n keys and a vector of queries at a time. ``ahead(i)`` is called for each key, well spread: it asks
-// for memory that is read later.
+// ``soften`` for n keys and a vector of queries at a time.
 template <typename T>
 void soften_lanes(const Call& c, const Lanes<T>& x, int64_t n, int64_t width) {
     for (int64_t j = 0; j < width; j += VL) {

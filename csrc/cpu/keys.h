@@ -102,6 +102,15 @@ Matrix<T> matrix(const Array& x, int64_t at, int64_t n, int64_t size, int64_t wi
     return {to, width};
 }
 
+// Asks for ``n`` rows of ``size`` values, the first at ``at``.
+void fetch(const Array& x, int64_t at, int64_t n, int64_t size) {
+    for (int64_t i = 0; i < n; i++) {
+        const char* row = (const char*)x.data + (at + i * x.row) * size_of(x);
+        for (int64_t byte = 0; byte < size * size_of(x); byte += 64)
+            __builtin_prefetch(row + byte);
+    }
+}
+
 // Rows 2 i and 2 i + 1 of ``x`` become row i of ``to``, number d of both its pair d; a row that is missing is 0.
 inline void zip_rows(const Matrix<Pair>& x, int64_t n, int64_t width, Pair* __restrict to) {
     static const uint16_t nothing[256] = {};
