@@ -7,6 +7,7 @@ documentation, shows what that changed on services that it never saw, saves the 
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import shutil
 import time
@@ -46,6 +47,7 @@ def run(steps: int, out: Path, model: str) -> dict[str, Any]:
     from prefix_attn.metrics import score
     from prefix_attn.train import Settings, train
 
+    logging.getLogger("prefix_attn.metrics").setLevel(logging.ERROR)  # what is left out is not shown here anyway
     console, start = Console(emoji=False), time.perf_counter()
     with console.status(f"loading {escape(model)} (converted from GGUF on the first run: about a minute)"):
         base, tokenizer = load_base(model)

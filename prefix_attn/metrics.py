@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import math
 import re
@@ -80,8 +81,9 @@ def _words(text: str) -> list[str]:
     return re.findall(r"\d+(?:[.,]\d+)*|\w+|[^\w\s]", text.lower())
 
 
+@functools.cache
 def _wordnet() -> Any:
-    """nltk's WordNet, or None where it is not installed."""
+    """nltk's WordNet, or None where it is not installed, which is said once."""
     import nltk
 
     for archive in ("corpora/wordnet.zip", "corpora/wordnet"):

@@ -125,7 +125,15 @@ def test_meteor_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
     assert found["meteor"] == pytest.approx(100 * (first + (1 - 0.5 / 8)) / 2)
 
 
-def test_without_wordnet_meteor_is_missing_and_said_to_be(caplog: pytest.LogCaptureFixture) -> None:
+def test_without_wordnet_meteor_is_missing_and_said_to_be(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def nothing(archive: str) -> None:
+        raise LookupError(archive)
+
+    monkeypatch.setattr("nltk.data.find", nothing)
+    metrics._wordnet.cache_clear()
     with caplog.at_level(logging.WARNING):
-        assert "meteor" not in score(["a"], [["a"]])
+        assert all("meteor" not in score(["a"], [["a"]]) for _ in range(2))
     assert [record.message.split(":")[0] for record in caplog.records] == ["METEOR is left out"]
+    metrics._wordnet.cache_clear()
