@@ -10,6 +10,7 @@ import pytest
 from peft import PrefixTuningConfig, get_peft_model
 
 from prefix_attn import cli
+from prefix_attn.cli import shared
 from tests.hf.models import tiny
 from tests.tokens import byte_tokenizer
 
@@ -193,7 +194,7 @@ def test_errors_are_printed_as_they_are(
 
 def test_texts_are_printed_as_they_are(capsys: pytest.CaptureFixture[str]) -> None:
     text = "a :x: [/b] " + "c" * 200
-    cli._print([], False, text)
+    shared.show([], False, text)
     assert capsys.readouterr().out == text + "\n"
 
 

@@ -39,7 +39,7 @@ LEVELS = {
     "prefix_attn.bench": 9,
     "prefix_attn.experiments": 9,
     "prefix_attn.cli": 10,
-    "prefix_attn.demo": 10,
+    "prefix_attn.demo": 11,
 }
 PEERS = (
     "prefix_attn.hf",
@@ -50,6 +50,7 @@ PEERS = (
     "prefix_attn.demo",
     "prefix_attn.bench",
     "prefix_attn.experiments",
+    "prefix_attn.cli",
 )
 ANYONE = "prefix_attn"  # the package's own names; it re-exports and is not imported from below, see the test
 
@@ -63,7 +64,7 @@ HEAVY = {
         "prefix_attn.bench",
     ),
     "triton": ("prefix_attn.backends.triton",),
-    "typer": ("prefix_attn.cli", "prefix_attn.experiments.commands"),
+    "typer": ("prefix_attn.cli",),
     "peft": ("prefix_attn.experiments.methods", "prefix_attn.bench.models"),
 }
 

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from prefix_attn.cli.shared import AsJson, Beams, Model, NewTokens
 from prefix_attn.experiments import plan, results
 from prefix_attn.experiments.plan import Run
 
@@ -25,7 +26,6 @@ Train = Annotated[
 Test = Annotated[
     Path | None, typer.Option(help="File to generate for; the same as --train: a fifth of it. Default: no generation.")
 ]
-Model = Annotated[str, typer.Option(help="'smollm2', a .gguf file, a local folder or the name of a model on the Hub.")]
 Seeds = Annotated[str, typer.Option(help="Such as 0,1,2.")]
 Steps = Annotated[int, typer.Option(min=1, help="Of each training; ablations with few examples have the paper's.")]
 ValidateEvery = Annotated[int, typer.Option(min=1, help="Steps between validations; few examples stop at the best.")]
@@ -35,12 +35,9 @@ MlpWidth = Annotated[int, typer.Option(min=1, help="Hidden size of the MLP.")]
 Rank = Annotated[int, typer.Option(min=1, help="Of LoRA; 2 stores as much of SmolLM2 as 10 virtual tokens.")]
 Rates = Annotated[str | None, typer.Option(help="Such as 1e-2,3e-3; default: each method's own.")]
 Limit = Annotated[int | None, typer.Option(min=1, help="Generate for so many inputs, evenly spaced, instead of all.")]
-Beams = Annotated[int, typer.Option(min=1, help="Beams; 1 is greedy.")]
-NewTokens = Annotated[int, typer.Option(min=1, help="Limit of each output.")]
 Unseen = Annotated[str | None, typer.Option(help="Categories to train without, such as webnlg,e2e of DART.")]
 Threads = Annotated[int | None, typer.Option(min=1, help="Default: torch's.")]
 Device = Annotated[str | None, typer.Option(help="Default: the GPU where there is one.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
 
 
 def reproduce(

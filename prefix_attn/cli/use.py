@@ -1,0 +1,152 @@
+"""``prefix-attn generate | evaluate | inspect``: a prefix that is there."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.table import Table
+from rich.text import Text
+
+from prefix_attn.cli.shared import (
+    Adapter,
+    AsJson,
+    BatchSize,
+    Beams,
+    Data,
+    NewTokens,
+    Source,
+    Target,
+    prefixed_model,
+    progress,
+    show,
+)
+
+
+def generate(
+    adapter: Adapter,
+    sources: Annotated[
+        list[str] | None, typer.Argument(help="Inputs; default: one a line from --file or stdin.")
+    ] = None,
+    file: Annotated[
+        Path | None, typer.Option(help="A file with one input a line.", dir_okay=False, exists=True)
+    ] = None,
+    model: Annotated[str | None, typer.Option(help="Default: the model that the adapter names.")] = None,
+    num_beams: Beams = 1,
+    max_new_tokens: NewTokens = 48,
+    batch_size: BatchSize = 16,
+    as_json: AsJson = False,
+) -> None:
+    """Write an output for each input.
+
+    [bold]prefix-attn generate runs/e2e "name : Aromi | eatType : coffee shop | area : city centre"[/bold]
+    """
+    from prefix_attn.evaluate import generate_text
+
+    if not sources:
+        lines = file.read_text(encoding="utf-8").splitlines() if file else sys.stdin.read().splitlines()
+        sources = [line for line in lines if line.strip()]
+    if not sources:
+        raise ValueError("nothing to generate from: give inputs as arguments, with --file, or on stdin")
+    prefixed, tokenizer = prefixed_model(adapter, model)
+    with progress("generate", len(sources)) as advance:
+        options = {"num_beams": num_beams, "max_new_tokens": max_new_tokens, "batch_size": batch_size}
+        outputs = generate_text(prefixed, tokenizer, sources, progress=advance, **options)
+    rows = [{"source": source, "output": output} for source, output in zip(sources, outputs, strict=True)]
+    show(rows, as_json, "\n".join(outputs))
+
+
+def evaluate(
+    adapter: Adapter,
+    data: Data = "aws",
+    split: Annotated[str, typer.Option(help="Of 'aws': train, dev or test.")] = "test",
+    source_column: Source = "source",
+    target_column: Target = "target",
+    limit: Annotated[int | None, typer.Option(min=1, help="Use only so many inputs.")] = None,
+    model: Annotated[str | None, typer.Option(help="Default: the model that the adapter names.")] = None,
+    frozen: Annotated[bool, typer.Option(help="Also score the model without its prefix.")] = True,
+    num_beams: Beams = 1,
+    max_new_tokens: NewTokens = 48,
+    batch_size: BatchSize = 16,
+    as_json: AsJson = False,
+) -> None:
+    """Score a prefix: BLEU, NIST, METEOR (with nltk's WordNet), ROUGE-L, CIDEr, chrF++, TER, and the loss on targets.
+
+    [bold]prefix-attn evaluate runs/e2e --data testset_w_refs.csv --num-beams 5[/bold]
+    """
+    from contextlib import nullcontext
+
+    from prefix_attn.data import collate, encode, read_examples
+    from prefix_attn.evaluate import generate_text, validation_loss
+    from prefix_attn.metrics import score
+
+    examples = read_examples(data, split=split, source_column=source_column, target_column=target_column)[:limit]
+    prefixed, tokenizer = prefixed_model(adapter, model)
+    rows, _ = encode(tokenizer, examples, max_length=512)
+    batches = [collate(rows[i : i + batch_size], tokenizer.pad_token_id) for i in range(0, len(rows), batch_size)]
+    results: dict[str, dict[str, float]] = {}
+    for name in ("frozen", "prefix") if frozen else ("prefix",):
+        with (
+            prefixed.disable_prefix() if name == "frozen" else nullcontext(),
+            progress(name, len(examples)) as advance,
+        ):
+            options = {"num_beams": num_beams, "max_new_tokens": max_new_tokens, "batch_size": batch_size}
+            texts = generate_text(prefixed, tokenizer, [e.source for e in examples], progress=advance, **options)
+            results[name] = score(texts, [e.references for e in examples])
+            results[name]["loss"] = validation_loss(prefixed, batches)
+    table = Table("", *next(iter(results.values())), title=Text(f"{adapter} on {data}, {len(examples)} inputs"))
+    for name, metrics in results.items():
+        table.add_row(name, *(f"{value:.2f}" for value in metrics.values()))
+    show(results, as_json, table)
+
+
+def inspect(
+    adapter: Adapter,
+    mass: Annotated[
+        str | None,
+        typer.Option(
+            help="Data, as for train: show what share of the softmax goes to the prefix there.", metavar="DATA"
+        ),
+    ] = None,
+    plot: Annotated[Path | None, typer.Option(help="With --mass: its heat map, a PNG.", dir_okay=False)] = None,
+    limit: Annotated[int, typer.Option(min=1, help="With --mass: use only so many inputs.")] = 64,
+    source_column: Source = "source",
+    target_column: Target = "target",
+    model: Annotated[str | None, typer.Option(help="With --mass: default: the model that the adapter names.")] = None,
+    batch_size: BatchSize = 16,
+    as_json: AsJson = False,
+) -> None:
+    """Show what an adapter holds, without its base model; with --mass how much attention the prefix gets.
+
+    [bold]prefix-attn inspect runs/e2e --mass testset_w_refs.csv --plot mass.png[/bold]
+    """
+    from prefix_attn.hf.checkpoint import describe
+
+    if mass is None and plot is not None:
+        raise ValueError("--plot is the heat map of --mass: give data with --mass")
+    found = describe(adapter)
+    table = Table(title=Text(str(adapter)), show_header=False)
+    for name, value in found.items():
+        table.add_row(name, f"{value:,}" if isinstance(value, int) else Text(str(value)))
+    if mass is None:
+        show(found, as_json, table)
+        return
+    from prefix_attn.data import collate, encode, read_examples
+    from prefix_attn.hf.mass import layers_of, mass_table, plot_mass, prefix_mass
+
+    examples = read_examples(mass, split="dev", source_column=source_column, target_column=target_column)[:limit]
+    prefixed, tokenizer = prefixed_model(adapter, model)
+    rows, _ = encode(tokenizer, examples, max_length=512)
+    batches = [collate(rows[i : i + batch_size], tokenizer.pad_token_id) for i in range(0, len(rows), batch_size)]
+    with progress("mass", len(rows)) as advance:
+        shares = prefix_mass(prefixed, batches, progress=advance)
+    layers = layers_of(prefixed)
+    if plot is not None:
+        plot_mass(shares, layers, plot)
+    sites = {site: {"layers": layers[site], "heads": values.tolist()} for site, values in shares.items()}
+    table = Table("", "layer", "mean", "of heads", "each head", title=Text(f"softmax mass on {adapter}, {mass}"))
+    for row in mass_table(shares, layers):
+        table.add_row(*row)
+    show(found | {"prefix_mass": sites}, as_json, table)
