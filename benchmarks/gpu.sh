@@ -33,27 +33,27 @@ stage() {
 
 run_stage() {
     case "$1" in
-        device) stage device 60 "$python" -c '
+        device) stage device 20 "$python" -c '
 import platform, torch, triton
 assert torch.cuda.is_available(), "no CUDA device"
 print(torch.cuda.get_device_name(), "python", platform.python_version(), "torch", torch.__version__, "triton", triton.__version__)' ;;
-        correctness) stage correctness 180 "$python" -m tests.test_gpu --jobs "$(nproc)" ;;
-        forward) stage forward 95 "$python" -m benchmarks "${sweep[@]}" --suite operator --select what=forward --budget 60 --out "$out/forward.json" ;;
-        backward) stage backward 120 "$python" -m benchmarks "${sweep[@]}" --suite operator --select what=backward,both,prefix-only --budget 80 --out "$out/backward.json" ;;
-        decode) stage decode 125 "$python" -m benchmarks "${sweep[@]}" --suite operator --select what=decode --budget 85 --out "$out/decode.json" ;;
-        memory) stage memory 60 "$python" -m benchmarks "${sweep[@]}" --suite memory --select model=None --budget 30 --out "$out/memory.json" ;;
+        correctness) stage correctness 160 "$python" -m tests.test_gpu --jobs "$(nproc)" ;;
+        forward) stage forward 75 "$python" -m benchmarks "${sweep[@]}" --suite operator --select what=forward --budget 50 --out "$out/forward.json" ;;
+        backward) stage backward 90 "$python" -m benchmarks "${sweep[@]}" --suite operator --select what=backward,both,prefix-only --budget 60 --out "$out/backward.json" ;;
+        decode) stage decode 95 "$python" -m benchmarks "${sweep[@]}" --suite operator --select what=decode --budget 65 --out "$out/decode.json" ;;
+        memory) stage memory 40 "$python" -m benchmarks "${sweep[@]}" --suite memory --select model=None --budget 20 --out "$out/memory.json" ;;
         flex) stage flex 560 "$python" -m benchmarks "${slow[@]}" --suite operator --select what=forward,backward,both --budget 450 --out "$out/flex.json" ;;
         decode_flex) stage decode_flex 560 "$python" -m benchmarks "${slow[@]}" --suite operator --select what=decode --budget 450 --out "$out/decode_flex.json" ;;
         report)
-            stage report 30 "$python" -m benchmarks.roofline "$out"/*.json "$out"/dram/*.json
+            stage report 20 "$python" -m benchmarks.roofline "$out"/*.json "$out"/dram/*.json
             if "$python" -c 'import matplotlib' 2>/dev/null; then
-                stage plot 60 "$python" -m benchmarks report "$out"/*.json --out "$out/report.md"
+                stage plot 25 "$python" -m benchmarks report "$out"/*.json --out "$out/report.md"
             else
                 echo "matplotlib is not installed: elsewhere: python -m benchmarks report RESULTS --out report.md"
             fi ;;
-        overhead) stage overhead 60 "$python" -m benchmarks "${sweep[@]}" --suite overhead --out "$out/overhead.json" ;;
+        overhead) stage overhead 35 "$python" -m benchmarks "${sweep[@]}" --suite overhead --out "$out/overhead.json" ;;
         model) stage model 560 "$python" -m benchmarks "${sweep[@]}" --suite model --budget 450 --out "$out/model.json" ;;
-        dram) stage dram 60 "$python" -m benchmarks.dram --out "$out/dram/dram.json" ;;
+        dram) stage dram 35 "$python" -m benchmarks.dram --out "$out/dram/dram.json" ;;
         tune)
             mkdir -p "$out/tune"
             stage tune 560 "$python" -m benchmarks.tune --device cuda --dtype half --jobs "$(nproc)" \

@@ -201,6 +201,17 @@ def test_gpu_sh_names_what_exists() -> None:
         assert {option for option in given[name] if option not in text} == set(), name
 
 
+def test_gpu_sh_s_default_stages_end_within_ten_minutes() -> None:
+    text = SCRIPT.read_text()
+    limits = {name: int(limit) for name, limit in re.findall(r"stage (\w+) (\d+) ", text)}
+    default = re.search(r"set -- ([\w ]+)", text)
+    assert default is not None
+    assert sum(limits[name] for name in [*default[1].split(), "plot"]) <= 600
+    budgets = re.findall(r"stage \w+ (\d+) .*--budget (\d+)", text)
+    assert len(budgets) == 7
+    assert all(int(budget) + 20 <= int(limit) for limit, budget in budgets)  # kernels are compiled beside the budget
+
+
 def test_gpu_sh_reports_what_it_does_not_know(tmp_path: Path) -> None:
     environment = os.environ | {"OUT": str(tmp_path)}
     unknown = subprocess.run([SCRIPT, "no-such"], env=environment, capture_output=True, text=True, check=False)
