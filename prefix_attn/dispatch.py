@@ -15,7 +15,7 @@ ORDER: tuple[ModuleType, ...] = (cpu, composed, triton, eager)  # the fastest fi
 # Triton's interpreter is for testing the kernels: it runs when it is named, never because nothing else can.
 AUTO = tuple(backend for backend in ORDER if not (backend is triton and interpreter.ACTIVE))
 BY_NAME: dict[str, ModuleType] = {backend.NAME: backend for backend in ORDER}
-LONG = 512  # virtual tokens, see ``_slow``
+LONG = 1024  # virtual tokens, see ``_slow``
 NOT_IN_THIS_VERSION = ("cuda",)  # names that the public contract reserves
 
 
@@ -36,7 +36,8 @@ def _slow(call: Call) -> str | None:
     """Why torch's own kernels are faster than those of ``cpu``, if they are: on this processor, or for this call.
 
     The second was measured (``python -m benchmarks regret``) on a Zen 5: one float32 query for each key head, so that
-    nothing is shared, and the whole prefix is packed for one row. From P = 512 on ``cpu`` took 7 to 38 % longer.
+    nothing is shared, and the whole prefix is packed for one row. From P = 1024 on ``cpu`` took 7 to 35 % longer; at
+    512 either may be faster, by what is in the caches.
     """
     if reason := cpu.slow():
         return reason

@@ -28,11 +28,11 @@ class Panel(NamedTuple):
 
 
 def varying(found: Sequence[Record], axis: str, least: int) -> dict[tuple[Any, ...], list[Record]]:
-    """Groups of cases equal but for ``axis``, with ``least`` values of it. B follows S: the tokens are the same."""
+    """Groups of one run's cases equal but for ``axis``, with ``least`` values of it. B follows S: as many tokens."""
     free = {axis, "B", "T"} if axis == "S" else {axis}
     groups: dict[tuple[Any, ...], list[Record]] = {}
     for r in found:
-        groups.setdefault(tuple((k, v) for k, v in r["case"].items() if k not in free), []).append(r)
+        groups.setdefault((("run", r["run"]), *((k, v) for k, v in r["case"].items() if k not in free)), []).append(r)
     return {k: group for k, group in groups.items() if len({r["case"][axis] for r in group}) >= least}
 
 
@@ -79,14 +79,16 @@ def pyplot() -> Any:
 def style(way: str) -> dict[str, Any]:
     """The same way looks the same in every picture; ours are thick."""
     i = list(PEERS).index(way) if way in PEERS else len(PEERS)
-    named = {"ours": "C0", "PEFT": "C3", "adapters": "C5"}
-    color = named.get(way, f"C{i % 10}")
-    return {"color": color, "marker": MARKS[i % len(MARKS)], "linewidth": 2.6 if way in (*OURS, "ours") else 1.2}
+    color, mark = {"ours": ("C0", "o"), "PEFT": ("C3", "s"), "adapters": ("C5", "v")}.get(
+        way, (f"C{i % 10}", MARKS[i % len(MARKS)])
+    )
+    thick = way in (*OURS, "ours") and way != "eager"
+    return {"color": color, "marker": mark, "linewidth": 2.6 if thick else 1.2}
 
 
 def grid_of_axes(count: int, width: float = 4.8, height: float = 3.7) -> tuple[Figure, list[Any]]:
     """A figure with ``count`` axes, four in a row at most."""
-    columns = min(count, 4) if count != 5 else 3
+    columns = 3 if count in (5, 6) else min(count, 4)
     rows = -(-count // columns)
     figure, axes = pyplot().subplots(rows, columns, figsize=(width * columns, height * rows), squeeze=False)
     for axis in list(axes.flat)[count:]:
@@ -98,6 +100,8 @@ def grid_of_axes(count: int, width: float = 4.8, height: float = 3.7) -> tuple[F
 def prefix_axis(axis: Any, ticks: Iterable[float]) -> None:
     """P on a logarithmic scale, on which 0 has its place."""
     axis.set_xscale("symlog", base=2, linthresh=8)
+    if min(ticks := list(ticks)) == 0:
+        axis.set_xlim(left=-1)
     ticks = sorted(set(ticks))
     usual = (0, 10, 128, 512, 2048) if 2048 in ticks and 10 in ticks else (0, 8, 32, 128, 512, 2048)
     shown = [t for t in ticks if t in usual] if len(ticks) > 4 else ticks
@@ -106,13 +110,13 @@ def prefix_axis(axis: Any, ticks: Iterable[float]) -> None:
     axis.set_xlabel("P, tokens of the prefix")
 
 
-def time_axis(axis: Any) -> None:
-    """A logarithmic scale with plain numbers."""
+def plain_log(axis: Any, marks: Sequence[float] = (1, 2, 5), unit: str = "") -> None:
+    """A logarithmic scale with plain numbers: ``marks`` and their tens."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     axis.set_yscale("log")
-    axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.yaxis.set_major_locator(LogLocator(subs=marks))
+    axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}{unit}"))
     axis.yaxis.set_minor_formatter(NullFormatter())
 
 
@@ -137,7 +141,7 @@ def draw_latency(panels: Sequence[Panel]) -> Figure:
         else:
             axis.set_xscale("log", base=2)
             axis.set_xlabel(panel.axis)
-        time_axis(axis)
+        plain_log(axis)
         axis.set_ylabel(panel.unit)
         axis.set_title(panel.title, fontsize=9)
         axis.grid(alpha=0.3, which="both")
@@ -238,16 +242,19 @@ def draw_memory(found: Sequence[Record]) -> Figure | None:
     figure, axes = grid_of_axes(len(groups), 5.2, 4.2)
     for axis, ((what, subject), group) in zip(axes, groups.items()):
         rest = {k: v for k, v in group[0]["case"].items() if k not in ("B", "P", "model")}
-        largest = max(r["case"]["B"] for r in group)
-        for way in dict.fromkeys(r["way"] for r in group):
-            mine = sorted((r["case"]["P"], r["extra"]) for r in group if r["way"] == way and r["case"]["B"] == largest)
-            axis.plot([P for P, _ in mine], [size / 1e6 for _, size in mine], label=way, **style(way))
-        prefix_axis(axis, [r["case"]["P"] for r in group])
-        axis.set_yscale("symlog", linthresh=1)
-        axis.set_ylabel(
-            "MB allocated beyond inputs and results" if subject == "operator" else "MB allocated at the peak"
-        )
-        axis.set_title(f"{subject}: {NAMES.get(what, what)}, B {largest}, {short(rest.items())}", fontsize=9)
+        for way, B in dict.fromkeys((r["way"], r["case"]["B"]) for r in group):
+            mine = sorted((B * r["case"]["P"], r["extra"]) for r in group if (r["way"], r["case"]["B"]) == (way, B))
+            axis.plot([x for x, _ in mine], [size / 1e6 for _, size in mine], label=way, **style(way))
+        axis.set_xscale("symlog", base=10, linthresh=10)
+        axis.set_xlabel(f"B * P; a line for each B: {', '.join(map(str, sorted({r['case']['B'] for r in group})))}")
+        if subject == "operator":
+            axis.set_yscale("symlog", linthresh=1)
+            axis.set_ylim(bottom=-0.1)
+            axis.set_ylabel("MB beyond inputs and results")
+        else:
+            plain_log(axis)
+            axis.set_ylabel("MB allocated at the peak")
+        axis.set_title(f"{subject}: {NAMES.get(what, what)}, {short(rest.items())}", fontsize=9)
         axis.grid(alpha=0.3, which="both")
     legend(figure, axes)
     return figure
@@ -270,8 +277,8 @@ def draw_model(found: Sequence[Record]) -> Figure | None:
             points = [(0, 1.0)] + sorted((r["case"]["P"], r["ratio"]) for r in rows if r["way"] == way)
             axis.plot([P for P, _ in points], [ratio for _, ratio in points], label=way, **style(way))
         axis.axhline(1, color="grey", linestyle="--", linewidth=1)
-        axis.set_yscale("log", base=2)
-        axis.yaxis.set_major_formatter(lambda value, _: f"{value:g}x")
+        plain_log(axis, (1, 1.5, 2, 3, 4, 6, 8), "x")
+        axis.set_ylim(0.9, 1.1 * max(2.0, *(r["ratio"] for r in rows)))
         prefix_axis(axis, ticks)
         axis.set_ylabel("time, over the model without a prefix")
         axis.set_title(name, fontsize=8)

@@ -32,7 +32,7 @@ def regrets(records: Sequence[Record]) -> list[Regret]:
     groups: dict[tuple[object, ...], dict[str, Record]] = {}
     for r in records:
         if r["way"] in OURS and "seconds" in r:
-            groups.setdefault((r["what"], *sorted(r["case"].items())), {})[r["way"]] = r
+            groups.setdefault((r.get("run"), r["what"], *sorted(r["case"].items())), {})[r["way"]] = r
     found = []
     for group in groups.values():
         chosen = next(iter(group.values()))["auto"]

@@ -18,7 +18,7 @@ CAPTIONS = {
     "speedup": "The fastest peer over what `auto` chose. Below 1 the peer named in the cell is faster.",
     "roofline": "What `auto` chose, under this machine's measured rates. Points above the slope came from a cache.",
     "regret": "What `auto` chose over the fastest of our own backends, both timed in the same rounds.",
-    "memory": "Peak memory against P at the largest batch.",
+    "memory": "Peak memory against B * P.",
     "model": "Whole models: time over that of the same frozen model without a prefix, in the same run.",
 }
 
@@ -52,11 +52,11 @@ def about(documents: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def cases(found: Sequence[Record]) -> dict[tuple[Any, ...], dict[str, Record]]:
-    """Records of the operator by (what, case), by way; with those that only have a reason."""
+    """Records of the operator by (what, run, case), by way; with those that only have a reason."""
     groups: dict[tuple[Any, ...], dict[str, Record]] = {}
     for r in found:
         if r["suite"] == "operator" and r["way"]:
-            groups.setdefault((r["what"], *sorted(r["case"].items())), {})[r["way"]] = r
+            groups.setdefault((r["what"], r["run"], *sorted(r["case"].items())), {})[r["way"]] = r
     return groups
 
 
@@ -122,15 +122,15 @@ def absent(found: Sequence[Record]) -> list[str]:
 
 def lengths(found: Sequence[Record]) -> list[str]:
     """Relative latency of whole models, one row per model and way."""
-    table: dict[tuple[str, str, str], dict[int, float]] = {}
+    table: dict[tuple[str, str, str], dict[int, str]] = {}
     for r in model.relative(found):
         rest = title((k, v) for k, v in r["case"].items() if k not in ("P", "on"))
-        table.setdefault((r["what"], rest, r["way"]), {})[r["case"]["P"]] = r["ratio"]
+        table.setdefault((r["what"], rest, r["way"]), {})[r["case"]["P"]] = f"{r['ratio']:.2f} ({r['of_medians']:.2f})"
     prefixes = sorted({P for ratios in table.values() for P in ratios})
     if not prefixes:
         return []
     body = [
-        [NAMES.get(what, what), rest, way, *(f"{ratios[P]:.2f}" if P in ratios else "-" for P in prefixes)]
+        [NAMES.get(what, what), rest, way, *(ratios.get(P, "-") for P in prefixes)]
         for (what, rest, way), ratios in table.items()
     ]
     lines = rows(("what", "model", "way", *(f"P = {P}" for P in prefixes)), body)
@@ -142,7 +142,7 @@ def lengths(found: Sequence[Record]) -> list[str]:
     ]  # fmt: skip
     heads = ("what", "case", "way", "s (median)", "min", "IQR", "tokens/s")
     return [
-        "Time over that of P = 0:",
+        "Time over that of P = 0, by the fastest samples (by the medians):",
         "",
         *lines,
         "Seconds per step, or per token of the whole batch:",
@@ -176,7 +176,7 @@ def calls(found: Sequence[Record]) -> list[str]:
 
 
 def markdown(paths: Sequence[Path], pictures: Sequence[Path], folder: Path) -> str:
-    """The whole report; links are relative to ``folder``."""
+    """The whole report; links are relative to ``folder``. ``notes.md`` beside the first file, if any, comes first."""
     documents, found = [read(path) for path in paths], records(paths)
     link = {p.stem: f"![{CAPTIONS[p.stem]}]({os.path.relpath(p, folder)})" for p in pictures}
     images = lambda *names: [line for n in names if n in link for line in (link[n], "", CAPTIONS[n], "")]
@@ -191,9 +191,11 @@ def markdown(paths: Sequence[Path], pictures: Sequence[Path], folder: Path) -> s
     suites = {d["suite"] for d in documents}
     if "operator" not in suites:
         del parts["One call"], parts["The choice of a backend"]
-    made = f"Made by `python -m benchmarks report {' '.join(p.name for p in paths)}`, and by nothing else."
+    made = f"Made by `python -m benchmarks report {' '.join(map(str, paths))}`, and by nothing else."
     how = "How it is measured is in `prefix_attn/bench/__init__.py`."
-    lines = ["# Benchmarks", "", made, how, "", *about(documents)]
+    notes = paths[0].with_name("notes.md")
+    said = [notes.read_text(encoding="utf-8").strip(), ""] if notes.is_file() else []
+    lines = ["# Benchmarks", "", made, how, "", *said, "## Machine and method", "", *about(documents)]
     for name, body in parts.items():
         if body:
             lines += [f"## {name}", "", *body]

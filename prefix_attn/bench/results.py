@@ -66,8 +66,12 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def records(paths: Iterable[Path]) -> list[Record]:
-    """The records of several files, each with its suite."""
-    return [{"suite": document["suite"], **record} for document in map(read, paths) for record in document["records"]]
+    """The records of several files, each with its suite and its run, the file: only what is of one run is compared."""
+    found = []
+    for path in paths:
+        document = read(path)
+        found += [{"suite": document["suite"], "run": str(path), **record} for record in document["records"]]
+    return found
 
 
 def key(record: Record) -> tuple[Any, ...]:
@@ -83,7 +87,7 @@ def title(case: Iterable[tuple[str, Any]]) -> str:
 def timed(found: Iterable[Record], suite: str, what: str) -> list[Record]:
     """The last measurement of every case and way."""
     wanted = [r for r in found if (r["suite"], r["what"]) == (suite, what) and "reason" not in r]
-    return list({key(r): r for r in wanted}.values())
+    return list({(r["run"], *key(r)): r for r in wanted}.values())
 
 
 def parse_filters(texts: Sequence[str]) -> dict[str, set[str]]:

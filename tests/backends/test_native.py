@@ -72,11 +72,11 @@ def test_auto_prefers_torch_without_vector_instructions(monkeypatch: pytest.Monk
 @pytest.mark.parametrize(
     ("B", "H", "P", "dtype", "expected"),
     [
-        (1, 2, 512, torch.float32, "composed"),
-        (1, 2, 511, torch.float32, "cpu"),
-        (2, 2, 512, torch.float32, "cpu"),
-        (1, 4, 512, torch.float32, "cpu"),
-        (1, 2, 512, torch.bfloat16, "cpu"),
+        (1, 2, 1024, torch.float32, "composed"),
+        (1, 2, 1023, torch.float32, "cpu"),
+        (2, 2, 1024, torch.float32, "cpu"),
+        (1, 4, 1024, torch.float32, "cpu"),
+        (1, 2, 1024, torch.bfloat16, "cpu"),
     ],
 )
 def test_a_long_prefix_that_nobody_shares_is_left_to_torch(

@@ -109,7 +109,7 @@ def test_a_budget_leaves_items_for_their_name() -> None:
 
 
 def record(way: str, seconds: list[float], auto: str = "cpu", **case: object) -> dict[str, object]:
-    return {"suite": "operator", "case": {"P": 4, **case}, "what": "decode", "way": way, "auto": auto,
+    return {"suite": "operator", "run": "a.json", "case": {"P": 4, **case}, "what": "decode", "way": way, "auto": auto,
             "seconds": seconds, **spread(seconds)}  # fmt: skip
 
 
