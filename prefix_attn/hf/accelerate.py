@@ -13,6 +13,7 @@ from torch import Tensor
 from prefix_attn.hf import attention
 from prefix_attn.hf.attach import Attachment
 from prefix_attn.hf.config import PrefixConfig
+from prefix_attn.hf.stored import slots_of_peft
 
 SERVED = ("PREFIX_TUNING", "CARTRIDGE")
 
@@ -25,10 +26,11 @@ def accelerate(model: Any, *, backend: str = "auto") -> Callable[[], None]:
     Forward, generate and training then make the prefix once per call instead of once per sample, and the KV cache holds
     the sequence alone. The adapter stays PEFT's own: its parameters, ``set_adapter``, ``disable_adapter``,
     ``save_pretrained``. Outputs are PEFT's, except where PEFT loses the prefix (past a sliding window) or counts left
-    padding as positions (in a bare forward). Gradient checkpointing, which PEFT refuses, works.
+    padding as positions (in a bare forward). Gradient checkpointing, which PEFT refuses, works. In an encoder-decoder
+    model layer i of the decoder has slot 2i mod L of the prefix, as in PEFT.
 
     Args:
-        model: a ``peft.PeftModel`` over a decoder-only transformers model; changed in place.
+        model: a ``peft.PeftModel`` over a transformers model; changed in place.
         backend: of ``prefix_attention``.
 
     Returns:
@@ -36,7 +38,7 @@ def accelerate(model: Any, *, backend: str = "auto") -> Callable[[], None]:
 
     Raises:
         TypeError: not a PEFT model. ValueError: its active adapter has no prefix, or it is accelerated already.
-        NotImplementedError: an encoder-decoder model, or one whose attention cannot be served.
+        NotImplementedError: a model whose attention cannot be served.
     """
     if not hasattr(model, "active_peft_config"):
         raise TypeError(f"accelerate needs a peft.PeftModel, got {type(model).__name__}")
@@ -48,8 +50,13 @@ def accelerate(model: Any, *, backend: str = "auto") -> Callable[[], None]:
 
     def running() -> AbstractContextManager[None]:
         config = _check(model)
-        ours = PrefixConfig(num_virtual_tokens=config.num_virtual_tokens, position_mode="shift", backend=backend)
-        return attachment.running(_kv(model, config), attachment.resolve(ours))
+        kv, sites = _kv(model, config), None
+        if config.num_transformer_submodules > 1:  # of an encoder-decoder: in PEFT, too, the decoder's alone
+            pairs = kv.unflatten(0, (-1, 2))
+            kv, sites = pairs[slots_of_peft(len(pairs), attachment.decoder_layers)].flatten(0, 1), ("decoder",)
+        length = config.num_virtual_tokens
+        ours = PrefixConfig(num_virtual_tokens=length, sites=sites, position_mode="shift", backend=backend)
+        return attachment.running(kv, attachment.resolve(ours))
 
     @functools.wraps(theirs[0])
     def forward(*args: Any, **kwargs: Any) -> Any:
@@ -74,13 +81,11 @@ def accelerate(model: Any, *, backend: str = "auto") -> Callable[[], None]:
 
 
 def _check(model: Any) -> Any:
-    """The configuration of the active adapter, which must be a prefix of a decoder-only model."""
+    """The configuration of the active adapter, which must be a prefix."""
     config = model.active_peft_config
     kind = getattr(config.peft_type, "value", config.peft_type)
     if kind not in SERVED:
         raise ValueError(f"the active adapter {model.active_adapter!r} is {kind}; only {SERVED} have a prefix")
-    if config.num_transformer_submodules != 1:
-        raise NotImplementedError("the adapter is one of an encoder-decoder model; decoder-only models are served")
     return config
 
 

@@ -70,6 +70,25 @@ def test_results_are_those_of_peft(name: str, adapter: str) -> None:
     assert all(torch.equal(again[n], expected[n]) for n in expected)
 
 
+@pytest.mark.parametrize("projection", [False, True], ids=["flat", "mlp"])
+@pytest.mark.parametrize("name", ["bart", "t5", "mt5", "pegasus"])
+def test_results_of_encoder_decoders_are_those_of_peft(name: str, projection: bool) -> None:
+    """Half of its slots dead and layers that share one, as PEFT has it."""
+    torch.manual_seed(1)
+    config = PrefixTuningConfig(
+        task_type="SEQ_2_SEQ_LM", num_virtual_tokens=P, prefix_projection=projection, encoder_hidden_size=16
+    )
+    sizes = {"d_kv": 8} if name in ("t5", "mt5") else {}  # PEFT takes the head size from d_model
+    model = get_peft_model(tiny(name, **sizes), config).eval()
+    assert model.active_peft_config.num_transformer_submodules == 2
+    expected = results(model)
+    undo = accelerate(model)
+    assert_same(results(model), expected)
+    undo()
+    again = results(model)
+    assert all(torch.equal(again[n], expected[n]) for n in expected)
+
+
 def test_the_adapter_stays_pefts() -> None:
     """Another adapter, none, and PEFT's own state dict, while accelerated."""
     model = peft_model()
