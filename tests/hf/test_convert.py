@@ -40,6 +40,7 @@ def saved_by_peft(base: PreTrainedModel, folder: Path, config: Any) -> Tensor:
     return logits(peft)
 
 
+@pytest.mark.peft
 @pytest.mark.parametrize(("name", "layers"), [("bart", 4), ("bart", 3), ("t5", 2)])
 def test_peft_s_encoder_decoder_models_there_and_back(name: str, layers: int, tmp_path: Path) -> None:
     """To ours, with a prefix for each decoder layer; and from ours to PEFT, where one dead slot keeps layers apart."""
@@ -63,6 +64,7 @@ def test_peft_s_encoder_decoder_models_there_and_back(name: str, layers: int, tm
     assert (logits(again) - expected).abs().max() > 0.1
 
 
+@pytest.mark.peft
 def test_cartridges_to_peft_and_back(tmp_path: Path) -> None:
     foreign.cartridge(tmp_path / "cache.pt", table(3, width=16), 2, frozen=1)
     convert(tmp_path / "cache.pt", tmp_path / "peft", to="peft")
@@ -77,6 +79,7 @@ def test_cartridges_to_peft_and_back(tmp_path: Path) -> None:
     assert (logits(ours(tiny("llama"), tmp_path / "ours")) - expected).abs().max() <= 1e-5
 
 
+@pytest.mark.peft
 def test_the_original_to_peft(tmp_path: Path) -> None:
     """GPT-2's positions are shifted by both."""
     part, rows = mlp(3)
