@@ -97,7 +97,7 @@ Keys<T> sequence_at(const Call& c, const Row& row, int64_t kv, float* at, bool b
     const int64_t key0 = key_at(c.key, row, kv, 0), value0 = key_at(c.value, row, kv, 0);
     const int64_t first =
         seen(c, row, row.length - row.S).lo / NT * NT;  // no query sees a key before the first's window
-    pack_keys<T>(c, c.key, key0, c.value, value0, row.length, backward, at, first);
+    pack_keys<T>(c, c.key, key0, c.value, value0, row.length, backward, at, first, row.length);
     return keys_at<T>(c, c.key, key0, c.value, value0, row.length, at, backward);
 }
 

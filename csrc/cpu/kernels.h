@@ -44,7 +44,7 @@ void pack(const Call& c, bool backward, float* packed, int64_t unit) {
     const Array &k = c.prefix_key, &v = c.prefix_value;
     with_elements(c, [&](auto x) {
         pack_keys<decltype(x)>(c, k, n * k.batch + kv * k.head, v, n * v.batch + kv * v.head, c.P, backward,
-                               packed + unit * keys_floats<decltype(x)>(c, c.P, backward));
+                               packed + unit * keys_floats<decltype(x)>(c, c.P, backward), 0, prefix_length(c, n));
     });
 }
 

@@ -161,16 +161,17 @@ inline void pack_tile(const Array& x, int64_t at, int64_t count, int64_t size, P
     if (down) zip_rows({rows_of_tile, width}, count, up(size), down);
 }
 
-// Packs what ``keys_at`` then finds. What is behind the last key of a tile is 0 up to a whole vector.
+// Packs keys [from, until) of what ``keys_at`` then finds; the others are not read. What is behind the last key of a
+// tile is 0 up to a whole vector, and the second row of a pair.
 template <typename T>
 void pack_keys(const Call& c, const Array& key, int64_t key0, const Array& value, int64_t value0, int64_t n,
-               bool backward, float* to, int64_t from = 0) {
+               bool backward, float* to, int64_t from, int64_t until) {
     const Keys<T> x = keys_at<T>(c, key, key0, value, value0, n, to, backward);
     const auto tile = [&](const T* at, int64_t n0, int64_t size) {
         return at ? const_cast<T*>(at) + n0 * size : nullptr;
     };
-    for (int64_t n0 = from; n0 < n; n0 += NT) {
-        const int64_t count = std::min(NT, n - n0);
+    for (int64_t n0 = from; n0 < until; n0 += NT) {
+        const int64_t count = std::min(NT, until - n0);
         pack_tile(key, key0 + n0 * key.row, count, c.D, tile(x.kt, n0, elements<T>(c.D)),
                   backward ? tile(x.k, n0 / PER<T>, x.ldk) : nullptr);
         pack_tile(value, value0 + n0 * value.row, count, c.DV, tile(x.vt, n0, elements<T>(c.DV)),
@@ -185,6 +186,11 @@ struct Row {
     int64_t length;                // visible keys
     int64_t entry, prefix, start;  // bank entry and its length; first position that sees the prefix
 };
+
+// Valid keys of a bank entry.
+int64_t prefix_length(const Call& c, int64_t entry) {
+    return c.prefix_lengths ? std::clamp<int64_t>(c.prefix_lengths[entry], 0, c.P) : c.P;
+}
 
 Row row_of(const Call& c, int64_t b) {
     Row r{b, 0, 0, c.S, c.T, c.T, 0, 0, std::numeric_limits<int64_t>::min()};
@@ -201,10 +207,7 @@ Row row_of(const Call& c, int64_t b) {
     if (c.key_lengths) r.length = std::clamp<int64_t>(c.key_lengths[b], 0, c.T);
     if (c.P) {
         r.entry = c.ids ? c.ids[b] : c.N > 1 ? b : 0;
-        if (r.entry >= 0 && r.entry < c.N) {
-            r.prefix = c.P;
-            if (c.prefix_lengths) r.prefix = std::clamp<int64_t>(c.prefix_lengths[r.entry], 0, c.P);
-        }
+        if (r.entry >= 0 && r.entry < c.N) r.prefix = prefix_length(c, r.entry);
     }
     if (c.prefix_start) r.start = c.prefix_start[b];
     return r;

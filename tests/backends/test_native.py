@@ -155,6 +155,26 @@ def test_offsets_beyond_32_bits(axis: int) -> None:
     assert all(torch.equal(a[name], b[name]) for name in a)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("S", [1, 50])
+def test_what_lies_behind_a_length_is_nowhere(dtype: torch.dtype, S: int) -> None:
+    """NaN in what nobody filled of a bank and of a static cache: the same bits in the output and in every gradient."""
+    case = Case(B=4, N=3, S=S, T=70, P=70, D=33, Dv=17, with_=("sinks", "prefix_ids", "prefix_lengths", "key_lengths"))
+    clean = case.arguments(dtype) | {
+        "prefix_ids": torch.tensor([0, 1, 2, 0]),
+        "prefix_lengths": torch.tensor([5, 64, 69]),
+        "key_lengths": torch.tensor([0, 51, 64, 69]),
+    }
+    garbage = dict(clean)
+    for name, lengths in (("prefix", clean["prefix_lengths"]), ("", clean["key_lengths"])):
+        behind = torch.arange(70) >= lengths[:, None, None]
+        for tensor in (f"{name}_key".lstrip("_"), f"{name}_value".lstrip("_")):
+            garbage[tensor] = clean[tensor].masked_fill(behind[..., None], torch.nan)
+    a, b = (run("cpu", arguments, lse_gradient=True) for arguments in (clean, garbage))
+    assert a["grad prefix_key"].abs().amax() > 0
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
 def test_lengths_that_lie_touch_nothing_else() -> None:
     """cu_seqlens out of order or past the end, ids out of range, as a compiled program may pass: no other memory."""
     query, prefix = torch.randn(1, 2, 20, 8), torch.randn(3, 2, 4, 8)
