@@ -90,9 +90,11 @@ def _cache(model: PrefixModel, ids: Tensor) -> float:
         "pad_token_id": 0,
     }
     options |= {"attention_mask": torch.ones_like(ids), "return_dict_in_generate": True, "output_logits": True}
-    first, second = (model.generate(ids, use_cache=cache, **options).logits for cache in (True, False))
-    same = [i for i in range(NEW_TOKENS) if i == 0 or torch.equal(first[i - 1].argmax(-1), second[i - 1].argmax(-1))]
-    return max(_far(first[i], second[i]) for i in same)
+    first, second = (model.generate(ids, use_cache=cache, **options) for cache in (True, False))
+    # Where two tokens are about as likely, the outputs part ways, and what follows cannot be compared.
+    texts = [(first.sequences[:, : TOKENS + i], second.sequences[:, : TOKENS + i]) for i in range(NEW_TOKENS)]
+    steps = [i for i, (one, other) in enumerate(texts) if torch.equal(one, other)]
+    return torch.tensor([_far(first.logits[i], second.logits[i]) for i in steps]).max().item()
 
 
 def _gradients(model: PrefixModel, ids: Tensor) -> float:
@@ -108,11 +110,12 @@ def _gradients(model: PrefixModel, ids: Tensor) -> float:
 
 
 def _checkpointing(model: PrefixModel, ids: Tensor) -> float:
-    plain = _gradient(model, ids)
+    """In training mode, in which models checkpoint, with the same dropout in both."""
     with _in_training(model):
+        plain = _drawn_again(model, ids)
         set_checkpointing(model, use_reentrant=False)
         try:
-            return _far(_gradient(model, ids), plain)
+            return _far(_drawn_again(model, ids), plain)
         finally:
             set_checkpointing(model, use_reentrant=None)
 
@@ -159,13 +162,16 @@ def _train(model: PrefixModel, ids: Tensor) -> None:
     optimizer.step()
 
 
+def _drawn_again(model: PrefixModel, ids: Tensor) -> Tensor:
+    """The gradient, with the same random numbers in every call."""
+    with torch.random.fork_rng([ids.device] if ids.is_cuda else []):
+        torch.manual_seed(0)
+        return _gradient(model, ids)
+
+
 @contextmanager
 def _in_training(model: PrefixModel) -> Iterator[None]:
-    """Training mode, in which models checkpoint, without dropout, which would hide what is compared."""
     model.train()
-    for module in model.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.eval()
     try:
         yield
     finally:
@@ -173,7 +179,9 @@ def _in_training(model: PrefixModel) -> Iterator[None]:
 
 
 def _far(got: Tensor, expected: Tensor) -> float:
-    """The largest difference over the largest number."""
+    """The largest difference over the largest number; 0 where there are none, as of a prefix that is all frozen."""
+    if not expected.numel():
+        return 0.0
     return float((got - expected).abs().max() / expected.abs().max().clamp_min(torch.finfo(expected.dtype).tiny))
 
 

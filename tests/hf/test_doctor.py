@@ -10,8 +10,35 @@ import torch
 from torch import Tensor
 
 from prefix_attn import PrefixConfig, get_prefix_model
-from prefix_attn.hf.doctor import MEASURES, examine
-from tests.hf.models import tiny
+from prefix_attn.hf.doctor import LOGITS, MEASURES, ROWS, TOKENS, VIRTUAL, examine
+from tests.hf.models import tiny, tokens
+
+DROPOUT: dict[str, dict[str, Any]] = {
+    "gpt2": {"attn_pdrop": 0.1, "resid_pdrop": 0.1, "embd_pdrop": 0.1},  # as released
+    "opt": {"dropout": 0.1, "attention_dropout": 0.1},
+}
+
+
+@pytest.mark.parametrize("name", DROPOUT)
+def test_dropout_is_no_finding(name: str) -> None:
+    """Of attention and of layers, which is no module that could be switched off."""
+    assert [f.name for f in examine(tiny(name, **DROPOUT[name])) if not f.holds] == []
+
+
+def test_generation_that_parts_ways(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two tokens that are equally likely: what comes after them is not compared, though a token may be the same."""
+    model = get_prefix_model(tiny("llama"), PrefixConfig(num_virtual_tokens=VIRTUAL))
+    own, parted = model.base_model.generate, TOKENS + 2
+
+    def generate(ids: Tensor, **options: Any) -> Any:
+        out = own(ids, **options)
+        if not options["use_cache"]:
+            out.sequences[:, parted] += 1
+            out.logits = tuple(t if i <= 2 else t + t.argmax(-1, True) for i, t in enumerate(out.logits))
+        return out
+
+    monkeypatch.setattr(model.base_model, "generate", generate)
+    assert MEASURES["generation with and without a cache"](model, tokens(ROWS, TOKENS)) <= LOGITS
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gemma2"])
@@ -27,6 +54,7 @@ def test_a_model_that_is_served(name: str) -> None:
 ADAPTERS: dict[str, dict[str, Any]] = {
     "mlp": {"prefix_projection": True, "encoder_hidden_size": 8},
     "infix": {"mode": "infix", "num_frozen_tokens": 1},
+    "frozen": {"num_frozen_tokens": 3},
     "gate": {"gate": "zero"},
     "embedding": {"mode": "embedding"},
 }
