@@ -86,9 +86,10 @@ def from_mask(kwargs: dict[str, Any]) -> Tensor:
 
 
 def past(kwargs: Mapping[str, Any]) -> int | Tensor:
-    """The number of tokens in the cache."""
+    """The number of tokens in the cache, as it is now: a static one counts in place."""
     cache = cache_of(kwargs)
-    return 0 if cache is None else cache.get_seq_length()
+    length = 0 if cache is None else cache.get_seq_length()
+    return length.clone() if isinstance(length, Tensor) else length
 
 
 def _tokens(kwargs: dict[str, Any]) -> Tensor:

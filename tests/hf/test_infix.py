@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, StaticCache
 
 from prefix_attn import PrefixConfig, PrefixModel, get_prefix_model
 from prefix_attn.data import collate
@@ -137,6 +137,19 @@ def test_generate_equals_forward(name: str) -> None:
         assert torch.equal(model.generate(inputs_embeds=embeds, **QUIET)[0], out[row, 9:])
     early = model.generate(ids, attention_mask=mask, infix_start=torch.tensor([0, 1, 2]), **QUIET)
     assert not torch.equal(early, out)
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral"])
+def test_a_prompt_in_pieces(name: str) -> None:
+    """Caches that grow and those of a fixed size, which count while a layer runs; starts in every piece."""
+    model, ids, start = infixed(name), tokens(3, 12), torch.tensor([6, 2, 8])
+    with torch.no_grad():
+        whole = model(ids, infix_start=start).logits
+        for cache in (DynamicCache(config=model.config), StaticCache(config=model.config, max_cache_len=16)):
+            pieces = [
+                model(part, infix_start=start, **{CACHE: cache}).logits for part in ids.split((4, 4, 3, 1), dim=1)
+            ]
+            torch.testing.assert_close(torch.cat(pieces, dim=1), whole, rtol=1e-4, atol=1e-4)
 
 
 def test_assisted_decoding() -> None:
