@@ -51,7 +51,7 @@ def save_prefix(
     with torch.no_grad():
         prefix = {KEY: encoder.prompt_embeddings().float()}
     if encoder.gate is not None:
-        prefix[GATE] = encoder.gate
+        prefix[GATE] = encoder.gate.float()
     prefix = _on_cpu(prefix)
     metadata = {
         "format": "pt",

@@ -178,6 +178,16 @@ def test_files_and_folding(form: str, tmp_path: Path) -> None:
         PeftModel.from_pretrained(tiny("llama"), tmp_path)
 
 
+def test_files_of_a_model_in_half_precision(tmp_path: Path) -> None:
+    """Files are float32, whatever the prefix was cast to."""
+    model = gated(prefix_projection=True).bfloat16()
+    model.save_pretrained(tmp_path, training_state=True)
+    for is_trainable in (False, True):
+        again = PrefixModel.from_pretrained(tiny("llama"), tmp_path, is_trainable=is_trainable)
+        assert torch.equal(again.prefixes["default"].gate, model.prefixes["default"].gate.float())
+        assert again.prefix_configs["default"].prefix_projection == is_trainable
+
+
 def test_a_training_state_with_other_gates_is_not_used(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """After the first step, the prefix is still the one before it: gates tell the two apart."""
     model = gated(prefix_projection=True)
