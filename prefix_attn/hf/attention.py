@@ -99,15 +99,14 @@ class PrefixState:
             ids, lengths = grow(self.rows.ids, call.query.shape[0]), self.rows.lengths
             gate = None if gate is None else gate[ids.clamp(min=0)]  # whatever it is in rows without a prefix
         prefix = Prefix(*self.layers[slot], ids, lengths, gate, start)
-        if prefix.key is None or prefix.key.device == call.query.device:
-            return prefix
-        # A device_map has this layer elsewhere.
+        # A device_map may have this layer elsewhere, and starts are where the caller's labels or prompt are.
         return Prefix(*(None if t is None else t.to(call.query.device) for t in prefix))
 
     def _start(self, starts: Tensor, call: Call) -> Tensor:
         """``starts`` where the operator has the last query at the last key: caches are larger, or hold a window."""
         B, _, S, _ = call.query.shape
-        return grow(starts, B) + (call.key.shape[2] - S - call.first)
+        first = call.first.to(starts.device) if isinstance(call.first, Tensor) else call.first
+        return grow(starts, B) + (call.key.shape[2] - S - first)
 
 
 class Call(NamedTuple):

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from prefix_attn.hf.attach import evaluating
 from prefix_attn.hf.infix import IGNORED, start_of_targets
 from prefix_attn.hf.model import PrefixModel
+from prefix_attn.hf.wrapper import device_of
 
 BARS = "▁▂▃▄▅▆▇█"  # of shares in eighths
 
@@ -47,7 +48,7 @@ def prefix_mass(
     sums = {slot.module: torch.zeros(slot.query_heads, dtype=torch.float64) for slot in slots}
     counts = dict.fromkeys(sums, 0)
     sites = {slot.module: slot.site for slot in slots}
-    device = model.base_model.get_input_embeddings().weight.device
+    device = device_of(model.base_model.get_input_embeddings())
     with evaluating(model):
         for batch in batches:
             batch = {name: tensor.to(device) for name, tensor in batch.items()}
@@ -56,9 +57,11 @@ def prefix_mass(
             def add(module: nn.Module, share: Tensor, batch: Any = batch, starts: Tensor | None = starts) -> None:
                 B, _, S = share.shape
                 tokens = _tokens(batch, sites[module], attachment.has_decoder)
-                tokens = torch.ones(B, S, device=device) if tokens is None else tokens
+                # A device_map may have this layer elsewhere.
+                tokens = torch.ones(B, S, device=share.device) if tokens is None else tokens.to(share.device)
                 if starts is not None:
-                    tokens = tokens * (torch.arange(S, device=device) >= starts[:, None])
+                    columns = torch.arange(S, device=share.device)
+                    tokens = tokens * (columns >= starts[:, None].to(share.device))
                 sums[module] += torch.einsum("bhs,bs->h", share.double(), tokens.double()).cpu()
                 counts[module] += int(tokens.sum())
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
@@ -123,6 +124,15 @@ def test_some_layers_and_the_heat_map(tmp_path: Path) -> None:
     assert torch.equal(model(tokens()).logits, before)
     plot_mass(mass, {"decoder": [0, 2]}, tmp_path / "new" / "mass.png")
     assert (tmp_path / "new" / "mass.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_an_offloaded_model() -> None:
+    """Its weights are on no device until a module runs, its layers may be on another, and batches are on the CPU."""
+    config = PrefixConfig(num_virtual_tokens=P, init_token_ids=[5], init="text", mode="infix")
+    batch = {"input_ids": tokens(), "attention_mask": torch.ones_like(tokens()), "labels": tokens()}
+    expected = prefix_mass(get_prefix_model(tiny("llama"), config), [batch])
+    base = cpu_offload(tiny("llama"), execution_device=torch.device("cpu"))
+    torch.testing.assert_close(prefix_mass(get_prefix_model(base, config), [batch]), expected)
 
 
 def test_errors() -> None:

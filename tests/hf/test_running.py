@@ -242,12 +242,13 @@ def test_device_map(tmp_path: Path) -> None:
     torch.testing.assert_close(model(tokens()).logits, expected(tokens()).logits)
 
 
+@pytest.mark.parametrize("beside", ["cpu", "meta"])
 @pytest.mark.parametrize("bank", [False, True], ids=["one", "bank"])
-def test_layers_on_another_device(bank: bool) -> None:
-    """The prefix, kept where the embeddings are, goes where its layer is."""
+def test_layers_on_another_device(bank: bool, beside: str) -> None:
+    """The prefix, kept where the embeddings are, goes where its layer is; where an infix starts, from the caller's."""
     module, kv, gates = nn.Module(), torch.randn(2, 2, 2, P, 8), torch.ones(2, 1, 4)
     rows = Rows(torch.tensor([1, -1]), 0, torch.tensor([P, P])) if bank else None
-    kv, gates = (kv, gates) if bank else (kv[0], gates[0])
+    kv, gates = (t.to(beside) for t in ((kv, gates) if bank else (kv[0], gates[0])))
     starts = torch.tensor([3, 4])
     state = PrefixState(kv, {module: 0}, shifts={}, backend="auto", rows=rows, gates=gates, starts=starts)
     there = torch.empty(2, 4, 9, 8, device="meta")
