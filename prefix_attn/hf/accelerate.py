@@ -48,15 +48,27 @@ def accelerate(model: Any, *, backend: str = "auto") -> Callable[[], None]:
     attachment = Attachment(model.get_base_model())
     theirs = model.forward, model.generate
 
+    def ours(config: Any) -> PrefixConfig:
+        # Of an encoder-decoder: in PEFT, too, the decoder's alone.
+        sites, length = ("decoder",) if config.num_transformer_submodules > 1 else None, config.num_virtual_tokens
+        return attachment.resolve(
+            PrefixConfig(num_virtual_tokens=length, sites=sites, position_mode="shift", backend=backend)
+        )
+
     def running() -> AbstractContextManager[None]:
         config = _check(model)
-        kv, sites = _kv(model, config), None
-        if config.num_transformer_submodules > 1:  # of an encoder-decoder: in PEFT, too, the decoder's alone
+        kv = _kv(model, config)
+        if config.num_transformer_submodules > 1:
             pairs = kv.unflatten(0, (-1, 2))
-            kv, sites = pairs[slots_of_peft(len(pairs), attachment.decoder_layers)].flatten(0, 1), ("decoder",)
-        length = config.num_virtual_tokens
-        ours = PrefixConfig(num_virtual_tokens=length, sites=sites, position_mode="shift", backend=backend)
-        return attachment.running(kv, attachment.resolve(ours))
+            kv = pairs[slots_of_peft(len(pairs), attachment.decoder_layers)].flatten(0, 1)
+        return attachment.running(kv, ours(config))
+
+    try:
+        ours(_check(model))
+    except NotImplementedError as error:
+        attachment.remove()
+        name = type(attachment.base).__name__
+        raise NotImplementedError(f"{name}: its tokens cannot start behind the prefix, as PEFT's do") from error
 
     @functools.wraps(theirs[0])
     def forward(*args: Any, **kwargs: Any) -> Any:

@@ -168,3 +168,13 @@ def test_what_cannot_be_accelerated() -> None:
     undo()
     with pytest.raises(ValueError, match="not accelerated any more"):
         undo()
+
+
+def test_a_model_whose_tokens_cannot_move_is_refused_and_left_alone() -> None:
+    model = get_peft_model(tiny("m2m_100"), PrefixTuningConfig(task_type=TaskType.SEQ_2_SEQ_LM, num_virtual_tokens=3))
+    given = {"input_ids": tokens(), "labels": tokens(2, 5)}
+    before, own = model(**given).logits, model.get_base_model().config._attn_implementation
+    with pytest.raises(NotImplementedError, match="M2M100ForConditionalGeneration: its tokens cannot start behind"):
+        accelerate(model)
+    assert model.get_base_model().config._attn_implementation == own
+    assert torch.equal(model(**given).logits, before)
