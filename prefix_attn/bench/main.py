@@ -53,6 +53,13 @@ peers that compile for minutes"""
 SELECT = "only these cases: what=decode P=0,128; None for what a case has not"
 
 
+def positive(text: str) -> int:
+    """A number of an option."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a positive integer, got {text!r}")
+    return int(text)
+
+
 def parser(prog: str) -> argparse.ArgumentParser:
     """Of all commands."""
     raw = argparse.RawDescriptionHelpFormatter
@@ -67,10 +74,10 @@ def parser(prog: str) -> argparse.ArgumentParser:
     run.add_argument("--select", nargs="+", default=[], metavar="NAME=VALUES", help=SELECT)
     run.add_argument("--list", action="store_true", help="show the cases and stop")
     run.add_argument("--peers", nargs="+", metavar="NAME", help="default: all that are worth their time here")
-    run.add_argument("--rounds", type=int, help="samples of each way at most (default: 30; models: 3)")
+    run.add_argument("--rounds", type=positive, help="samples of each way at most (default: 30; models: 3)")
     run.add_argument("--seconds", type=float, default=1.5, help="of sampling per case of the operator, after 5 rounds")
     run.add_argument("--budget", type=float, help="seconds after which no new case begins")
-    run.add_argument("--threads", type=int, default=os.cpu_count() or 1)
+    run.add_argument("--threads", type=positive, default=os.cpu_count() or 1)
     run.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cpu", "cuda"))
     files = {
         "plot": "draw files of results", "report": "markdown of files of results, with pictures",
@@ -130,7 +137,8 @@ def afterwards(args: argparse.Namespace) -> int:
 
         folder = args.figures or args.results[0].parent
         pictures = plot.pictures(args.results, folder)
-        args.out.write_text(report.markdown(args.results, pictures, args.out.parent), encoding="utf-8")
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        args.out.write_text(report.markdown(args.results, pictures, args.out), encoding="utf-8")
         print(args.out)
     return 0
 
@@ -156,6 +164,10 @@ def run(args: argparse.Namespace, command: str) -> int:
         return 0
     if args.grid == "flex" and not args.peers:
         args.peers = [name for name in PEERS if name not in STORES_SCORES]
+    known: tuple[str, ...] = {"model": model.WAYS, "overhead": ()}.get(args.suite, tuple(PEERS))
+    if unknown := [name for name in args.peers or () if name not in known]:
+        named = ", ".join(known) or "none to choose"
+        raise ValueError(f"--peers: the suite {args.suite} has no {unknown[0]!r}; there are {named}")
     if args.figures and not args.out:
         raise ValueError("--figures needs --out: pictures are made from the file of results")
     torch.set_num_threads(args.threads)

@@ -175,10 +175,10 @@ def calls(found: Sequence[Record]) -> list[str]:
     return rows(("what", "way", "us (min)", "us (median)"), body) if body else []
 
 
-def markdown(paths: Sequence[Path], pictures: Sequence[Path], folder: Path) -> str:
-    """The whole report; links are relative to ``folder``. ``notes.md`` beside the first file, if any, comes first."""
+def markdown(paths: Sequence[Path], pictures: Sequence[Path], out: Path) -> str:
+    """The whole report, for the file ``out``. ``notes.md`` beside the first file of results, if any, comes first."""
     documents, found = [read(path) for path in paths], records(paths)
-    link = {p.stem: f"![{CAPTIONS[p.stem]}]({os.path.relpath(p, folder)})" for p in pictures}
+    link = {p.stem: f"![{CAPTIONS[p.stem]}]({os.path.relpath(p, out.parent)})" for p in pictures}
     images = lambda *names: [line for n in names if n in link for line in (link[n], "", CAPTIONS[n], "")]
     parts = {
         "Whole models": [*images("model"), *lengths(found)],
@@ -191,7 +191,7 @@ def markdown(paths: Sequence[Path], pictures: Sequence[Path], folder: Path) -> s
     suites = {d["suite"] for d in documents}
     if "operator" not in suites:
         del parts["One call"], parts["The choice of a backend"]
-    made = f"Made by `python -m benchmarks report {' '.join(map(str, paths))}`, and by nothing else."
+    made = f"Made by `python -m benchmarks report {' '.join(map(str, paths))} --out {out}`, and by nothing else."
     how = "How it is measured is in `prefix_attn/bench/__init__.py`."
     notes = paths[0].with_name("notes.md")
     said = [notes.read_text(encoding="utf-8").strip(), ""] if notes.is_file() else []

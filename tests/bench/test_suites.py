@@ -113,9 +113,20 @@ def test_pictures_report_and_regret(results: Path, tmp_path: Path, capsys: pytes
 def test_errors_of_the_user_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["run", "--suite", "operator", "--select", "Q=1", "--list"]) == 2
     assert main(["compare", str(tmp_path / "none.json"), str(tmp_path / "none.json")]) == 2
+    assert main(["run", "--suite", "model", "--peers", "sdpa"]) == 2
+    assert main(["run", "--suite", "overhead", "--peers", "sdpa"]) == 2
     lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == 2
+    assert len(lines) == 4
     assert lines[0].startswith("error: --select Q: cases have")
+    assert lines[2] == "error: --peers: the suite model has no 'sdpa'; there are bare, ours, PEFT, adapters"
+    assert lines[3] == "error: --peers: the suite overhead has no 'sdpa'; there are none to choose"
+
+
+@pytest.mark.parametrize("option", ["--threads", "--rounds"])
+def test_numbers_of_options_are_positive(option: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(["run", "--suite", "operator", option, "0"])
+    assert f"argument {option}: must be a positive integer, got '0'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
@@ -179,7 +190,7 @@ def test_the_document_is_what_the_files_say(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.chdir(ROOT)
     names = ("latency", "lengths", "speedup", "roofline", "regret", "memory", "model")
     pictures = [CPU / f"{name}.png" for name in names if (CPU / f"{name}.png").is_file()]
-    text = report.markdown(list(map(Path, COMMITTED)), pictures, ROOT / "docs")
+    text = report.markdown(list(map(Path, COMMITTED)), pictures, Path("docs/benchmarks.md"))
     assert text == (ROOT / "docs/benchmarks.md").read_text(encoding="utf-8")
 
 
