@@ -18,13 +18,12 @@ from prefix_attn.data import collate
 from prefix_attn.hf.attach import evaluating
 from prefix_attn.hf.config import PrefixConfig
 from prefix_attn.hf.model import PrefixModel, get_prefix_model
-from prefix_attn.train import Settings, fit
+from prefix_attn.train import VALIDATION_BATCH, Settings, fit
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 TOP_K = 20
-VALIDATION_BATCH = 16
 VALIDATION_ROWS = 64
 
 Row = dict[str, list[int]]

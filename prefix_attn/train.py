@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -19,6 +18,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from prefix_attn.data import Collator, Example, collate, encode
 from prefix_attn.evaluate import validation_loss
 from prefix_attn.hf.bridge import set_checkpointing
+from prefix_attn.hf.files import replace
 from prefix_attn.hf.model import PrefixModel
 
 if TYPE_CHECKING:
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 FLAT_LEARNING_RATE, MLP_LEARNING_RATE = 1e-2, 1e-3
 WARMUP = 20  # steps
+VALIDATION_BATCH = 16
 Objective = Callable[[Any, dict[str, Tensor]], Tensor]  # of a model and a batch
 _log = logging.getLogger(__name__)
 
@@ -75,9 +76,10 @@ def train(
     if cut:
         _log.warning("%d of %d rows have a source longer than max_length=%d: cut", cut, len(rows), settings.max_length)
     held_out = encode(tokenizer, validation, settings.max_length)[0]
-    batches = [collate(held_out[i : i + 16], tokenizer.pad_token_id) for i in range(0, len(held_out), 16)]
+    pad = tokenizer.pad_token_id
+    batches = [collate(held_out[i : i + VALIDATION_BATCH], pad) for i in range(0, len(held_out), VALIDATION_BATCH)]
     measure = partial(validation_loss, model, batches) if batches else lambda: None
-    return fit(model, rows, Collator(tokenizer.pad_token_id), measure, settings, extra={"cut": cut})
+    return fit(model, rows, Collator(pad), measure, settings, extra={"cut": cut})
 
 
 def fit(
@@ -128,7 +130,7 @@ def fit(
         **extra,
     }
     model.save_pretrained(settings.output, training_state=True)
-    _write(settings.output / "metrics.json", json.dumps(metrics, indent=2))
+    replace(settings.output / "metrics.json", json.dumps(metrics, indent=2).encode())
     plot(metrics, settings.output / "loss.png")
     return metrics
 
@@ -251,9 +253,3 @@ def plot(metrics: dict[str, Any], path: Path) -> None:
     axes.legend()
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
-
-
-def _write(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text)
-    os.replace(temporary, path)

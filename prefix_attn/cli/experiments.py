@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import typer
 
@@ -16,6 +15,7 @@ from prefix_attn.experiments.plan import Run
 
 Task = Literal["e2e", "dart", "webnlg", "aws", "aws-summary"]
 Ablation = Literal["length", "init", "mode", "lowdata"]
+Number = TypeVar("Number", int, float)
 Axis = Literal["step", "virtual_tokens", "examples", "method"]
 _AXIS = {"length": "virtual_tokens", "lowdata": "examples", "init": "method", "mode": "method"}
 
@@ -87,8 +87,8 @@ def reproduce(
         max_new_tokens=max_new_tokens,
         unseen=tuple(unseen.split(",")) if unseen else (),
     )
-    rates = [float(rate) for rate in learning_rate.split(",")] if learning_rate else [None]
-    runs = plan.reproduce(common, methods.split(","), _numbers(seeds), rates)
+    rates = _numbers("--learning-rate", learning_rate, float) if learning_rate else [None]
+    runs = plan.reproduce(common, methods.split(","), _numbers("--seeds", seeds, int), rates)
     _run(runs, [train, test], out, "step", threads, device, as_json)
 
 
@@ -119,8 +119,9 @@ def ablate(
 
     [bold]prefix-attn ablate lowdata --train devset.csv --test testset_w_refs.csv --subsets 0,1,2 --out runs/low[/bold]
 
-    Runs that are in --out are not repeated. With few examples a third as many rows are drawn to stop by, and the
-    prefix of the lowest loss is kept.
+    Runs that are in --out are not repeated.
+
+    With few examples a third as many rows are drawn to stop by, and what had the lowest loss is kept.
     """
     common = _common(
         task,
@@ -136,7 +137,7 @@ def ablate(
         num_beams=num_beams,
         max_new_tokens=max_new_tokens,
     )
-    runs = plan.ablate(kind, common, _numbers(seeds), _numbers(subsets))
+    runs = plan.ablate(kind, common, _numbers("--seeds", seeds, int), _numbers("--subsets", subsets, int))
     _run(runs, [train, test], out, _AXIS[kind], threads, device, as_json)
 
 
@@ -176,11 +177,11 @@ def _common(task: str, train: Path | None, test: Path | None, **settings: Any) -
     return {"task": task, **names, "max_length": plan.MAX_LENGTH[task], **start, **settings}
 
 
-def _numbers(text: str) -> list[int]:
+def _numbers(option: str, text: str, kind: Callable[[str], Number]) -> list[Number]:
     try:
-        return [int(number) for number in text.split(",")]
+        return [kind(number) for number in text.split(",")]
     except ValueError:
-        raise ValueError(f"must be numbers such as 0,1,2, got {text!r}") from None
+        raise ValueError(f"{option} must be numbers with commas between them, got {text!r}") from None
 
 
 def _run(
@@ -198,6 +199,7 @@ def _run(
     from prefix_attn.experiments import report as reporting
     from prefix_attn.experiments.methods import require
     from prefix_attn.experiments.runner import execute
+    from prefix_attn.hf.files import replace
 
     if threads is not None:
         torch.set_num_threads(threads)
@@ -212,7 +214,7 @@ def _run(
         results.append(file, execute(run, folders, device))
     found = [result for result in results.read(file) if Run.from_dict(result["run"]) in set(runs)]
     text = reporting.table(found)
-    _write(out / "table.md", text + "\n")
+    replace(out / "table.md", f"{text}\n".encode())
     reporting.plot(found, axis, out / "plot.png")
     typer.echo(json.dumps(found, indent=2) if as_json else text)
 
@@ -221,9 +223,3 @@ def _name(run: Run) -> str:
     shown = ("virtual_tokens", "init", "examples", "subset", "learning_rate", "steps")
     found = [f"{name} {value}" for name in shown if (value := getattr(run, name)) is not None]
     return ", ".join([f"{run.method}, seed {run.seed}", *found])
-
-
-def _write(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)

@@ -19,7 +19,9 @@ def train(
     distill_from: Annotated[
         Path | None, typer.Option(help="Instead of --data: a text that the prefix is to stand for.", dir_okay=False)
     ] = None,
-    top_k: Annotated[int, typer.Option(min=1, help="Of --distill-from: likeliest tokens that are compared.")] = 20,
+    top_k: Annotated[
+        int | None, typer.Option(min=1, help="Of --distill-from: likeliest tokens that are compared. Default: 20.")
+    ] = None,
     validation: Annotated[str | None, typer.Option(help="File to validate on; 'aws' has its own split.")] = None,
     source_column: Source = "source",
     target_column: Target = "target",
@@ -103,7 +105,7 @@ def train(
     import torch
 
     from prefix_attn.data import AWS_TASKS, read_examples
-    from prefix_attn.distill import distill
+    from prefix_attn.distill import TOP_K, distill
     from prefix_attn.hf.config import PrefixConfig
     from prefix_attn.hf.model import get_prefix_model
     from prefix_attn.train import Settings
@@ -111,6 +113,10 @@ def train(
 
     if distill_from is not None and data is not None:
         raise ValueError("--data and --distill-from exclude one another")
+    if mlp is None and (mlp_depth, mlp_activation) != (1, "tanh"):
+        raise ValueError("--mlp-depth and --mlp-activation are of the MLP, whose width --mlp says")
+    if distill_from is None and top_k is not None:
+        raise ValueError("--top-k is of --distill-from, which is not given")
     document = _document(distill_from) if distill_from else None
     other = _document(Path(validation)) if distill_from and validation else None
     if distill_from and (init, init_text, init_document, init_prefix) == ("random", None, None, None):
@@ -142,7 +148,7 @@ def train(
     if document is None:
         metrics = run(prefixed, tokenizer, examples, held_out[:validation_rows], settings)
     else:
-        metrics = distill(prefixed, tokenizer, document, settings, validation=other, top_k=top_k)
+        metrics = distill(prefixed, tokenizer, document, settings, validation=other, top_k=top_k or TOP_K)
     text = (
         f"{metrics['trainable_parameters']:,} parameters ({metrics['trainable_share']:.3%}) trained, saved in {output}"
     )

@@ -23,14 +23,14 @@ from prefix_attn.experiments.plan import Run
 from prefix_attn.experiments.results import Result
 from prefix_attn.hf.load import load_base
 from prefix_attn.metrics import score
-from prefix_attn.train import WARMUP, has_bfloat16
+from prefix_attn.train import VALIDATION_BATCH, WARMUP, has_bfloat16
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 HELD_OUT_ROWS = 160
 LOW_DATA_HELD_OUT = 0.3  # rows to stop early by, as a share of those for training
-VALIDATION_BATCH, GENERATION_BATCH = 16, 16
+GENERATION_BATCH = 16
 SAMPLES = 5
 PACKAGES = ("torch", "transformers", "peft", "prefix-attn", "sacrebleu")
 

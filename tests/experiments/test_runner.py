@@ -198,7 +198,13 @@ ERRORS = {
         ("ablate", "mode", "--out", "x", "--train", "a/x.csv", "--test", "b/x.csv"),
         "must have different names",
     ),
-    "seeds": (("ablate", "mode", "--out", "x", "--train", "a.csv", "--seeds", "one"), "must be numbers such as 0,1,2"),
+    "seeds": (("ablate", "mode", "--out", "x", "--train", "a.csv", "--seeds", "one"), "--seeds must be numbers with"),
+    "rates": (
+        ("reproduce", "e2e", "--out", "x", "--train", "a.csv", "--learning-rate", "1e-2;1e-3"),
+        "--learning-rate must be numbers with commas between them, got '1e-2;1e-3'",
+    ),
+    "no MLP": (("train", "--output", "x", "--mlp-depth", "2"), "--mlp-depth and --mlp-activation are of the MLP"),
+    "no text": (("train", "--output", "x", "--top-k", "5"), "--top-k is of --distill-from, which is not given"),
     "method": (("reproduce", "e2e", "--out", "x", "--train", "a.csv", "--methods", "b"), "method must be one of"),
 }
 
