@@ -1,4 +1,4 @@
-# make demo | test | newest | lint | instructions | bench | gpu | clean. The first call makes a virtual environment in $(VENV).
+# make demo | test | newest | lint | instructions | bench | gpu | clean. The first call makes .venv, or VENV=folder.
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DELETE_ON_ERROR:
