@@ -20,7 +20,7 @@ from prefix_attn.hf.banks import Rows
 from prefix_attn.hf.bridge import Bridge, bridge_next
 from prefix_attn.hf.config import SITES, PrefixConfig
 from prefix_attn.hf.heads import find_heads
-from prefix_attn.hf.positions import Positions, cache_of, past, shifted
+from prefix_attn.hf.positions import Positions, is_packed, past, shifted
 from prefix_attn.hf.slots import Slot, find_slots, find_stacks, is_causal
 from prefix_attn.hf.wrapper import device_of
 
@@ -336,7 +336,7 @@ class Attachment:
         positions = self._positions[stack]
         kwargs = dict(zip(positions.names, args)) | kwargs | {STATE: state}
         kwargs |= positions.arguments(kwargs, state.shifts.get(stack, 0))
-        if _is_packed(kwargs):  # with a cache transformers would not see where a sequence ends
+        if is_packed(kwargs):  # with a cache transformers would not see where a sequence ends
             if kwargs.get("use_cache"):
                 raise ValueError("packed sequences (position_ids that start again) need use_cache=False, got True")
             kwargs["use_cache"] = False
@@ -399,14 +399,6 @@ def some_ids(embeddings: nn.Module, length: int) -> Tensor:
     """Different ids from the middle of the vocabulary: padding and other special ones are at its ends."""
     assert isinstance(embeddings.weight, Tensor)
     return embeddings.weight.shape[0] // 2 + torch.arange(length)
-
-
-def _is_packed(kwargs: dict[str, Any]) -> bool:
-    """Whether rows hold several sequences, told apart by positions that start again."""
-    positions = kwargs.get("position_ids")
-    if positions is None or kwargs.get("attention_mask") is not None or cache_of(kwargs) is not None:
-        return False
-    return not torch.compiler.is_compiling() and bool((positions.diff(dim=-1) < 0).any())
 
 
 def _drops_layers(stack: PreTrainedModel) -> bool:

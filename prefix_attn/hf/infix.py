@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from prefix_attn.hf.positions import past
+from prefix_attn.hf.positions import is_packed, past
 
 IGNORED = -100  # label of a token that has no loss
 
@@ -29,9 +29,8 @@ def start_of_targets(start: Tensor | None, given: Mapping[str, Any]) -> Tensor:
     Raises:
         ValueError: neither start nor labels, or not one for each row. NotImplementedError: packed sequences.
     """
-    positions, labels = given.get("position_ids"), given.get("labels")
-    readable = positions is not None and not torch.compiler.is_compiling()
-    if readable and bool((positions.diff(dim=-1) < 0).any()):
+    labels = given.get("labels")
+    if is_packed(given):
         raise NotImplementedError("mode='infix': packed sequences have more than one start; give each a row of its own")
     if start is not None:
         tokens = given["input_ids"] if given.get("inputs_embeds") is None else given["inputs_embeds"]

@@ -102,3 +102,14 @@ def cache_of(kwargs: Mapping[str, Any]) -> Any:
     """The cache among the arguments of a model, or None: "past_key_values", and "cache" since transformers 5.24."""
     cache = kwargs.get("cache")
     return kwargs.get("past_key_values") if cache is None else cache
+
+
+def is_packed(kwargs: Mapping[str, Any]) -> bool:
+    """Whether rows hold several sequences, told apart by positions that start again.
+
+    A mask says that they do not, as transformers has it: positions of padding are anything.
+    """
+    positions = kwargs.get("position_ids")
+    if positions is None or kwargs.get("attention_mask") is not None or cache_of(kwargs) is not None:
+        return False
+    return not torch.compiler.is_compiling() and bool((positions.diff(dim=-1) < 0).any())

@@ -83,6 +83,16 @@ def test_equals_concatenation(name: str) -> None:
     assert ((got - wanted).norm(dim=(0, 2)) / wanted.norm(dim=(0, 2))).max() <= 5e-5
 
 
+def test_positions_of_padding_are_anything() -> None:
+    """transformers' generate gives padding position 1: that is no packed row."""
+    model, ids, mask = infixed(), *left_padded(3, 12)
+    positions = (mask.cumsum(-1) - 1).masked_fill(mask == 0, 1)
+    assert bool((positions.diff(dim=-1) < 0).any())
+    got = model(ids, attention_mask=mask, position_ids=positions, infix_start=STARTS).logits
+    expected = model(ids, attention_mask=mask, infix_start=STARTS).logits
+    torch.testing.assert_close(got[mask.bool()], expected[mask.bool()], **CLOSE)
+
+
 @pytest.mark.parametrize("name", ["gpt2", "llama", "mistral"])
 def test_what_comes_before_it_is_the_frozen_model(name: str) -> None:
     """To the bit, and what predicts the first target is not: it sees the infix."""
