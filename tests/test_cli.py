@@ -148,6 +148,10 @@ ERRORS = {
         ("train", "--output", "x", "--data", "{data}", "--init-text", "a", "--init-document", "{data}"),
         "one start, got --init-text and --init-document",
     ),
+    "a start beside its source": (
+        ("train", "--output", "x", "--data", "{data}", "--init", "zero", "--init-text", "a"),
+        "one start, got --init zero and --init-text",
+    ),
     "no document": (
         ("train", "--output", "x", "--data", "{data}", "--init-document", "none.txt"),
         "No such file or directory: 'none.txt'",

@@ -163,6 +163,8 @@ def _start(init: str, text: str | None, document: Path | None, prefix: str | Non
     named = [name for name, value in given.items() if value is not None]
     if len(named) > 1:
         raise ValueError(f"a prefix has one start, got {' and '.join(f'--init-{name}' for name in named)}")
+    if named and init not in ("random", named[0]):
+        raise ValueError(f"a prefix has one start, got --init {init} and --init-{named[0]}")
     if document is not None:
         text = _document(document)
     return {"init": named[0] if named else init, "init_text": text, "init_prefix": prefix}
