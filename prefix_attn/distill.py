@@ -57,9 +57,12 @@ def distill(
         As ``train.train``; losses are in nats per token. ``document_tokens`` and ``rows`` are added.
 
     Raises:
-        ValueError: the document is too short or too long, or ``train.train`` would raise it. NotImplementedError: a
-            prefix takes no positions in this model, and could not stand for a text.
+        ValueError: the document is too short or too long, the prefix an infix, or ``train.train`` would raise it.
+        NotImplementedError: a prefix takes no positions in this model, and could not stand for a text.
     """
+    config = model.prefix_configs.get(model.active_prefix or "")
+    if config is not None and config.mode == "infix":
+        raise ValueError("an infix stands within a row, and cannot stand for a text in front: take mode='kv'")
     ids = tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"]
     teacher = Teacher(model.base_model, ids, settings.max_length, top_k)
     rows = pieces(ids, settings.max_length)

@@ -141,3 +141,9 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
 def test_refuses(length: int, row: int, top_k: int, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Teacher(base(), [1] * length, row, top_k)
+
+
+def test_refuses_an_infix(tmp_path: Path) -> None:
+    model = get_prefix_model(base(), PrefixConfig(num_virtual_tokens=4, mode="infix"))
+    with pytest.raises(ValueError, match="an infix stands within a row"):
+        distill(model, byte_tokenizer(), DOCUMENT, Settings(tmp_path, steps=1))
