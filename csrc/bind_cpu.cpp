@@ -6,9 +6,9 @@
 #include <torch/headeronly/util/Exception.h>
 
 #include <algorithm>
+#include <memory>
 #include <optional>
 #include <string>
-#include <vector>
 
 #include "args.h"
 
@@ -98,13 +98,20 @@ const prefix_attn::Kernels& kernels() {
     return *found;
 }
 
-// The packed prefix. The buffer is the calling thread's and only grows: fresh memory costs more than filling it.
+// The packed prefix. The buffer is the calling thread's and only grows: fresh memory costs more than filling it. Where
+// no row reads an entry it is not touched.
 const float* packed(const prefix_attn::Kernels& k, const prefix_attn::Call& c, bool backward) {
-    thread_local std::vector<float> memory;
+    thread_local std::unique_ptr<float[]> memory;
+    thread_local int64_t size = 0;
     const int64_t floats = k.packed_floats(c, backward);
     if (!floats) return nullptr;
-    if ((int64_t)memory.size() < floats) memory.resize(floats);
-    float* to = memory.data();
+    if (size < floats) {
+        size = 0;
+        memory.reset();
+        memory.reset(new float[floats]);
+        size = floats;
+    }
+    float* to = memory.get();
     torch::stable::parallel_for(0, c.N * c.HKV, 1, [&](int64_t begin, int64_t end) {
         for (int64_t unit = begin; unit < end; unit++)
             k.pack(c, backward, to, unit);

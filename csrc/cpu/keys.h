@@ -18,6 +18,7 @@ float* scratch(int64_t floats) {
     thread_local std::unique_ptr<float[]> memory;
     thread_local int64_t size = 0;
     if (size < floats + 16) {
+        size = 0;
         memory.reset();
         memory.reset(new float[floats + 16]);
         size = floats + 16;

@@ -175,6 +175,24 @@ def test_what_lies_behind_a_length_is_nowhere(dtype: torch.dtype, S: int) -> Non
     assert all(torch.equal(a[name], b[name]) for name in a)
 
 
+def test_entries_that_nobody_reads_are_not_packed() -> None:
+    """One row of a bank of 128: forward and backward touch the memory of one packed entry, not of 256 MiB of them."""
+
+    def resident() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+    query = torch.randn(1, 8, 8, 64, requires_grad=True)
+    entry = torch.randn(8, 512, 64)
+    bank = entry.expand(128, -1, -1, -1)
+    before = resident()
+    out = prefix_attention(query, query, query, bank, bank, prefix_ids=torch.tensor([77]), backend="cpu")
+    (grad,) = torch.autograd.grad(out.sum(), query)
+    assert resident() - before < 2**26
+    alone = prefix_attention(query, query, query, entry, entry, backend="cpu")
+    assert torch.equal(alone, out)
+    assert torch.equal(torch.autograd.grad(alone.sum(), query)[0], grad)
+
+
 def test_lengths_that_lie_touch_nothing_else() -> None:
     """cu_seqlens out of order or past the end, ids out of range, as a compiled program may pass: no other memory."""
     query, prefix = torch.randn(1, 2, 20, 8), torch.randn(3, 2, 4, 8)
