@@ -142,7 +142,7 @@ def _arguments(model: PrefixModel, settings: Settings) -> TrainingArguments:
         output_dir=str(settings.output),
         max_steps=settings.steps,
         per_device_train_batch_size=settings.batch_size,
-        learning_rate=settings.learning_rate or default,
+        learning_rate=default if settings.learning_rate is None else settings.learning_rate,
         weight_decay=0.0,
         lr_scheduler_type="linear",
         warmup_steps=min(WARMUP, settings.steps // 4),

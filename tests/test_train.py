@@ -45,6 +45,13 @@ def test_learns_and_saves(tmp_path: Path, checkpointing: bool) -> None:
     assert torch.equal(loaded.prefixes["default"].embedding, trained.prefixes["default"].embedding)
 
 
+def test_a_learning_rate_of_zero_is_no_default(tmp_path: Path) -> None:
+    trained = model()
+    before = trained.prefixes["default"].embedding.detach().clone()
+    train(trained, byte_tokenizer(), EXAMPLES, [], settings(tmp_path, 2, learning_rate=0.0))
+    assert torch.equal(trained.prefixes["default"].embedding, before)
+
+
 MLP = {"prefix_projection": True, "dropout": 0.1}
 FORMS: dict[str, dict[str, Any]] = {
     "mlp": MLP,
