@@ -89,8 +89,13 @@ def execute(run: Run, folders: Mapping[str, Path], device: str | None = None) ->
 
 
 def autocast(device: torch.device) -> AbstractContextManager[Any]:
-    """bfloat16 products where the device has them; the weights, and what is trained, stay float32."""
-    return torch.autocast(device.type, torch.bfloat16) if has_bfloat16(device) else nullcontext()
+    """bfloat16 products where the device has them; the weights, and what is trained, stay float32.
+
+    Without its cache, which keeps what was cast until the context ends: every step would see the weights of the first.
+    """
+    if not has_bfloat16(device):
+        return nullcontext()
+    return torch.autocast(device.type, torch.bfloat16, cache_enabled=False)
 
 
 # Data -----------------------------------------------------------------------------------------------------------------

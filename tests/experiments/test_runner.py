@@ -95,6 +95,19 @@ def test_all_methods_share_one_protocol(
     assert capsys.readouterr().out.splitlines()[:2] == table.splitlines()[:2]
 
 
+@pytest.mark.parametrize(("method", "rate"), [("lora", 1e-2), ("prefix-mlp", 1e-2), ("full", 1e-3)])
+def test_bfloat16_products_are_of_the_weights_of_their_step(
+    files: Path, monkeypatch: pytest.MonkeyPatch, method: str, rate: float
+) -> None:
+    ends = []
+    for casts in (False, True):
+        monkeypatch.setattr(runner, "has_bfloat16", lambda device, casts=casts: casts)
+        run = settings(files, method, steps=20, batch_size=8, learning_rate=rate, validate_every=20)
+        (_, first), (_, last) = runner.execute(run, folders(files), "cpu")["validation"]
+        ends.append(last)
+    assert abs(ends[1] - ends[0]) < 0.2 * abs(first - ends[0])
+
+
 def test_longer_prefixes_learn_more(
     files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
