@@ -76,7 +76,7 @@ def parser(prog: str) -> argparse.ArgumentParser:
     run.add_argument("--peers", nargs="+", metavar="NAME", help="default: all that are worth their time here")
     run.add_argument("--rounds", type=positive, help="samples of each way at most (default: 30; models: 3)")
     run.add_argument("--seconds", type=float, default=1.5, help="of sampling per case of the operator, after 5 rounds")
-    run.add_argument("--budget", type=float, help="seconds after which no new case begins")
+    run.add_argument("--budget", type=float, help="seconds after which no new case begins (default grid: 420)")
     run.add_argument("--threads", type=positive, default=os.cpu_count() or 1)
     run.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cpu", "cuda"))
     files = {
@@ -205,7 +205,9 @@ def _noise_case(device: str) -> Any:
 
 def _sweep(args: argparse.Namespace, pairs: Plan, log: results.Results, ceilings: dict[str, float]) -> Plan:
     """Runs the pairs; returns those for which there was no time."""
-    budget, flat = results.Budget(args.budget), lambda groups: list(chain.from_iterable(groups))
+    # A whole model's group takes up to three minutes on two cores: what began in time ends within ten minutes.
+    seconds = 420.0 if args.budget is None and args.grid == "default" else args.budget
+    budget, flat = results.Budget(seconds), lambda groups: list(chain.from_iterable(groups))
     if args.suite == "operator":
         settings = operator.Settings(args.device, args.rounds or 30, args.seconds, ceilings, args.peers)
         one = lambda group: operator.measure(group[0], group[1], log, settings)
