@@ -239,7 +239,8 @@ def half_precision(name: str) -> None:
         assert leaf.grad is not None
         assert leaf.grad.dtype == torch.float32
         grads.append(leaf.grad.flatten())
-    assert torch.cosine_similarity(*grads, dim=0) > 0.9
+    # mT5 alone is at 0.96, and plain concatenation no better; all others are above 0.99.
+    assert torch.cosine_similarity(*grads, dim=0) > (0.9 if name == "mt5" else 0.97)
 
 
 def files(name: str) -> None:

@@ -114,9 +114,10 @@ def test_every_slot_against_concatenation(name: str, case: str) -> None:
     (expected_grad,) = torch.autograd.grad((expected * weight).sum(), leaf)
     torch.testing.assert_close(logits, expected, rtol=1e-5, atol=2e-5)
     parts = [g.view(P, 2 * len(chosen), -1).unbind(1) for g in (grad, expected_grad)]
+    bound = 5e-5 if name == "t5" else 2e-5  # of T5 both ways are 7e-6 from float64 in their worst slot
     for i, (got, wanted) in enumerate(zip(*parts)):
         error = (got - wanted).norm() / wanted.norm()
-        assert error <= 5e-5, f"{chosen[i // 2][0]} {i // 2}, {'value' if i % 2 else 'key'}: relative error {error:.1e}"
+        assert error <= bound, f"{chosen[i // 2][0]} {i // 2}, {'value' if i % 2 else 'key'}: error {error:.1e}"
 
 
 @pytest.mark.parametrize("name", ENCODER_DECODERS)
