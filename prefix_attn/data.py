@@ -1,4 +1,4 @@
-"""Text-to-text data: reading it, and turning it into the token rows that a causal model trains on."""
+"""Text-to-text data: reading it, and turning it into the token rows that a model trains on."""
 
 from __future__ import annotations
 
@@ -301,13 +301,23 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, source: str) -> list[int]:
     return tokenizer(PROMPT.format(source=source), add_special_tokens=False)["input_ids"]
 
 
+def source_ids(tokenizer: PreTrainedTokenizerBase, source: str) -> list[int]:
+    """Tokens of an encoder's input: the source alone, with the special tokens that the tokenizer puts around a text."""
+    return tokenizer(source, verbose=False)["input_ids"]
+
+
 def encode(
-    tokenizer: PreTrainedTokenizerBase, examples: Iterable[Example], max_length: int = 96
+    tokenizer: PreTrainedTokenizerBase,
+    examples: Iterable[Example],
+    max_length: int = 96,
+    *,
+    encoder_decoder: bool = False,
 ) -> tuple[list[dict[str, list[int]]], int]:
-    """Rows of prompt, target and end-of-text, one for each reference, with loss on the last two alone.
+    """Rows of tokens, one for each reference, with loss on the target and the end of the text alone.
 
     The text of a row is the prompt, a space and the target. One that is too long loses the end of its source, never of
-    its target: a model that does not see the end does not learn to stop.
+    its target: a model that does not see the end does not learn to stop. For an encoder-decoder the source is
+    ``input_ids`` and the target ``labels``, each of at most ``max_length`` tokens.
 
     Returns:
         The rows (``input_ids`` and ``labels``), and how many were cut.
@@ -315,6 +325,31 @@ def encode(
     Raises:
         ValueError: a target does not fit even without its source.
     """
+    rows = _encoder_decoder_rows if encoder_decoder else _causal_rows
+    return rows(tokenizer, examples, max_length)
+
+
+def _encoder_decoder_rows(
+    tokenizer: PreTrainedTokenizerBase, examples: Iterable[Example], max_length: int
+) -> tuple[list[dict[str, list[int]]], int]:
+    rows, cut = [], 0
+    for example in examples:
+        source = source_ids(tokenizer, example.source)
+        kept = tokenizer(example.source, truncation=True, max_length=max_length)["input_ids"]
+        for reference in example.references:
+            target = tokenizer(text_target=reference, verbose=False)["input_ids"]
+            if len(target) > max_length:
+                raise ValueError(
+                    f"max_length={max_length} is too short for the target {reference!r}: needs {len(target)}"
+                )
+            cut += len(kept) < len(source)
+            rows.append({"input_ids": kept, "labels": target})
+    return rows, cut
+
+
+def _causal_rows(
+    tokenizer: PreTrainedTokenizerBase, examples: Iterable[Example], max_length: int
+) -> tuple[list[dict[str, list[int]]], int]:
     if tokenizer.eos_token_id is None:
         raise ValueError("the tokenizer has no end-of-text token (eos_token)")
     tail = len(prompt_ids(tokenizer, ""))
@@ -337,13 +372,17 @@ def encode(
 
 def collate(rows: Sequence[dict[str, list[int]]], pad_id: int) -> dict[str, Tensor]:
     """A batch of rows of ``encode``, padded on the right."""
-    width = max(len(row["input_ids"]) for row in rows)
 
-    def padded(name: str, fill: int) -> Tensor:
-        return torch.tensor([row[name] + [fill] * (width - len(row[name])) for row in rows])
+    def padded(values: list[list[int]], fill: int) -> Tensor:
+        width = max(len(value) for value in values)
+        return torch.tensor([value + [fill] * (width - len(value)) for value in values])
 
-    mask = torch.tensor([[1] * len(row["input_ids"]) + [0] * (width - len(row["input_ids"])) for row in rows])
-    return {"input_ids": padded("input_ids", pad_id), "attention_mask": mask, "labels": padded("labels", IGNORED)}
+    ids = [row["input_ids"] for row in rows]
+    return {
+        "input_ids": padded(ids, pad_id),
+        "attention_mask": padded([[1] * len(row) for row in ids], 0),
+        "labels": padded([row["labels"] for row in rows], IGNORED),
+    }
 
 
 @dataclass(frozen=True)

@@ -58,8 +58,11 @@ def distill(
 
     Raises:
         ValueError: the document is too short or too long, the prefix an infix, or ``train.train`` would raise it.
-        NotImplementedError: a prefix takes no positions in this model, and could not stand for a text.
+        NotImplementedError: a prefix takes no positions in this model, and could not stand for a text; or the model is
+            an encoder-decoder.
     """
+    if model.config.is_encoder_decoder:
+        raise NotImplementedError("distillation puts one text in front of another, which takes a causal model")
     config = model.prefix_configs.get(model.active_prefix or "")
     if config is not None and config.mode == "infix":
         raise ValueError("an infix stands within a row, and cannot stand for a text in front: take mode='kv'")

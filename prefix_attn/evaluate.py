@@ -6,9 +6,11 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from prefix_attn.data import IGNORED, prompt_ids
+from prefix_attn.data import IGNORED, prompt_ids, source_ids
+from prefix_attn.hf.infix import start_of_targets
+from prefix_attn.hf.model import PrefixModel
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -27,7 +29,7 @@ def generate_text(
     """What the model writes for each source, in their order: its first line, without sampling.
 
     Args:
-        model: a causal model, with a prefix or not.
+        model: a causal model or an encoder-decoder, with a prefix or not.
         tokenizer: its tokenizer, with end-of-text and padding tokens.
         sources: inputs, without the prompt's frame.
         num_beams: 1 decodes greedily.
@@ -35,7 +37,8 @@ def generate_text(
         batch_size: sources generated at once; sources of similar length share a batch.
         progress: called with the number of sources of each finished batch.
     """
-    prompts = [prompt_ids(tokenizer, source) for source in sources]
+    to_ids = source_ids if model.config.is_encoder_decoder else prompt_ids
+    prompts = [to_ids(tokenizer, source) for source in sources]
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]), reverse=True)
     texts = [""] * len(prompts)
     was_training = model.training
@@ -57,10 +60,16 @@ def generate_text(
 def _generate(
     model: Any, tokenizer: PreTrainedTokenizerBase, prompts: list[list[int]], num_beams: int, max_new_tokens: int
 ) -> Tensor:
-    """New tokens of each prompt; padded on the left, so that all of them start at the same column."""
+    """New tokens of each prompt. Prompts are padded on the left, so that all outputs start at the same column.
+
+    An encoder's are padded on the right, as in training, and its outputs hold no prompt.
+    """
     width = max(len(prompt) for prompt in prompts)
-    ids = torch.tensor([[tokenizer.pad_token_id] * (width - len(prompt)) + prompt for prompt in prompts])
-    mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+    rows = [(prompt, [tokenizer.pad_token_id] * (width - len(prompt))) for prompt in prompts]
+    on_the_right = model.config.is_encoder_decoder
+    ids = torch.tensor([prompt + padding if on_the_right else padding + prompt for prompt, padding in rows])
+    places = [([1] * len(prompt), [0] * len(padding)) for prompt, padding in rows]
+    mask = torch.tensor([seen + hidden if on_the_right else hidden + seen for seen, hidden in places])
     device = next(model.parameters()).device
     output = model.generate(
         input_ids=ids.to(device),
@@ -71,11 +80,43 @@ def _generate(
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    return output[:, width:]
+    return output if on_the_right else output[:, width:]
 
 
 def _first_line(text: str) -> str:
     return next((line.strip() for line in text.splitlines() if line.strip()), "")
+
+
+def target_loss(model: Any, batch: Mapping[str, Tensor]) -> Tensor:
+    """``model(**batch).loss``, with logits of the target tokens alone.
+
+    The rows of a source have logits of a whole vocabulary that no loss reads: on E2E with SmolLM2, a fifth of a step.
+
+    Args:
+        model: a model of ours, of PEFT or of transformers; one without a language-model head makes its own loss.
+        batch: what ``data.collate`` makes, with a target token at least.
+
+    Returns:
+        Mean negative log-likelihood in nats, a float32 scalar with its graph.
+    """
+    head = None if model.config.is_encoder_decoder else model.get_output_embeddings()
+    if head is None:
+        return model(**batch).loss
+    labels = batch["labels"][:, 1:]  # the model predicts each token from those before it
+    chosen = torch.nn.functional.pad(labels != IGNORED, (0, 1))
+
+    def select(_: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+        return (arguments[0][chosen][None], *arguments[1:])
+
+    inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
+    if isinstance(model, PrefixModel):
+        inputs["infix_start"] = start_of_targets(None, batch)  # which it would have found in the labels
+    handle = head.register_forward_pre_hook(select)
+    try:
+        logits = model(**inputs).logits
+    finally:
+        handle.remove()
+    return torch.nn.functional.cross_entropy(logits[0].float(), labels[labels != IGNORED])
 
 
 @torch.no_grad()
@@ -83,7 +124,7 @@ def validation_loss(model: Any, batches: Iterable[Mapping[str, Tensor]]) -> floa
     """Mean negative log-likelihood of the target tokens, in nats; every token counts the same.
 
     Args:
-        model: a causal model, with a prefix or not.
+        model: a causal model or an encoder-decoder, with a prefix or not.
         batches: what ``data.collate`` makes.
 
     Raises:
@@ -95,11 +136,12 @@ def validation_loss(model: Any, batches: Iterable[Mapping[str, Tensor]]) -> floa
     total, tokens = 0.0, 0
     try:
         for batch in batches:
-            # The model predicts each token from those before it, so the first one has no loss.
-            count = int((batch["labels"][:, 1:] != IGNORED).sum())
+            # A causal model predicts each token from those before it, so the first one has no loss.
+            first = 0 if model.config.is_encoder_decoder else 1
+            count = int((batch["labels"][:, first:] != IGNORED).sum())
             if not count:
                 continue  # its mean over no tokens would be nan
-            loss = model(**{name: tensor.to(device) for name, tensor in batch.items()}).loss
+            loss = target_loss(model, {name: tensor.to(device) for name, tensor in batch.items()})
             total += float(loss) * count
             tokens += count
     finally:

@@ -72,10 +72,11 @@ def train(
     """
     if not examples:
         raise ValueError("no examples to train on")
-    rows, cut = encode(tokenizer, examples, settings.max_length)
+    pair = model.config.is_encoder_decoder
+    rows, cut = encode(tokenizer, examples, settings.max_length, encoder_decoder=pair)
     if cut:
         _log.warning("%d of %d rows have a source longer than max_length=%d: cut", cut, len(rows), settings.max_length)
-    held_out = encode(tokenizer, validation, settings.max_length)[0]
+    held_out = encode(tokenizer, validation, settings.max_length, encoder_decoder=pair)[0]
     pad = tokenizer.pad_token_id
     batches = [collate(held_out[i : i + VALIDATION_BATCH], pad) for i in range(0, len(held_out), VALIDATION_BATCH)]
     measure = partial(validation_loss, model, batches) if batches else lambda: None

@@ -96,6 +96,29 @@ def test_ways_of_training(
     assert abs(results["prefix"]["loss"] - metrics["validation_loss"][-1][1]) < 1e-2
 
 
+def test_an_encoder_decoder(
+    files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The source goes to the encoder, with a prefix where --sites says; distillation has no place for a document."""
+    monkeypatch.chdir(files)
+    tiny("bart", vocab_size=257).save_pretrained(tmp_path / "bart")
+    byte_tokenizer().save_pretrained(tmp_path / "bart")
+    options = ("--model", tmp_path / "bart", "--virtual-tokens", 3, "--steps", 8, "--batch-size", 2, "--json")
+    data = ("--data", "data.jsonl", "--validation", "data.jsonl", "--sites", "encoder,cross")
+    assert run(monkeypatch, "train", "--output", tmp_path / "adapter", *data, *options) == 0
+    metrics = json.loads(capsys.readouterr().out)
+    assert metrics["trainable_parameters"] == 3 * 2 * 32 * (3 + 2)  # tokens, key and value, width, layers
+    assert metrics["validation_loss"][-1][1] < metrics["validation_loss"][0][1]
+    short = ("--data", "data.jsonl", "--max-new-tokens", 3, "--json")
+    assert run(monkeypatch, "evaluate", tmp_path / "adapter", *short) == 0
+    results = json.loads(capsys.readouterr().out)
+    assert abs(results["prefix"]["loss"] - metrics["validation_loss"][-1][1]) < 2e-2
+    assert results["prefix"]["loss"] < results["frozen"]["loss"]
+    distill = ("--output", tmp_path / "other", "--distill-from", "data.jsonl")
+    assert run(monkeypatch, "train", *distill, *options) == 1
+    assert "takes a causal model" in capsys.readouterr().err
+
+
 def test_convert(files: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """PEFT's prefix of a BART, whose report says which slots were dead and shared; errors leave no folder behind."""
     base, theirs, converted = files / "bart", files / "theirs", files / "converted"

@@ -259,6 +259,23 @@ def test_prompt_ends_where_the_target_begins() -> None:
     assert PROMPT.format(source="a") == "a\n=>"
 
 
+def test_encode_gives_an_encoder_the_source_and_a_decoder_the_target() -> None:
+    tokenizer = byte_tokenizer()
+    example = Example("abcdef", ("xy", "z"))
+    rows, cut = encode(tokenizer, [example], 6, encoder_decoder=True)
+    assert cut == 0
+    assert [tokenizer.decode(row["input_ids"]) for row in rows] == ["abcdef", "abcdef"]
+    assert [tokenizer.decode(row["labels"]) for row in rows] == ["xy", "z"]
+    rows, cut = encode(tokenizer, [example], 4, encoder_decoder=True)
+    assert cut == 2
+    assert [tokenizer.decode(row["input_ids"]) for row in rows] == ["abcd", "abcd"]
+    with pytest.raises(ValueError, match="max_length=1 is too short for the target 'xy': needs 2"):
+        encode(tokenizer, [example], 1, encoder_decoder=True)
+    batch = collate(rows, END)
+    assert batch["input_ids"].shape == (2, 4)
+    assert batch["labels"].tolist() == [rows[0]["labels"], [*rows[1]["labels"], IGNORED]]
+
+
 def test_collate_pads_right() -> None:
     rows = [{"input_ids": [1, 2, 3], "labels": [IGNORED, 2, 3]}, {"input_ids": [4], "labels": [4]}]
     batch = collate(rows, END)

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from prefix_attn.data import IGNORED, collate, prompt_ids
-from prefix_attn.evaluate import generate_text, validation_loss
-from tests.hf.models import tiny
+from prefix_attn.evaluate import generate_text, target_loss, validation_loss
+from prefix_attn.hf.config import PrefixConfig
+from prefix_attn.hf.model import get_prefix_model
+from tests.hf.models import spread, tiny
 from tests.tokens import END, byte_tokenizer
 
 SIZES = {"vocab_size": 257, "max_position_embeddings": 128, "eos_token_id": END, "pad_token_id": END}
@@ -17,8 +21,10 @@ SIZES = {"vocab_size": 257, "max_position_embeddings": 128, "eos_token_id": END,
 
 
 @pytest.mark.parametrize("num_beams", [1, 3])
-def test_batches_and_order_do_not_change_the_texts(num_beams: int) -> None:
-    model, tokenizer = tiny("llama", **SIZES), byte_tokenizer()
+@pytest.mark.parametrize("name", ["llama", "bart"])
+def test_batches_and_order_do_not_change_the_texts(name: str, num_beams: int) -> None:
+    """A BART learns the places of its tokens, so that padding on the left would change what it reads."""
+    model, tokenizer = spread(tiny(name, **SIZES)), byte_tokenizer()
     sources = ["a", "a much longer source", "medium one", "b", "a much longer one too"]
     done: list[int] = []
     options = {"num_beams": num_beams, "max_new_tokens": 6}
@@ -35,6 +41,7 @@ def test_the_first_line_is_kept_and_the_mode_restored() -> None:
 
         def __init__(self) -> None:
             super().__init__()
+            self.config = SimpleNamespace(is_encoder_decoder=False)
             self.weight = torch.nn.Parameter(torch.zeros(1))
 
         def generate(self, input_ids: torch.Tensor, **options: object) -> torch.Tensor:
@@ -52,6 +59,39 @@ def test_the_first_line_is_kept_and_the_mode_restored() -> None:
 def test_prompt_ids_are_those_of_the_frame() -> None:
     tokenizer = byte_tokenizer()
     assert tokenizer.decode(prompt_ids(tokenizer, "a b")) == "a b\n=>"
+
+
+# Loss -----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma2", "gpt_neox", "bart", "t5"])
+def test_target_loss_is_the_loss_of_the_model(name: str) -> None:
+    model = tiny(name).train()
+    first, last = torch.tensor([5, 6, 7, 8, 9]), torch.tensor([4, 3, 9, 0, 0])
+    batch = {
+        "input_ids": torch.stack([first, last]),
+        "attention_mask": torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]]),
+        "labels": torch.tensor([[IGNORED, IGNORED, 7, 8, 9], [IGNORED, 3, 9, IGNORED, IGNORED]]),
+    }
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    torch.manual_seed(0)
+    expected = model(**batch).loss
+    torch.manual_seed(0)  # of dropout
+    found = target_loss(model, batch)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+    grads = [torch.autograd.grad(loss, parameters, allow_unused=True) for loss in (found, expected)]
+    torch.testing.assert_close(*grads, rtol=1e-3, atol=1e-6)
+    assert model(**batch).logits.shape[:2] == (2, 5)  # the head is left as it was
+
+
+@pytest.mark.parametrize("mode", ["kv", "embedding", "infix"])
+def test_target_loss_of_a_prefix(mode: str) -> None:
+    base = tiny("llama")
+    model = get_prefix_model(base, PrefixConfig(num_virtual_tokens=3, mode=mode))
+    ids = torch.tensor([[5, 6, 7, 8, 9], [4, 3, 9, 2, 1]])
+    labels = torch.tensor([[IGNORED, IGNORED, 7, 8, 9], [IGNORED, 3, 9, 2, 1]])
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
+    torch.testing.assert_close(target_loss(model, batch), model(**batch).loss, rtol=1e-5, atol=1e-6)
 
 
 # Validation loss ------------------------------------------------------------------------------------------------------
@@ -78,6 +118,15 @@ def test_validation_loss_weighs_tokens() -> None:
     assert together == pytest.approx(total / count, rel=1e-5)
     without = {"input_ids": [1, 2], "labels": [IGNORED, IGNORED]}
     assert validation_loss(model, [collate([without], END), collate(rows, END)]) == together
+
+
+def test_validation_loss_of_an_encoder_decoder_counts_the_first_token() -> None:
+    model = tiny("bart").train()
+    rows = [{"input_ids": [5, 6, 7], "labels": [6, 7, 1]}, {"input_ids": [3, 1], "labels": [1]}]
+    losses = [float(model(**collate([row], 0)).loss.detach()) for row in rows]
+    expected = pytest.approx((3 * losses[0] + losses[1]) / 4, rel=1e-5)
+    assert validation_loss(model, [collate(rows, 0)]) == expected
+    assert validation_loss(model, [collate([row], 0) for row in rows]) == expected
 
 
 def test_validation_loss_needs_targets() -> None:

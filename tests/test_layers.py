@@ -62,6 +62,7 @@ HEAVY = {
         "prefix_attn.evaluate",
         "prefix_attn.demo",
         "prefix_attn.bench",
+        "prefix_attn.experiments.pretrain",
     ),
     "triton": ("prefix_attn.backends.triton",),
     "typer": ("prefix_attn.cli",),

@@ -35,7 +35,7 @@ for _command in (train.train, use.generate, use.evaluate, use.inspect, tools.con
 # The benchmarks have options, and a help, of their own.
 _THROUGH = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
 app.command(context_settings=_THROUGH)(tools.bench)
-for _command in (experiments.reproduce, experiments.ablate, experiments.report):
+for _command in (experiments.reproduce, experiments.ablate, experiments.pretrain, experiments.report):
     app.command()(_command)
 
 

@@ -1,4 +1,4 @@
-"""``prefix-attn reproduce | ablate | report``. Parses, runs what is not there yet, prints."""
+"""``prefix-attn reproduce | ablate | pretrain | report``. Parses, runs what is not there yet, prints."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from typing import Annotated, Any, Literal, TypeVar
 
 import typer
 
-from prefix_attn.cli.shared import AsJson, Beams, Model, NewTokens
+from prefix_attn.cli.shared import DATA, AsJson, Beams, Model, NewTokens, show
 from prefix_attn.experiments import plan, results
 from prefix_attn.experiments.plan import Run
 
 Task = Literal["e2e", "dart", "webnlg", "aws", "aws-summary"]
-Ablation = Literal["length", "init", "mode", "lowdata"]
+Ablation = Literal["length", "init", "mode", "lowdata", "sites"]
 Number = TypeVar("Number", int, float)
 Axis = Literal["step", "virtual_tokens", "examples", "method"]
-_AXIS = {"length": "virtual_tokens", "lowdata": "examples", "init": "method", "mode": "method"}
+_AXIS = {"length": "virtual_tokens", "lowdata": "examples", "init": "method", "mode": "method", "sites": "method"}
 
 Out = Annotated[Path, typer.Option(help="Folder for results.jsonl, table.md and plot.png; it is continued.")]
 Train = Annotated[
@@ -29,6 +29,10 @@ Test = Annotated[
 Seeds = Annotated[str, typer.Option(help="Such as 0,1,2.")]
 Steps = Annotated[int, typer.Option(min=1, help="Of each training; ablations with few examples have the paper's.")]
 ValidateEvery = Annotated[int, typer.Option(min=1, help="Steps between validations; few examples stop at the best.")]
+MaxLength = Annotated[
+    int | None,
+    typer.Option(min=8, help="Tokens of a row, or of an encoder's source and target each; default: the task's."),
+]
 BatchSize = Annotated[int, typer.Option(min=1, help="Rows of a step.")]
 Tokens = Annotated[int, typer.Option(min=1, help="Virtual tokens, where they are not what is varied.")]
 MlpWidth = Annotated[int, typer.Option(min=1, help="Hidden size of the MLP.")]
@@ -50,6 +54,7 @@ def reproduce(
     seeds: Seeds = "0",
     steps: Steps = 300,
     batch_size: BatchSize = 8,
+    max_length: MaxLength = None,
     validate_every: ValidateEvery = 10,
     learning_rate: Rates = None,
     virtual_tokens: Tokens = 10,
@@ -78,6 +83,7 @@ def reproduce(
         model=model,
         steps=steps,
         batch_size=batch_size,
+        max_length=max_length or plan.MAX_LENGTH[task],
         validate_every=validate_every,
         virtual_tokens=virtual_tokens,
         mlp_width=mlp_width,
@@ -93,7 +99,9 @@ def reproduce(
 
 
 def ablate(
-    kind: Annotated[Ablation, typer.Argument(help="Figure 4, figure 5, table 4 or figure 3 of the paper.")],
+    kind: Annotated[
+        Ablation, typer.Argument(help="Figure 4, 5, table 4 or figure 3 of the paper; sites: where a prefix enters.")
+    ],
     out: Out,
     train: Train = None,
     test: Test = None,
@@ -103,6 +111,7 @@ def ablate(
     subsets: Annotated[str, typer.Option(help="Draws of the few examples, such as 0,1,2.")] = "0",
     steps: Steps = 300,
     batch_size: BatchSize = 8,
+    max_length: MaxLength = None,
     validate_every: ValidateEvery = 10,
     virtual_tokens: Tokens = 10,
     mlp_width: MlpWidth = 512,
@@ -113,13 +122,15 @@ def ablate(
     device: Device = None,
     as_json: AsJson = False,
 ) -> None:
-    """Vary one thing: the prefix's length, what it starts from, where it enters, or the number of examples.
+    """Vary one thing: the prefix's length, what it starts from, how or where it enters, or the number of examples.
 
     [bold]prefix-attn ablate length --train devset.csv --seeds 0,1,2 --out runs/length[/bold]
 
     [bold]prefix-attn ablate lowdata --train devset.csv --test testset_w_refs.csv --subsets 0,1,2 --out runs/low[/bold]
 
-    Runs that are in --out are not repeated.
+    [bold]prefix-attn ablate sites --task dart --train dart.json.gz --model runs/bart --out runs/sites[/bold]
+
+    Runs that are in --out are not repeated. "sites" takes an encoder-decoder: see prefix-attn pretrain.
 
     With few examples a third as many rows are drawn to stop by, and what had the lowest loss is kept.
     """
@@ -130,6 +141,7 @@ def ablate(
         model=model,
         steps=steps,
         batch_size=batch_size,
+        max_length=max_length or plan.MAX_LENGTH[task],
         validate_every=validate_every,
         virtual_tokens=virtual_tokens,
         mlp_width=mlp_width,
@@ -139,6 +151,44 @@ def ablate(
     )
     runs = plan.ablate(kind, common, _numbers("--seeds", seeds, int), _numbers("--subsets", subsets, int))
     _run(runs, [train, test], out, _AXIS[kind], threads, device, as_json)
+
+
+def pretrain(
+    data: Annotated[str, typer.Argument(help=DATA)],
+    out: Annotated[Path, typer.Option(help="Folder for the model; --model of other commands takes it.")],
+    steps: Annotated[int, typer.Option(min=1, help="Of the training.")] = 1000,
+    batch_size: BatchSize = 32,
+    learning_rate: Annotated[float, typer.Option(help="Its peak.")] = 1e-3,
+    max_length: Annotated[int, typer.Option(min=8, help="Tokens of a source, and of a target.")] = 96,
+    seed: Annotated[int, typer.Option(help="Of weights, masks and order.")] = 0,
+    threads: Threads = None,
+    device: Device = None,
+    as_json: AsJson = False,
+) -> None:
+    """Train a small BART from nothing, where no encoder-decoder can be had: half on the task, half on masked texts.
+
+    [bold]prefix-attn pretrain devset.csv --out runs/bart[/bold]
+    """
+    import torch
+
+    from prefix_attn.data import read_examples
+    from prefix_attn.experiments import pretrain as pretraining
+
+    if threads is not None:
+        torch.set_num_threads(threads)
+    found = pretraining.pretrain(
+        read_examples(data),
+        out,
+        steps=steps,
+        batch_size=batch_size,
+        learning_rate=learning_rate,
+        max_length=max_length,
+        seed=seed,
+        device=device,
+    )
+    first, last = found["validation_loss"]
+    text = f"{found['parameters']:,} parameters, saved in {out}; validation loss {first:.3f} -> {last:.3f}"
+    show(found, as_json, text)
 
 
 def report(
@@ -174,7 +224,7 @@ def _common(task: str, train: Path | None, test: Path | None, **settings: Any) -
         if test is not None and test != train and test.name == train.name:
             raise ValueError(f"--train and --test must have different names, got {train} and {test}")
     start = {"init": "random", "init_text": plan.INSTRUCTIONS[task]}
-    return {"task": task, **names, "max_length": plan.MAX_LENGTH[task], **start, **settings}
+    return {"task": task, **names, **start, **settings}
 
 
 def _numbers(option: str, text: str, kind: Callable[[str], Number]) -> list[Number]:
@@ -220,6 +270,6 @@ def _run(
 
 
 def _name(run: Run) -> str:
-    shown = ("virtual_tokens", "init", "examples", "subset", "learning_rate", "steps")
+    shown = ("virtual_tokens", "sites", "init", "examples", "subset", "learning_rate", "steps")
     found = [f"{name} {value}" for name in shown if (value := getattr(run, name)) is not None]
     return ", ".join([f"{run.method}, seed {run.seed}", *found])

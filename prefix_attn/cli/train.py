@@ -34,6 +34,13 @@ def train(
             rich_help_panel=_PREFIX,
         ),
     ] = "kv",
+    sites: Annotated[
+        str | None,
+        typer.Option(
+            help="Attention that gets one, of 'encoder,cross,decoder'; default: all that the model has.",
+            rich_help_panel=_PREFIX,
+        ),
+    ] = None,
     mlp: Annotated[
         int | None,
         typer.Option(help="Train through an MLP of this width (dropped at the end).", rich_help_panel=_PREFIX),
@@ -133,6 +140,7 @@ def train(
         encoder_activation=mlp_activation,
         dropout=dropout,
         mode=mode,
+        sites=sites.split(",") if sites else None,
         num_frozen_tokens=frozen_tokens,
         gate=gate,
         position_mode=position_mode,

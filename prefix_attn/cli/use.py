@@ -84,7 +84,7 @@ def evaluate(
 
     examples = read_examples(data, split=split, source_column=source_column, target_column=target_column)[:limit]
     prefixed, tokenizer = prefixed_model(adapter, model)
-    rows, _ = encode(tokenizer, examples, max_length=512)
+    rows, _ = encode(tokenizer, examples, 512, encoder_decoder=prefixed.config.is_encoder_decoder)
     batches = [collate(rows[i : i + batch_size], tokenizer.pad_token_id) for i in range(0, len(rows), batch_size)]
     results: dict[str, dict[str, float]] = {}
     for name in ("frozen", "prefix") if frozen else ("prefix",):
@@ -138,7 +138,7 @@ def inspect(
 
     examples = read_examples(mass, split="dev", source_column=source_column, target_column=target_column)[:limit]
     prefixed, tokenizer = prefixed_model(adapter, model)
-    rows, _ = encode(tokenizer, examples, max_length=512)
+    rows, _ = encode(tokenizer, examples, 512, encoder_decoder=prefixed.config.is_encoder_decoder)
     batches = [collate(rows[i : i + batch_size], tokenizer.pad_token_id) for i in range(0, len(rows), batch_size)]
     with progress("mass", len(rows)) as advance:
         shares = prefix_mass(prefixed, batches, progress=advance)

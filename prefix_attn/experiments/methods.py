@@ -54,6 +54,7 @@ def _config(tokenizer: PreTrainedTokenizerBase, run: Run) -> PrefixConfig:
         mode=run.method if run.method in ("embedding", "infix") else "kv",
         prefix_projection=run.method == "prefix-mlp",
         encoder_hidden_size=run.mlp_width,
+        sites=run.sites,
         init=run.init or "random",
         init_text=run.init_text if run.init == "text" else None,
     )

@@ -5,8 +5,10 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import product
+from itertools import combinations, product
 from typing import Any
+
+from prefix_attn.hf.config import SITES
 
 # The instruction is the hard prompt of the method "discrete" and the text that a prefix can start from.
 INSTRUCTIONS = {
@@ -19,7 +21,7 @@ INSTRUCTIONS = {
 MAX_LENGTH = {"e2e": 96, "dart": 160, "webnlg": 256, "aws": 96, "aws-summary": 512}  # tokens of source and target
 
 # Settings that only some methods have; those of other methods are None, so that two equal runs look equal.
-_PREFIX = ("virtual_tokens", "init", "init_text")
+_PREFIX = ("virtual_tokens", "init", "init_text", "sites")
 _TRAINED = ("steps", "batch_size", "learning_rate", "validate_every", "examples", "subset")
 FIELDS: dict[str, tuple[str, ...]] = {
     "frozen": (),
@@ -75,6 +77,7 @@ class Run:
     learning_rate: float | None = None
     validate_every: int | None = None
     virtual_tokens: int | None = None
+    sites: tuple[str, ...] | None = None
     mlp_width: int | None = None
     init: str | None = None
     init_text: str | None = None
@@ -90,6 +93,7 @@ class Run:
         if self.method not in FIELDS:
             raise ValueError(f"method must be one of {METHODS}, got {self.method!r}")
         object.__setattr__(self, "unseen", tuple(self.unseen))
+        object.__setattr__(self, "sites", self.sites and tuple(self.sites))
         optional = {name for names in FIELDS.values() for name in names}
         for name in optional - set(FIELDS[self.method]):
             object.__setattr__(self, name, None)
@@ -112,7 +116,7 @@ class Run:
 
     def to_dict(self) -> dict[str, Any]:
         """The fields that the run has, as JSON holds them."""
-        found = dataclasses.asdict(self) | {"unseen": list(self.unseen)}
+        found = {name: list(v) if isinstance(v, tuple) else v for name, v in dataclasses.asdict(self).items()}
         return {name: value for name, value in found.items() if value not in (None, [])}
 
     @classmethod
@@ -138,7 +142,11 @@ def reproduce(
 
 
 def ablate(kind: str, common: dict[str, Any], seeds: Sequence[int], subsets: Sequence[int]) -> list[Run]:
-    """One of the paper's ablations: "length" (figure 4), "init" (5), "mode" (table 4) or "lowdata" (figure 3)."""
+    """One of the paper's ablations: "length" (figure 4), "init" (5), "mode" (table 4) or "lowdata" (figure 3).
+
+    "sites" is ours, for encoder-decoders: a prefix in each of the attentions, in each two of them, in all; and all
+    weights trained.
+    """
     frozen: dict[str, Any] = {"method": "frozen"}
     changes: list[dict[str, Any]]
     if kind == "length":
@@ -163,8 +171,12 @@ def ablate(kind: str, common: dict[str, Any], seeds: Sequence[int], subsets: Seq
             {"method": method, **_few(n), "subset": subset, "seed": s}
             for n, method, subset, s in product(LOW_DATA, ("prefix", "full"), subsets, seeds)
         ]
+    elif kind == "sites":
+        some = [sites for count in (1, 2, 3) for sites in combinations(SITES, count)]
+        changes = [{"method": "prefix", "sites": sites, "seed": s} for sites, s in product(some, seeds)]
+        changes += [{"method": "full", "seed": s} for s in seeds]
     else:
-        raise ValueError(f"kind must be length, init, mode or lowdata, got {kind!r}")
+        raise ValueError(f"kind must be length, init, mode, lowdata or sites, got {kind!r}")
     return _changed(common, [frozen, *changes])
 
 

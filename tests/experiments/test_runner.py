@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from prefix_attn.data import Example
-from prefix_attn.experiments import plan, runner
+from prefix_attn.experiments import plan, pretrain, runner
 from prefix_attn.experiments.plan import Run
 from prefix_attn.hf.load import load_base
 from tests.test_cli import run as prefix_attn
@@ -185,6 +185,11 @@ def test_data_order_depends_on_the_seed_alone() -> None:
 
     assert first(0) == first(0) != first(1)
     assert len(set(first(0)[0] + first(0)[1])) == 8  # an epoch has no repetitions
+    lengths = [{"input_ids": [1] * n, "labels": [1] * n} for n in range(1, 41)]
+    together = runner.batches(lengths, 4, 0, END)
+    masks = [next(together)["attention_mask"].sum(-1).tolist() for _ in range(10)]
+    assert sorted(n for mask in masks for n in mask) == list(range(1, 41))
+    assert all(max(mask) - min(mask) == 3 for mask in masks)  # so that little is padded
     assert len(next(runner.batches(rows, 16, 0, END))["input_ids"]) == 10
 
 
@@ -239,3 +244,30 @@ def test_peft_is_missed_before_anything_runs(
     assert prefix_attn(monkeypatch, "reproduce", "aws", "--methods", "frozen,lora", "--out", tmp_path / "x") == 1
     assert "the methods ['lora'] need PEFT: pip install peft" in capsys.readouterr().err
     assert not (tmp_path / "x").exists()
+
+
+# Encoder-decoders -----------------------------------------------------------------------------------------------------
+
+
+def test_sites_of_an_encoder_decoder(
+    files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A small BART learns a task and is frozen; each of its attentions can hold a prefix for another task."""
+    monkeypatch.setattr(pretrain, "SIZES", dict.fromkeys(pretrain.SIZES, 2) | {"d_model": 16})
+    command = ("pretrain", files / "train.csv", "--out", tmp_path / "bart", "--steps", 60, "--learning-rate", 1e-2)
+    assert prefix_attn(monkeypatch, *command, "--threads", 1, "--json") == 0
+    before, after = json.loads(capsys.readouterr().out)["validation_loss"]
+    assert after < before - 0.5
+    dart = files / "dart.json"
+    paths = ("--train", dart, "--test", dart, "--model", tmp_path / "bart", "--out", tmp_path)
+    assert prefix_attn(monkeypatch, "ablate", "sites", "--task", "dart", *paths, *SMALL, "--limit", 2, "--json") == 0
+    results = json.loads(capsys.readouterr().out)
+    found = {"+".join(r["run"].get("sites", [r["run"]["method"]])): r for r in results}
+    some = ["encoder", "cross", "decoder", "encoder+cross", "encoder+decoder", "cross+decoder", "encoder+cross+decoder"]
+    assert list(found) == ["frozen", *some, "full"]
+    site = 3 * 2 * 2 * 16  # virtual tokens, layers, key and value, width
+    assert [found[name]["trained_parameters"] for name in some] == [site * n for n in (1, 1, 1, 2, 2, 2, 3)]
+    curves = {name: [loss for _, loss in found[name]["validation"]] for name in some}
+    assert all(curve[-1] < curve[0] for curve in curves.values())
+    assert all("bleu" in result["metrics"] for result in results)
+    assert "| prefix | learning_rate 0.01, sites encoder+cross |" in (tmp_path / "table.md").read_text()

@@ -1,0 +1,146 @@
+"""A small BART, trained from nothing: no package ships an encoder-decoder, and prefixes of a random one say little."""
+
+from __future__ import annotations
+
+import random
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from prefix_attn.data import Example, collate, encode
+from prefix_attn.evaluate import target_loss, validation_loss
+from prefix_attn.experiments.runner import batches, chunks, hold_out, learning_rate_factor
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+VOCABULARY = 4096
+SIZES = {"d_model": 256, "encoder_layers": 3, "decoder_layers": 3, "encoder_attention_heads": 4}
+SIZES |= {"decoder_attention_heads": 4, "encoder_ffn_dim": 1024, "decoder_ffn_dim": 1024}
+PAD, END, MASK = "<pad>", "</s>", "<mask>"
+MASKED, SPAN = 0.3, 3  # share of the words that a text loses, and how many go at once on average (Lewis et al. 2020)
+
+
+def pretrain(
+    examples: Sequence[Example],
+    output: Path,
+    *,
+    steps: int = 1000,
+    batch_size: int = 32,
+    learning_rate: float = 1e-3,
+    max_length: int = 96,
+    seed: int = 0,
+    device: str | None = None,
+) -> dict[str, Any]:
+    """Train a tokenizer and a BART on ``examples``, and save both.
+
+    Half of the rows are of the task, source to reference; half rebuild a text, source or reference, of which spans of
+    words are masked, as BART's pretraining does.
+
+    Args:
+        examples: a tenth of them, by hash, is held out.
+        output: folder for the model.
+        steps: of AdamW, with warm-up and linear decay.
+        batch_size: rows of a step.
+        learning_rate: its peak.
+        max_length: tokens of a source, and of a target.
+        seed: of weights, masks and order.
+        device: default: the GPU where there is one.
+
+    Returns:
+        ``parameters``, ``steps``, ``train_loss`` of each step, and ``validation_loss`` of the task, before and after.
+
+    Raises:
+        ValueError: too few examples to hold some out.
+    """
+    from tqdm import tqdm
+
+    kept, held_out = hold_out(examples, 0, 26)
+    if not kept or not held_out:
+        raise ValueError(f"{len(examples)} examples are too few to train on some and hold out others")
+    tokenizer = _tokenizer(text for example in kept for text in (example.source, *example.references))
+    model = _model(tokenizer, seed).to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    pad_id = tokenizer.pad_token_id
+    rows, _ = encode(tokenizer, kept, max_length, encoder_decoder=True)
+    denoised, _ = encode(tokenizer, _denoising(kept, len(rows), seed), max_length, encoder_decoder=True)
+    data = batches(rows + denoised, batch_size, seed, pad_id)
+    held_rows, _ = encode(tokenizer, held_out, max_length, encoder_decoder=True)
+    validation = [collate(some, pad_id) for some in chunks(held_rows, batch_size)]
+    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate_factor(step, steps))
+    losses, before = [], validation_loss(model, validation)
+    model.train()
+    for _ in tqdm(range(steps), desc="pretrain", file=sys.stderr):
+        batch = {name: tensor.to(model.device) for name, tensor in next(data).items()}
+        loss = target_loss(model, batch)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        losses.append(float(loss.detach()))
+    model.eval()
+    tokenizer.save_pretrained(output)
+    model.save_pretrained(output)
+    return {
+        "parameters": model.num_parameters(),
+        "steps": steps,
+        "train_loss": losses,
+        "validation_loss": [before, validation_loss(model, validation)],
+    }
+
+
+def _tokenizer(texts: Any) -> PreTrainedTokenizerBase:
+    """Byte pairs of ``texts``; any other text has tokens too. Every text ends in END."""
+    from tokenizers import ByteLevelBPETokenizer
+    from tokenizers.processors import TemplateProcessing
+    from transformers import PreTrainedTokenizerFast
+
+    trained = ByteLevelBPETokenizer()
+    trained.train_from_iterator(texts, VOCABULARY, special_tokens=[PAD, END, MASK], show_progress=False)
+    trained.post_processor = TemplateProcessing(f"$A {END}", special_tokens=[(END, trained.token_to_id(END))])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=trained._tokenizer, pad_token=PAD, eos_token=END, mask_token=MASK, padding_side="right"
+    )
+
+
+def _model(tokenizer: PreTrainedTokenizerBase, seed: int) -> PreTrainedModel:
+    from transformers import BartConfig, BartForConditionalGeneration
+
+    torch.manual_seed(seed)
+    return BartForConditionalGeneration(
+        BartConfig(
+            vocab_size=len(tokenizer),
+            max_position_embeddings=512,
+            pad_token_id=tokenizer.pad_token_id,
+            bos_token_id=None,
+            eos_token_id=tokenizer.eos_token_id,
+            decoder_start_token_id=tokenizer.eos_token_id,
+            forced_eos_token_id=None,
+            **SIZES,
+        )
+    )
+
+
+def _denoising(examples: Sequence[Example], count: int, seed: int) -> list[Example]:
+    """``count`` texts of which spans are masked, with the whole text as reference."""
+    generator = random.Random(seed)
+    texts = [text for example in examples for text in (example.source, *example.references)]
+    chosen = (generator.choice(texts) for _ in range(count))
+    return [Example(_masked(text, generator), (text,)) for text in chosen]
+
+
+def _masked(text: str, generator: random.Random) -> str:
+    """``text`` in which about MASKED of the words are gone, a mask in place of each span."""
+    words, kept, i = text.split(" "), [], 0
+    while i < len(words):
+        if generator.random() < MASKED / SPAN:
+            kept.append(MASK)
+            i += generator.randint(1, 2 * SPAN - 1)
+        else:
+            kept.append(words[i])
+            i += 1
+    return " ".join(kept)
