@@ -184,6 +184,7 @@ class Attachment:
             {slot.module: number for number, slot in enumerate(layout.slots)},
             shifts=dict.fromkeys(layout.shifted, shift),
             backend=config.backend,
+            lengths=[config.length(slot.layer) for slot in layout.slots] if config.has_lengths else None,
             rows=rows,
             gates=gates,
             starts=starts,

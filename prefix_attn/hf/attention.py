@@ -7,7 +7,7 @@ a change of prefix in between see the state that they started with. The KV cache
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -57,6 +57,7 @@ class PrefixState:
         *,
         shifts: Mapping[nn.Module, int | Tensor],
         backend: str,
+        lengths: Sequence[int] | None = None,
         rows: Rows | None = None,
         gates: Tensor | None = None,
         starts: Tensor | None = None,
@@ -69,6 +70,7 @@ class PrefixState:
             slots: of the modules that have a prefix.
             shifts: where the tokens of each stack start; (B, 1) for a bank.
             backend: of ``prefix_attention``.
+            lengths: how many of the P tokens each slot sees; None = all.
             rows: of a bank.
             gates: (slots, Hq), or of a bank (N, slots, Hq).
             starts: (B,) int64: the first column of each row that sees an infix; None = all see their prefix.
@@ -76,6 +78,8 @@ class PrefixState:
         """
         parts = kv.unbind(-4)
         self.layers = list(zip(parts[::2], parts[1::2]))
+        if lengths is not None:
+            self.layers = [(key[..., :n, :], value[..., :n, :]) for (key, value), n in zip(self.layers, lengths)]
         self.gates = None if gates is None else gates.unbind(-2)
         self.slots = slots
         self.shifts = shifts
@@ -96,7 +100,8 @@ class PrefixState:
         start = None if self.starts is None else self._start(self.starts, call)
         ids = lengths = None
         if self.rows is not None:
-            ids, lengths = grow(self.rows.ids, call.query.shape[0]), self.rows.lengths
+            ids = grow(self.rows.ids, call.query.shape[0])
+            lengths = self.rows.lengths.clamp(max=self.layers[slot][0].shape[-2])
             gate = None if gate is None else gate[ids.clamp(min=0)]  # whatever it is in rows without a prefix
         prefix = Prefix(*self.layers[slot], ids, lengths, gate, start)
         # A device_map may have this layer elsewhere, and starts are where the caller's labels or prompt are.

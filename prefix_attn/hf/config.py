@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal
 
@@ -33,7 +33,9 @@ class PrefixConfig:
             ``infix_start`` of ``PrefixModel.forward``.
         sites: attention that gets a prefix of its own: "encoder" (self-attention that is not causal), "cross" (of a
             decoder to its encoder), "decoder" (causal self-attention). Default: all that the model has.
-        layers: "all", or the numbers of the layers that get one, at each site.
+        layers: "all", the numbers of the layers that get one, at each site, or {number: how many of the P tokens, from
+            the first on, that layer sees}. The tokens of the sequence start behind P in all of them, and P rows are
+            stored for each.
         init: "random" starts from the model's own keys and values of its start token and random ones, "text" from those
             of ``init_text`` or ``init_token_ids``, "document" from those of its start token and of pieces of that text
             which are drawn from all of it (Cartridges); "prefix" from another prefix, "zero" from zeros (which still
@@ -71,7 +73,7 @@ class PrefixConfig:
     dropout: float = 0.0
     mode: str = "kv"
     sites: Sequence[str] | None = None
-    layers: Literal["all"] | Sequence[int] = "all"
+    layers: Literal["all"] | Sequence[int] | Mapping[int, int] = "all"
     init: str = "random"
     init_text: str | None = None
     init_token_ids: Sequence[int] | None = None
@@ -152,12 +154,28 @@ class PrefixConfig:
             numbers = tuple(self.layers)
             if not numbers or len(set(numbers)) < len(numbers) or any(type(n) is not int or n < 0 for n in numbers):
                 raise ValueError(f"layers must be 'all' or numbers of layers, each once, got {self.layers!r}")
-            self.layers = numbers
+            if isinstance(self.layers, Mapping):
+                P, wrong = self.num_virtual_tokens, [n for n in self.layers.values() if type(n) is not int or n < 1]
+                if wrong or max(self.layers.values()) != P:
+                    raise ValueError(
+                        f"the lengths in layers must be from 1 to num_virtual_tokens={P}, and one of them that, got "
+                        f"{dict(self.layers)}"
+                    )
+            self.layers = {n: self.layers[n] for n in numbers} if isinstance(self.layers, Mapping) else numbers
 
     @property
     def shift(self) -> int:
         """What the prefix adds to the positions of the tokens after it."""
         return self.num_virtual_tokens if self.position_mode == "shift" else 0
+
+    @property
+    def has_lengths(self) -> bool:
+        """Whether each layer has a length of its own."""
+        return isinstance(self.layers, Mapping)
+
+    def length(self, layer: int) -> int:
+        """How many tokens of the prefix the layer sees."""
+        return self.layers[layer] if isinstance(self.layers, Mapping) else self.num_virtual_tokens
 
     def fold(self) -> None:
         """Say that the prefix itself is left of an MLP or embeddings."""
@@ -174,4 +192,6 @@ class PrefixConfig:
         unknown = sorted(values.keys() - {f.name for f in fields(cls)})
         if unknown:
             raise ValueError(f"unknown fields {unknown}; known: {[f.name for f in fields(cls)]}")
+        if isinstance(layers := values.get("layers"), Mapping):  # in JSON all keys are text
+            values = values | {"layers": {int(number): length for number, length in layers.items()}}
         return cls(**values)

@@ -153,7 +153,9 @@ def _for_peft(stored: Stored, rows: Tensor, sizes: dict[str, Any]) -> tuple[str,
         return stored.peft_type, sizes["num_layers"], rows
     why = []
     if config.layers != "all":
-        why.append(f"it has layers {list(config.layers)} only")
+        why.append(
+            f"it has {'another length in each layer' if config.has_lengths else f'layers {list(config.layers)} only'}"
+        )
     if config.mode == "infix":
         why.append("it is an infix")
     if config.gate is not None:

@@ -49,13 +49,14 @@ def concatenate(
         raise ValueError("sources must name at least one prefix")
     configs = [model._find(source)[1] for source in sources]
     for field in ("sites", "layers", "position_mode", "backend"):
-        if len({getattr(config, field) for config in configs}) > 1:
-            values = {source: getattr(config, field) for source, config in zip(sources, configs)}
+        values = {source: getattr(config, field) for source, config in zip(sources, configs)}
+        if any(value != values[sources[0]] for value in values.values()):
             raise ValueError(f"prefixes that are put together must have one {field}, got {values}")
     if len({config.mode == "infix" for config in configs}) > 1:
         raise ValueError("an infix and a prefix cannot be put together: tokens see them from different positions on")
     if own := [s for s, config in zip(sources, configs) if config.gate is not None or config.modules_to_save]:
         raise ValueError(f"prefixes with gates or heads of their own cannot be put together: {own}")
+    _check_lengths(dict(zip(sources, configs)))
     parts, start = [], 0
     for source, config in zip(sources, configs):
         parts.append(_moved(model, _kv(model, source), config, start if rotate else 0))
@@ -88,6 +89,7 @@ def truncate(
         ValueError: unknown name, or nothing is left. NotImplementedError: as ``concatenate``.
     """
     _, config = model._find(source)
+    _check_lengths({source: config})
     kv = _kv(model, source)
     first, last, _ = slice(start, stop).indices(kv.shape[2])
     if first >= last:
@@ -124,6 +126,13 @@ def move(model: PrefixModel, source: str, name: str, *, position_mode: str, is_t
             raise NotImplementedError(f"{name_of} has no rotary embeddings: with another position_mode outputs change")
         kv = _turned(kv, turns, by)
     _add(model, name, moved, kv, source, is_trainable)
+
+
+def _check_lengths(configs: dict[str, PrefixConfig]) -> None:
+    if own := [name for name, config in configs.items() if config.has_lengths]:
+        raise NotImplementedError(
+            f"prefixes of another length in each layer can be moved, but not cut or joined: {own}"
+        )
 
 
 class Turn(NamedTuple):

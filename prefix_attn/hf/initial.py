@@ -90,6 +90,8 @@ def start_from_prefix(
     wanted, there = ([(s.site, s.layer) for s in attachment.layout(c).slots] for c in (config, source))
     if missing := [f"{site} {layer}" for site, layer in wanted if (site, layer) not in there]:
         raise ValueError(f"init_prefix: {name} has nothing for layers {', '.join(missing)}")
+    if short := [f"{site} {layer}" for site, layer in wanted if source.length(layer) < config.length(layer)]:
+        raise ValueError(f"init_prefix: {name} has too few tokens in layers {', '.join(short)}")
     rows = other.prompt_embeddings()[:P].view(P, len(there), 2, other.num_heads, other.head_dim)
     rows = rows[:, [there.index(slot) for slot in wanted]]
     encoder.set_kv(rows.flatten(1, 2).permute(1, 2, 0, 3))

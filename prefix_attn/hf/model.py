@@ -253,7 +253,7 @@ class PrefixModel(Wrapper):
     def _check_together(self, configs: dict[str, PrefixConfig]) -> None:
         for field in ("backend", "sites", "layers", "gate"):
             values = {name: getattr(config, field) for name, config in configs.items()}
-            if len(set(values.values())) > 1:
+            if any(value != next(iter(values.values())) for value in values.values()):
                 raise ValueError(f"the prefixes of one batch must have one {field}, got {values}")
         if heads := [name for name in configs if len(self._heads(name))]:
             raise ValueError(f"prefixes with heads cannot share a batch with others, got {heads}")

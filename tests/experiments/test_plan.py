@@ -67,7 +67,6 @@ def test_ablations_vary_one_thing() -> None:
     sites = plan.ablate("sites", COMMON, [0, 1], [0])
     assert [run.sites and "+".join(run.sites) for run in sites[2::2]] == [
         *("encoder", "cross", "decoder", "encoder+cross", "encoder+decoder", "cross+decoder", "encoder+cross+decoder"),
-        None,
     ]
     assert Run.from_dict(sites[7].to_dict()) == sites[7]
     mode = plan.ablate("mode", COMMON, [0], [0])

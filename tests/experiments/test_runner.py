@@ -264,7 +264,7 @@ def test_sites_of_an_encoder_decoder(
     results = json.loads(capsys.readouterr().out)
     found = {"+".join(r["run"].get("sites", [r["run"]["method"]])): r for r in results}
     some = ["encoder", "cross", "decoder", "encoder+cross", "encoder+decoder", "cross+decoder", "encoder+cross+decoder"]
-    assert list(found) == ["frozen", *some, "full"]
+    assert list(found) == ["frozen", *some]
     site = 3 * 2 * 2 * 16  # virtual tokens, layers, key and value, width
     assert [found[name]["trained_parameters"] for name in some] == [site * n for n in (1, 1, 1, 2, 2, 2, 3)]
     curves = {name: [loss for _, loss in found[name]["validation"]] for name in some}

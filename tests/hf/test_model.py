@@ -262,6 +262,13 @@ CONFIG_ERRORS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "no layer": ({"layers": []}, ValueError, "layers must be 'all' or numbers"),
     "words for layers": ({"layers": "first"}, ValueError, "layers must be 'all' or numbers of layers, .* got 'first'"),
     "layer twice": ({"layers": [1, 1]}, ValueError, "each once"),
+    "length of nothing": (
+        {"num_virtual_tokens": 3, "layers": {0: 3, 1: 0}},
+        ValueError,
+        "from 1 to num_virtual_tokens=3",
+    ),
+    "length too long": ({"num_virtual_tokens": 3, "layers": {0: 4}}, ValueError, "from 1 to num_virtual_tokens=3"),
+    "no full length": ({"num_virtual_tokens": 3, "layers": {0: 2}}, ValueError, "and one of them that"),
     "layer from behind": ({"layers": [-1]}, ValueError, "layers must be"),
     "task": ({"task_type": "MASKED_LM"}, ValueError, "task_type must be one of .* got 'MASKED_LM'"),
 }
