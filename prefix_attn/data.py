@@ -302,7 +302,14 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, source: str) -> list[int]:
 
 
 def source_ids(tokenizer: PreTrainedTokenizerBase, source: str) -> list[int]:
-    """Tokens of an encoder's input: the source alone, with the special tokens that the tokenizer puts around a text."""
+    """Tokens of an encoder's input: the source alone, with the special tokens that the tokenizer puts around a text.
+
+    Raises:
+        NotImplementedError: these name a language, which nothing here says.
+    """
+    if hasattr(tokenizer, "tgt_lang"):
+        name = type(tokenizer).__name__
+        raise NotImplementedError(f"{name} begins or ends texts with a language, which the data do not name")
     return tokenizer(source, verbose=False)["input_ids"]
 
 
@@ -323,8 +330,10 @@ def encode(
         The rows (``input_ids`` and ``labels``), and how many were cut.
 
     Raises:
-        ValueError: a target does not fit even without its source.
+        ValueError: a target does not fit even without its source. NotImplementedError: as ``source_ids``.
     """
+    if tokenizer.eos_token_id is None:
+        raise ValueError("the tokenizer has no end-of-text token (eos_token)")
     rows = _encoder_decoder_rows if encoder_decoder else _causal_rows
     return rows(tokenizer, examples, max_length)
 
@@ -332,12 +341,14 @@ def encode(
 def _encoder_decoder_rows(
     tokenizer: PreTrainedTokenizerBase, examples: Iterable[Example], max_length: int
 ) -> tuple[list[dict[str, list[int]]], int]:
-    rows, cut = [], 0
+    rows, cut, end = [], 0, tokenizer.eos_token_id
     for example in examples:
         source = source_ids(tokenizer, example.source)
-        kept = tokenizer(example.source, truncation=True, max_length=max_length)["input_ids"]
+        kept = source if len(source) <= max_length else [*source[: max_length - 1], source[-1]]
         for reference in example.references:
             target = tokenizer(text_target=reference, verbose=False)["input_ids"]
+            if target[-1:] != [end]:  # not all tokenizers add it
+                target = [*target, end]
             if len(target) > max_length:
                 raise ValueError(
                     f"max_length={max_length} is too short for the target {reference!r}: needs {len(target)}"
@@ -350,8 +361,6 @@ def _encoder_decoder_rows(
 def _causal_rows(
     tokenizer: PreTrainedTokenizerBase, examples: Iterable[Example], max_length: int
 ) -> tuple[list[dict[str, list[int]]], int]:
-    if tokenizer.eos_token_id is None:
-        raise ValueError("the tokenizer has no end-of-text token (eos_token)")
     tail = len(prompt_ids(tokenizer, ""))
     rows, cut = [], 0
     for example in examples:

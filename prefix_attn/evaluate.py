@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import inspect
+import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from prefix_attn.data import IGNORED, prompt_ids, source_ids
 from prefix_attn.hf.infix import start_of_targets
 from prefix_attn.hf.model import PrefixModel
+from prefix_attn.hf.wrapper import Wrapper
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+_log = logging.getLogger(__name__)
 
 
 def generate_text(
@@ -37,8 +42,10 @@ def generate_text(
         batch_size: sources generated at once; sources of similar length share a batch.
         progress: called with the number of sources of each finished batch.
     """
-    to_ids = source_ids if model.config.is_encoder_decoder else prompt_ids
-    prompts = [to_ids(tokenizer, source) for source in sources]
+    if model.config.is_encoder_decoder:
+        prompts = _within(model, [source_ids(tokenizer, source) for source in sources])
+    else:
+        prompts = [prompt_ids(tokenizer, source) for source in sources]
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]), reverse=True)
     texts = [""] * len(prompts)
     was_training = model.training
@@ -80,7 +87,17 @@ def _generate(
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    return output if on_the_right else output[:, width:]
+    return output[:, 1:] if on_the_right else output[:, width:]  # a decoder's begins with its start token
+
+
+def _within(model: Any, sources: list[list[int]]) -> list[list[int]]:
+    """``sources`` cut to the positions that the encoder has, if their number is fixed; their last token stays."""
+    room = getattr(model.config, "max_position_embeddings", None)
+    if room is None:
+        return sources
+    if long := sum(len(ids) > room for ids in sources):
+        _log.warning("%d of %d sources are longer than the encoder's %d positions: cut", long, len(sources), room)
+    return [ids if len(ids) <= room else [*ids[: room - 1], ids[-1]] for ids in sources]
 
 
 def _first_line(text: str) -> str:
@@ -88,35 +105,43 @@ def _first_line(text: str) -> str:
 
 
 def target_loss(model: Any, batch: Mapping[str, Tensor]) -> Tensor:
-    """``model(**batch).loss``, with logits of the target tokens alone.
+    """The loss of a batch, in float32, without the logits that it does not need.
 
-    The rows of a source have logits of a whole vocabulary that no loss reads: on E2E with SmolLM2, a fifth of a step.
+    Before the first target of a batch there are logits of a whole vocabulary that no loss reads: on E2E with SmolLM2
+    they cost a sixth of a step. Models that cannot leave them out (no ``logits_to_keep``), or that add a loss of their
+    own, compute it as they always do.
 
     Args:
-        model: a model of ours, of PEFT or of transformers; one without a language-model head makes its own loss.
+        model: of ours, of PEFT or of transformers; causal, an encoder-decoder, or one whose own loss is to be taken.
         batch: what ``data.collate`` makes, with a target token at least.
 
     Returns:
-        Mean negative log-likelihood in nats, a float32 scalar with its graph.
+        Mean negative log-likelihood of the targets in nats, a scalar with its graph.
     """
-    head = None if model.config.is_encoder_decoder else model.get_output_embeddings()
-    if head is None:
+    labels = batch["labels"]
+    if getattr(model.config, "output_router_logits", False):
         return model(**batch).loss
-    labels = batch["labels"][:, 1:]  # the model predicts each token from those before it
-    chosen = torch.nn.functional.pad(labels != IGNORED, (0, 1))
+    if model.config.is_encoder_decoder:
+        logits = model(**batch).logits
+    elif _can_leave_out_logits(model):
+        inputs: dict[str, Any] = {name: tensor for name, tensor in batch.items() if name != "labels"}
+        if isinstance(model, PrefixModel) and any(c.mode == "infix" for c in model.prefix_configs.values()):
+            inputs["infix_start"] = start_of_targets(None, batch)  # which it would have found in the labels
+        # The model predicts each token from those before it.
+        first = max(int((labels != IGNORED).any(0).int().argmax()), 1)
+        labels = labels[:, first:]
+        logits = model(**inputs, logits_to_keep=labels.shape[1] + 1).logits[:, :-1]
+    else:
+        return model(**batch).loss
+    labels = labels.to(logits.device)
+    return torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORED)
 
-    def select(_: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
-        return (arguments[0][chosen][None], *arguments[1:])
 
-    inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
-    if isinstance(model, PrefixModel):
-        inputs["infix_start"] = start_of_targets(None, batch)  # which it would have found in the labels
-    handle = head.register_forward_pre_hook(select)
-    try:
-        logits = model(**inputs).logits
-    finally:
-        handle.remove()
-    return torch.nn.functional.cross_entropy(logits[0].float(), labels[labels != IGNORED])
+def _can_leave_out_logits(model: Any) -> bool:
+    base = model.base_model if isinstance(model, Wrapper) else model
+    if hasattr(base, "get_base_model"):  # PEFT's
+        base = base.get_base_model()
+    return "logits_to_keep" in inspect.signature(base.forward).parameters
 
 
 @torch.no_grad()

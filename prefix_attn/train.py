@@ -16,7 +16,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from prefix_attn.data import Collator, Example, collate, encode
-from prefix_attn.evaluate import validation_loss
+from prefix_attn.evaluate import target_loss, validation_loss
 from prefix_attn.hf.bridge import set_checkpointing
 from prefix_attn.hf.files import replace
 from prefix_attn.hf.model import PrefixModel
@@ -191,9 +191,11 @@ class _Trainer(Trainer):
     objective: Objective | None = None
 
     def compute_loss(self, model: Any, inputs: dict[str, Tensor], *args: Any, **kwargs: Any) -> Any:
-        if self.objective is None:
-            return super().compute_loss(model, inputs, *args, **kwargs)
-        return self.objective(model, inputs)
+        if self.objective is not None:
+            return self.objective(model, inputs)
+        if model is self.model:
+            return target_loss(model, inputs)
+        return super().compute_loss(model, inputs, *args, **kwargs)  # a wrapper, over several devices
 
 
 class _Validation(TrainerCallback):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -56,6 +57,13 @@ def test_the_first_line_is_kept_and_the_mode_restored() -> None:
     assert generate_text(model, tokenizer, []) == []
 
 
+def test_sources_are_cut_to_the_places_of_the_encoder(caplog: pytest.LogCaptureFixture) -> None:
+    model, tokenizer = tiny("bart", **SIZES | {"max_position_embeddings": 8}), byte_tokenizer()
+    long, short = generate_text(model, tokenizer, ["abcdefghijkl", "abcdefgl"], max_new_tokens=4)
+    assert long == short
+    assert "1 of 2 sources are longer than the encoder's 8 positions: cut" in caplog.text
+
+
 def test_prompt_ids_are_those_of_the_frame() -> None:
     tokenizer = byte_tokenizer()
     assert tokenizer.decode(prompt_ids(tokenizer, "a b")) == "a b\n=>"
@@ -64,34 +72,79 @@ def test_prompt_ids_are_those_of_the_frame() -> None:
 # Loss -----------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma2", "gpt_neox", "bart", "t5"])
+BATCH = {
+    "input_ids": torch.tensor([[5, 6, 7, 8, 9], [4, 3, 9, 0, 0]]),
+    "attention_mask": torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]]),
+    "labels": torch.tensor([[IGNORED, IGNORED, 7, 8, 9], [IGNORED, IGNORED, 9, IGNORED, IGNORED]]),
+}
+ROUTER = {"output_router_logits": True, "router_aux_loss_coef": 0.5}
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma2", "gpt_neox", "gpt_oss", "bart", "t5"])
 def test_target_loss_is_the_loss_of_the_model(name: str) -> None:
-    model = tiny(name).train()
-    first, last = torch.tensor([5, 6, 7, 8, 9]), torch.tensor([4, 3, 9, 0, 0])
-    batch = {
-        "input_ids": torch.stack([first, last]),
-        "attention_mask": torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]]),
-        "labels": torch.tensor([[IGNORED, IGNORED, 7, 8, 9], [IGNORED, 3, 9, IGNORED, IGNORED]]),
-    }
+    model = tiny(name, **(ROUTER if name == "gpt_oss" else {})).train()
     parameters = [p for p in model.parameters() if p.requires_grad]
     torch.manual_seed(0)
-    expected = model(**batch).loss
+    expected = model(**BATCH).loss
     torch.manual_seed(0)  # of dropout
-    found = target_loss(model, batch)
+    found = target_loss(model, BATCH)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
     grads = [torch.autograd.grad(loss, parameters, allow_unused=True) for loss in (found, expected)]
     torch.testing.assert_close(*grads, rtol=1e-3, atol=1e-6)
-    assert model(**batch).logits.shape[:2] == (2, 5)  # the head is left as it was
 
 
-@pytest.mark.parametrize("mode", ["kv", "embedding", "infix"])
-def test_target_loss_of_a_prefix(mode: str) -> None:
-    base = tiny("llama")
-    model = get_prefix_model(base, PrefixConfig(num_virtual_tokens=3, mode=mode))
-    ids = torch.tensor([[5, 6, 7, 8, 9], [4, 3, 9, 2, 1]])
-    labels = torch.tensor([[IGNORED, IGNORED, 7, 8, 9], [IGNORED, 3, 9, 2, 1]])
-    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
+def test_target_loss_leaves_out_what_no_loss_reads(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, widths = tiny("llama"), []
+    model.lm_head.register_forward_hook(lambda module, args, out: widths.append(out.shape[1]))
+    target_loss(model, BATCH)
+    target_loss(model, BATCH | {"labels": BATCH["input_ids"]})
+    assert widths == [4, 5]  # the last one's prediction comes for free
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {},
+        {"mode": "embedding"},
+        {"mode": "infix"},
+        {"modules_to_save": ["lm_head"]},
+    ],
+    ids=str,
+)
+def test_target_loss_of_a_prefix(config: dict[str, Any]) -> None:
+    model = get_prefix_model(tiny("llama"), PrefixConfig(num_virtual_tokens=3, **config))
+    for head in model.heads["default"].parameters():
+        head.data.mul_(2)
+    torch.testing.assert_close(target_loss(model, BATCH), model(**BATCH).loss, rtol=1e-5, atol=1e-6)
+
+
+def test_target_loss_of_packed_rows() -> None:
+    model = get_prefix_model(tiny("llama"), PrefixConfig(num_virtual_tokens=3))
+    batch = {"input_ids": BATCH["input_ids"][:1], "position_ids": torch.tensor([[0, 1, 2, 0, 1]])}
+    batch["labels"] = torch.tensor([[IGNORED, 6, 7, IGNORED, 9]])
     torch.testing.assert_close(target_loss(model, batch), model(**batch).loss, rtol=1e-5, atol=1e-6)
+    assert validation_loss(model, [batch]) == pytest.approx(float(model(**batch).loss.detach()), rel=1e-5)
+
+
+@pytest.mark.peft
+@pytest.mark.parametrize("name", ["PrefixTuningConfig", "PromptTuningConfig", "LoraConfig"])
+def test_target_loss_of_peft(name: str) -> None:
+    peft = pytest.importorskip("peft")
+    sizes = {} if name == "LoraConfig" else {"num_virtual_tokens": 3}
+    model = peft.get_peft_model(tiny("llama"), getattr(peft, name)(task_type="CAUSAL_LM", **sizes)).eval()
+    torch.testing.assert_close(target_loss(model, BATCH), model(**BATCH).loss, rtol=1e-5, atol=1e-6)
+
+
+def test_target_loss_is_float32() -> None:
+    """In half precision a loss has three digits."""
+    for name in ("llama", "bart"):
+        model = tiny(name).bfloat16()
+        loss = target_loss(model, BATCH)
+        assert loss.dtype == torch.float32
+        logits, labels = model(**BATCH).logits.float(), BATCH["labels"]
+        logits, labels = (logits, labels) if name == "bart" else (logits[:, :-1], labels[:, 1:])
+        expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
+        torch.testing.assert_close(loss, expected, rtol=1e-3, atol=0)
 
 
 # Validation loss ------------------------------------------------------------------------------------------------------

@@ -10,18 +10,33 @@ from torch import nn
 
 from prefix_attn.experiments.plan import Run
 from prefix_attn.hf.config import PrefixConfig
+from prefix_attn.hf.load import is_encoder_decoder
 from prefix_attn.hf.model import get_prefix_model
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
+# What a text in front, or between input and output, stands for: an encoder-decoder has no such place.
+CAUSAL = ("discrete", "embedding", "infix")
+
+
 def require(runs: Iterable[Run]) -> None:
     """Before hours of other runs.
 
     Raises:
-        ModuleNotFoundError: PEFT is missing, and some of ``runs`` are its methods.
+        ModuleNotFoundError: PEFT is missing, and some of ``runs`` are its methods. NotImplementedError: a model has no
+            place for what is to be trained.
     """
+    runs = list(runs)
+    pairs = {model: is_encoder_decoder(model) for model in {run.model for run in runs}}
+    for run in runs:
+        if pairs[run.model] and run.method in CAUSAL:
+            raise NotImplementedError(
+                f"{run.model} is an encoder-decoder, and the method {run.method} for causal models"
+            )
+        if not pairs[run.model] and set(run.sites or ()) - {"decoder"}:
+            raise NotImplementedError(f"{run.model} is causal, and has no attention at the sites {run.sites}")
     needed = sorted({run.method for run in runs} & {"peft", "lora"})
     if needed and importlib.util.find_spec("peft") is None:
         raise ModuleNotFoundError(f"the methods {needed} need PEFT: pip install peft, or leave them out with --methods")
@@ -33,7 +48,7 @@ def wrap(base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, run: Run) ->
     if run.method in ("frozen", "full"):
         return base
     if run.method == "top2":
-        for layer in _layers(base)[-2:]:
+        for layer in _decoder_layers(base)[-2:]:
             layer.requires_grad_(True)
         return base
     if run.method in ("peft", "lora"):
@@ -63,17 +78,22 @@ def _config(tokenizer: PreTrainedTokenizerBase, run: Run) -> PrefixConfig:
 def _peft(base: PreTrainedModel, run: Run) -> Any:
     from peft import LoraConfig, PrefixTuningConfig, get_peft_model
 
+    task = "SEQ_2_SEQ_LM" if base.config.is_encoder_decoder else "CAUSAL_LM"
     if run.method == "peft":
         assert run.virtual_tokens is not None
-        return get_peft_model(base, PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=run.virtual_tokens))
+        return get_peft_model(base, PrefixTuningConfig(task_type=task, num_virtual_tokens=run.virtual_tokens))
     assert run.rank is not None
-    return get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", r=run.rank, lora_alpha=2 * run.rank))
+    return get_peft_model(base, LoraConfig(task_type=task, r=run.rank, lora_alpha=2 * run.rank))
 
 
-def _layers(base: PreTrainedModel) -> nn.ModuleList:
-    """The stack of decoder layers: the first list of as many modules as the configuration has layers."""
-    count = base.config.get_text_config().num_hidden_layers
-    lists = (module for module in base.modules() if isinstance(module, nn.ModuleList) and len(module) == count)
+def _decoder_layers(base: PreTrainedModel) -> nn.ModuleList:
+    """The stack of decoder layers: the first list of as many modules as the configuration has of them."""
+    config, stack = base.config.get_text_config(), base
+    names = ("num_hidden_layers",)
+    if base.config.is_encoder_decoder:
+        stack, names = base.get_decoder(), ("decoder_layers", "num_decoder_layers", "num_hidden_layers")
+    count = next(getattr(config, name) for name in names if hasattr(config, name))
+    lists = (module for module in stack.modules() if isinstance(module, nn.ModuleList) and len(module) == count)
     layers = next(lists, None)
     if layers is None:
         raise NotImplementedError(f"top2: {type(base).__name__} has no list of {count} layers")

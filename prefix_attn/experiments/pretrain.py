@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import random
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from prefix_attn.data import Example, collate, encode
+from prefix_attn.data import Example, collate, encode, source_ids
 from prefix_attn.evaluate import target_loss, validation_loss
 from prefix_attn.experiments.runner import batches, chunks, hold_out, learning_rate_factor
 
@@ -21,7 +21,8 @@ VOCABULARY = 4096
 SIZES = {"d_model": 256, "encoder_layers": 3, "decoder_layers": 3, "encoder_attention_heads": 4}
 SIZES |= {"decoder_attention_heads": 4, "encoder_ffn_dim": 1024, "decoder_ffn_dim": 1024}
 PAD, END, MASK = "<pad>", "</s>", "<mask>"
-MASKED, SPAN = 0.3, 3  # share of the words that a text loses, and how many go at once on average (Lewis et al. 2020)
+POSITIONS = 512
+MASKED, SPAN = 0.25, 3  # share of the words that a text loses, and how many go at once on average
 
 
 def pretrain(
@@ -38,7 +39,7 @@ def pretrain(
     """Train a tokenizer and a BART on ``examples``, and save both.
 
     Half of the rows are of the task, source to reference; half rebuild a text, source or reference, of which spans of
-    words are masked, as BART's pretraining does.
+    words are masked, as BART's pretraining does (Lewis et al. 2020).
 
     Args:
         examples: a tenth of them, by hash, is held out.
@@ -46,7 +47,7 @@ def pretrain(
         steps: of AdamW, with warm-up and linear decay.
         batch_size: rows of a step.
         learning_rate: its peak.
-        max_length: tokens of a source, and of a target.
+        max_length: tokens of a source, and of a target; at most POSITIONS. Longer texts are not denoised.
         seed: of weights, masks and order.
         device: default: the GPU where there is one.
 
@@ -54,10 +55,12 @@ def pretrain(
         ``parameters``, ``steps``, ``train_loss`` of each step, and ``validation_loss`` of the task, before and after.
 
     Raises:
-        ValueError: too few examples to hold some out.
+        ValueError: too few examples to hold some out, or ``output`` holds something.
     """
     from tqdm import tqdm
 
+    if output.exists() and any(output.iterdir()):
+        raise ValueError(f"{output}: holds something already; take another folder")
     kept, held_out = hold_out(examples, 0, 26)
     if not kept or not held_out:
         raise ValueError(f"{len(examples)} examples are too few to train on some and hold out others")
@@ -65,7 +68,9 @@ def pretrain(
     model = _model(tokenizer, seed).to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     pad_id = tokenizer.pad_token_id
     rows, _ = encode(tokenizer, kept, max_length, encoder_decoder=True)
-    denoised, _ = encode(tokenizer, _denoising(kept, len(rows), seed), max_length, encoder_decoder=True)
+    texts = [text for example in kept for text in (example.source, *example.references)]
+    texts = [text for text in texts if len(source_ids(tokenizer, text)) <= max_length]
+    denoised, _ = encode(tokenizer, _denoising(texts, len(rows), seed), max_length, encoder_decoder=True)
     data = batches(rows + denoised, batch_size, seed, pad_id)
     held_rows, _ = encode(tokenizer, held_out, max_length, encoder_decoder=True)
     validation = [collate(some, pad_id) for some in chunks(held_rows, batch_size)]
@@ -93,7 +98,7 @@ def pretrain(
     }
 
 
-def _tokenizer(texts: Any) -> PreTrainedTokenizerBase:
+def _tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerBase:
     """Byte pairs of ``texts``; any other text has tokens too. Every text ends in END."""
     from tokenizers import ByteLevelBPETokenizer
     from tokenizers.processors import TemplateProcessing
@@ -114,7 +119,7 @@ def _model(tokenizer: PreTrainedTokenizerBase, seed: int) -> PreTrainedModel:
     return BartForConditionalGeneration(
         BartConfig(
             vocab_size=len(tokenizer),
-            max_position_embeddings=512,
+            max_position_embeddings=POSITIONS,
             pad_token_id=tokenizer.pad_token_id,
             bos_token_id=None,
             eos_token_id=tokenizer.eos_token_id,
@@ -125,10 +130,9 @@ def _model(tokenizer: PreTrainedTokenizerBase, seed: int) -> PreTrainedModel:
     )
 
 
-def _denoising(examples: Sequence[Example], count: int, seed: int) -> list[Example]:
-    """``count`` texts of which spans are masked, with the whole text as reference."""
+def _denoising(texts: Sequence[str], count: int, seed: int) -> list[Example]:
+    """``count`` of the texts, in which spans are masked, with the whole text as reference."""
     generator = random.Random(seed)
-    texts = [text for example in examples for text in (example.source, *example.references)]
     chosen = (generator.choice(texts) for _ in range(count))
     return [Example(_masked(text, generator), (text,)) for text in chosen]
 
@@ -137,7 +141,7 @@ def _masked(text: str, generator: random.Random) -> str:
     """``text`` in which about MASKED of the words are gone, a mask in place of each span."""
     words, kept, i = text.split(" "), [], 0
     while i < len(words):
-        if generator.random() < MASKED / SPAN:
+        if generator.random() < MASKED / (SPAN - MASKED * (SPAN - 1)):
             kept.append(MASK)
             i += generator.randint(1, 2 * SPAN - 1)
         else:

@@ -30,7 +30,9 @@ if TYPE_CHECKING:
 
 HELD_OUT_ROWS = 160
 LOW_DATA_HELD_OUT = 0.3  # rows to stop early by, as a share of those for training
-WINDOW = 16  # batches that are sorted by length together: the rows of E2E have 65 tokens, padded 66 instead of 84
+# Batches that are sorted by length together: the rows of E2E have 65 tokens, padded 66 instead of 84. Where there are
+# few rows at most a quarter of them, or the same rows would meet in every epoch.
+WINDOW = 16
 GENERATION_BATCH = 64
 SAMPLES = 5
 PACKAGES = ("torch", "transformers", "peft", "prefix-attn", "sacrebleu")
@@ -121,11 +123,12 @@ def load(
         if missing := set(run.unseen) - {example.category for example in (*kept, *test)}:
             raise ValueError(f"{run.train}: no example of the categories {sorted(missing)}")
         kept, held_out = ([e for e in examples if e.category not in run.unseen] for examples in (kept, held_out))
-    if run.limit is not None and run.limit < len(test):
-        test = [test[i * len(test) // run.limit] for i in range(run.limit)]  # evenly spaced
+    if run.limit is not None:
+        test = _spaced(test, run.limit)
     rows, cut = encode(tokenizer, kept, run.max_length, encoder_decoder=encoder_decoder)
     if run.examples is None:
-        validation = encode(tokenizer, held_out, run.max_length, encoder_decoder=encoder_decoder)[0][:HELD_OUT_ROWS]
+        validation = encode(tokenizer, held_out, run.max_length, encoder_decoder=encoder_decoder)[0]
+        validation = _spaced(validation, HELD_OUT_ROWS)
     else:
         rows, validation = _draw(rows, run.examples, run.subset or 0)
     validation.sort(key=lambda row: len(row["input_ids"]))  # less padding; the loss is weighted by tokens
@@ -139,6 +142,11 @@ def hold_out(examples: Sequence[Example], byte: int, share: int) -> tuple[list[E
         return hashlib.sha1(example.source.encode()).digest()[byte] < share
 
     return [e for e in examples if not is_held_out(e)], [e for e in examples if is_held_out(e)]
+
+
+def _spaced(items: list[Any], count: int) -> list[Any]:
+    """At most ``count`` of them, evenly spaced: files are ordered by their sources."""
+    return items if len(items) <= count else [items[i * len(items) // count] for i in range(count)]
 
 
 def _draw(rows: list[Row], count: int, subset: int) -> tuple[list[Row], list[Row]]:
@@ -158,7 +166,7 @@ def batches(rows: Sequence[Row], size: int, seed: int, pad_id: int) -> Iterator[
         order = list(rows)
         shuffle(order)
         del order[len(order) // size * size :]
-        for window in chunks(order, size * WINDOW):
+        for window in chunks(order, size * min(WINDOW, max(1, len(rows) // (4 * size)))):
             window.sort(key=lambda row: len(row["input_ids"]))
             together = chunks(window, size)
             shuffle(together)

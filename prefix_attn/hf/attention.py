@@ -78,6 +78,7 @@ class PrefixState:
         """
         parts = kv.unbind(-4)
         self.layers = list(zip(parts[::2], parts[1::2]))
+        self.has_lengths = lengths is not None
         if lengths is not None:
             self.layers = [(key[..., :n, :], value[..., :n, :]) for (key, value), n in zip(self.layers, lengths)]
         self.gates = None if gates is None else gates.unbind(-2)
@@ -100,8 +101,9 @@ class PrefixState:
         start = None if self.starts is None else self._start(self.starts, call)
         ids = lengths = None
         if self.rows is not None:
-            ids = grow(self.rows.ids, call.query.shape[0])
-            lengths = self.rows.lengths.clamp(max=self.layers[slot][0].shape[-2])
+            ids, lengths = grow(self.rows.ids, call.query.shape[0]), self.rows.lengths
+            if self.has_lengths:
+                lengths = lengths.clamp(max=self.layers[slot][0].shape[-2])
             gate = None if gate is None else gate[ids.clamp(min=0)]  # whatever it is in rows without a prefix
         prefix = Prefix(*self.layers[slot], ids, lengths, gate, start)
         # A device_map may have this layer elsewhere, and starts are where the caller's labels or prompt are.
@@ -175,7 +177,8 @@ def prefix_attention_forward(
     """transformers' attention interface: (B, H, S, D) in, (B, S, H, D) out.
 
     If the state asks for them, also the weights (B, Hq, S, P + T), over the prefix and then the sequence, as PEFT has
-    them, but undropped. Columns of a bank's longest prefix are 0 in rows of a shorter one.
+    them, but undropped; P is the layer's own where layers differ. Columns of a bank's longest prefix are 0 in rows of a
+    shorter one.
     """
     if indices is not None or block_indices is not None:
         raise NotImplementedError(f"{type(module).__name__} chooses the keys of each query (sparse attention)")

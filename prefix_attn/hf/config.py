@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal
 
@@ -151,9 +151,13 @@ class PrefixConfig:
                 raise ValueError(f"sites must be some of {SITES}, each once, or None, got {self.sites!r}")
             self.sites = sites
         if self.layers != "all":
+            if not isinstance(self.layers, Iterable):
+                raise ValueError(f"layers must be 'all', numbers of layers or {{number: length}}, got {self.layers!r}")
             numbers = tuple(self.layers)
             if not numbers or len(set(numbers)) < len(numbers) or any(type(n) is not int or n < 0 for n in numbers):
-                raise ValueError(f"layers must be 'all' or numbers of layers, each once, got {self.layers!r}")
+                raise ValueError(
+                    f"layers must be 'all', numbers of layers, each once, or {{number: length}}, got {self.layers!r}"
+                )
             if isinstance(self.layers, Mapping):
                 P, wrong = self.num_virtual_tokens, [n for n in self.layers.values() if type(n) is not int or n < 1]
                 if wrong or max(self.layers.values()) != P:
@@ -193,5 +197,6 @@ class PrefixConfig:
         if unknown:
             raise ValueError(f"unknown fields {unknown}; known: {[f.name for f in fields(cls)]}")
         if isinstance(layers := values.get("layers"), Mapping):  # in JSON all keys are text
-            values = values | {"layers": {int(number): length for number, length in layers.items()}}
+            numbers = {name: int(name) if str(name).isdecimal() else name for name in layers}
+            values = values | {"layers": {numbers[name]: length for name, length in layers.items()}}
         return cls(**values)

@@ -43,7 +43,7 @@ def concatenate(
 
     Raises:
         ValueError: unknown names, or prefixes that do not go together. NotImplementedError: the model's positions
-            cannot be moved; ``rotate=False`` works. The model is unchanged then.
+            cannot be moved, where ``rotate=False`` works; or layers of different lengths. The model is unchanged then.
     """
     if not sources:
         raise ValueError("sources must name at least one prefix")

@@ -39,7 +39,7 @@ def load_base(
     Raises:
         ValueError: there is no such model; ModuleNotFoundError: a package that holds or reads it is missing.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     dtype = dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
@@ -51,8 +51,7 @@ def load_base(
     try:
         with _quiet():
             tokenizer = AutoTokenizer.from_pretrained(source)
-            is_pair = AutoConfig.from_pretrained(source).is_encoder_decoder
-            auto = AutoModelForSeq2SeqLM if is_pair else AutoModelForCausalLM
+            auto = AutoModelForSeq2SeqLM if is_encoder_decoder(source) else AutoModelForCausalLM
             model = auto.from_pretrained(source, dtype=dtype)
     except OSError as error:
         reason = str(error).strip().splitlines()[0]
@@ -63,6 +62,15 @@ def load_base(
     _agree_on_special_tokens(model, tokenizer)
     model.config._name_or_path = str(name)  # what an adapter says it was trained for: not a folder in a cache
     return model.to(device).eval(), tokenizer
+
+
+def is_encoder_decoder(name: str | Path) -> bool:
+    """Whether ``load_base`` gives a model with an encoder; it is not loaded."""
+    from transformers import AutoConfig
+
+    if str(name) == "smollm2" or Path(name).suffix == ".gguf":
+        return False
+    return bool(AutoConfig.from_pretrained(name).is_encoder_decoder)
 
 
 def smollm2_file() -> Path:

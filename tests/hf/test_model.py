@@ -259,8 +259,9 @@ CONFIG_ERRORS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "no site": ({"sites": ()}, ValueError, "sites must be some of"),
     "unknown site": ({"sites": ("head",)}, ValueError, "sites must be some of .* got \\('head',\\)"),
     "site twice": ({"sites": ["cross", "cross"]}, ValueError, "each once"),
-    "no layer": ({"layers": []}, ValueError, "layers must be 'all' or numbers"),
-    "words for layers": ({"layers": "first"}, ValueError, "layers must be 'all' or numbers of layers, .* got 'first'"),
+    "no layer": ({"layers": []}, ValueError, "layers must be 'all', numbers"),
+    "words for layers": ({"layers": "first"}, ValueError, "layers must be 'all', numbers of layers, .* got 'first'"),
+    "a number for layers": ({"layers": 5}, ValueError, "layers must be 'all', numbers"),
     "layer twice": ({"layers": [1, 1]}, ValueError, "each once"),
     "length of nothing": (
         {"num_virtual_tokens": 3, "layers": {0: 3, 1: 0}},
