@@ -12,7 +12,7 @@ import torch
 
 from prefix_attn.data import Example, collate, encode, source_ids
 from prefix_attn.evaluate import target_loss, validation_loss
-from prefix_attn.experiments.runner import batches, chunks, hold_out, learning_rate_factor
+from prefix_attn.experiments.runner import TENTH, batches, chunks, hold_out, learning_rate_factor
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -61,7 +61,7 @@ def pretrain(
 
     if output.exists() and any(output.iterdir()):
         raise ValueError(f"{output}: holds something already; take another folder")
-    kept, held_out = hold_out(examples, 0, 26)
+    kept, held_out = hold_out(examples, 0, TENTH)
     if not kept or not held_out:
         raise ValueError(f"{len(examples)} examples are too few to train on some and hold out others")
     tokenizer = _tokenizer(text for example in kept for text in (example.source, *example.references))

@@ -28,6 +28,7 @@ from prefix_attn.train import VALIDATION_BATCH, WARMUP, has_bfloat16
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+TENTH, FIFTH = 26, 51  # of 256
 HELD_OUT_ROWS = 160
 LOW_DATA_HELD_OUT = 0.3  # rows to stop early by, as a share of those for training
 # Batches that are sorted by length together: the rows of E2E have 65 tokens, padded 66 instead of 84. Where there are
@@ -115,10 +116,10 @@ def load(
         kept = read_examples(folders[run.train])
         test = []
         if run.test == run.train:
-            kept, test = hold_out(kept, 1, 51)  # a fifth
+            kept, test = hold_out(kept, 1, FIFTH)
         elif run.test is not None:
             test = read_examples(folders[run.test])
-        kept, held_out = hold_out(kept, 0, 26)  # a tenth
+        kept, held_out = hold_out(kept, 0, TENTH)
     if run.unseen:
         if missing := set(run.unseen) - {example.category for example in (*kept, *test)}:
             raise ValueError(f"{run.train}: no example of the categories {sorted(missing)}")

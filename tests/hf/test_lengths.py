@@ -48,3 +48,17 @@ def test_a_length_for_each_layer(backend: str, tmp_path: Path) -> None:
     for edit in (lambda: concatenate(model, ["default", "same"], "x"), lambda: truncate(model, "same", "x", stop=1)):
         with pytest.raises(NotImplementedError, match="can be moved, but not cut or joined"):
             edit()
+
+
+@pytest.mark.parametrize(("name", "gate"), [("llama", None), ("llama", "zero"), ("bart", None), ("t5", None)])
+def test_full_lengths_are_no_lengths(name: str, gate: str | None) -> None:
+    outs = []
+    for layers in ([0, 1], {0: P, 1: P}):
+        config = PrefixConfig(num_virtual_tokens=P, layers=layers, gate=gate)
+        torch.manual_seed(0)
+        model = get_prefix_model(tiny(name), config).eval()
+        if gate is not None:
+            model.prefixes["default"].gate.data.fill_(0.5)
+        given = {"decoder_input_ids": tokens(2, 5)} if name in ("bart", "t5") else {}
+        outs.append(model(input_ids=tokens(), **given).logits)
+    assert torch.equal(*outs)
