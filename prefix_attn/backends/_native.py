@@ -61,7 +61,8 @@ def _built() -> str | None:
     from torch.utils import cpp_extension
 
     files = [str(sources / "bind_cpu.cpp"), *map(str, sorted((sources / "cpu").glob("*.cpp")))]
-    logging.getLogger(__name__).warning("building the CPU kernels: once, about 20 seconds")
+    if not any(Path(cpp_extension._get_build_directory("prefix_attn_cpu", verbose=False)).glob("*.so")):
+        logging.getLogger(__name__).warning("building the CPU kernels: once, about 20 seconds")
     try:
         with contextlib.redirect_stdout(io.StringIO()):  # what went wrong is in the error
             cpp_extension.load("prefix_attn_cpu", files, extra_cflags=FLAGS, is_python_module=False)

@@ -35,7 +35,7 @@ def table(results: Sequence[Result]) -> str:
     lines = ["| " + " | ".join(header) + " |", "|---" * len(header) + "|"]
     for (method, settings), group in groups.items():
         shares = [f"{group[0][name]:.3%}" for name in ("trained_share", "stored_share")]
-        cells = [_spread([value for r in group if (value := column(r)) is not None]) for column in columns.values()]
+        cells = [_spread([column(r) for r in group]) for column in columns.values()]
         lines.append("| " + " | ".join([method, settings or "-", str(len(group)), *shares, *cells]) + " |")
     return "\n".join(lines)
 
@@ -68,11 +68,14 @@ def _training_loss(result: Result) -> float | None:
     return mean(losses[-_LAST_STEPS:]) if losses else None
 
 
-def _spread(values: Sequence[float]) -> str:
+def _spread(found: Sequence[float | None]) -> str:
+    """Mean and standard deviation, and of how many runs if not of all: some may have generated nothing."""
+    values = [value for value in found if value is not None]
     if not values:
         return "-"
     digits = 1 if max(values) >= 10 else 2 if max(values) >= 5 else 3
-    return f"{mean(values):.{digits}f}" + (f" ± {stdev(values):.{digits}f}" if len(values) > 1 else "")
+    spread = f" ± {stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{mean(values):.{digits}f}{spread}" + (f" (of {len(values)})" if len(values) < len(found) else "")
 
 
 def plot(results: Sequence[Result], axis: str, out: Path) -> None:

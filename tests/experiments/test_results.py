@@ -73,6 +73,8 @@ def test_table_has_means_and_deviations() -> None:
     ]
     assert lines[3][-2:] == ["45.0", "30.5"]
     assert len(lines) == 4
+    del rows[1]["metrics"]
+    assert "| 50.0 (of 1) |" in report.table(rows)
 
 
 def test_the_loss_is_that_of_the_parameters_kept() -> None:
