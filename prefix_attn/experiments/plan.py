@@ -166,9 +166,10 @@ def ablate(kind: str, common: dict[str, Any], seeds: Sequence[int], subsets: Seq
             for (init, text), subset, s in product(texts, subsets, seeds)
         ]
     elif kind == "lowdata":
+        full: dict[str, Any] = {"method": "full", "learning_rate": None}  # one that is given is the prefixes'
         changes = [
-            {"method": method, **_few(n), "subset": subset, "seed": s}
-            for n, method, subset, s in product(LOW_DATA, ("prefix", "full"), subsets, seeds)
+            {**method, **_few(n), "subset": subset, "seed": s}
+            for n, method, subset, s in product(LOW_DATA, ({"method": "prefix"}, full), subsets, seeds)
         ]
     elif kind == "sites":
         some = [sites for count in (1, 2, 3) for sites in combinations(SITES, count)]

@@ -81,7 +81,8 @@ def test_ablations_vary_one_thing() -> None:
         ("infix", 10),
         ("infix", 20),
     ]
-    low = plan.ablate("lowdata", COMMON, [0], [0, 1])
+    low = plan.ablate("lowdata", COMMON | {"learning_rate": 0.1}, [0], [0, 1])
+    assert {run.learning_rate for run in low} == {None, 0.1, plan.LEARNING_RATES["full"]}
     assert [run.examples for run in low if run.method == "full"] == [50, 50, 100, 100, 200, 200, 500, 500]
     assert {run.steps for run in low if run.examples == 500} == {400}
     assert all(runs[0].method == "frozen" for runs in (length, init, mode, low))
