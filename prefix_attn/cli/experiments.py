@@ -129,7 +129,7 @@ def ablate(
 
     [bold]prefix-attn ablate lowdata --train devset.csv --test testset_w_refs.csv --subsets 0,1,2 --out runs/low[/bold]
 
-    [bold]prefix-attn ablate sites --task dart --train dart.json.gz --model runs/bart --out runs/sites[/bold]
+    [bold]prefix-attn ablate sites --task dart --train dart.json.gz --model runs/t5 --out runs/sites[/bold]
 
     Runs that are in --out are not repeated. "sites" takes an encoder-decoder: see prefix-attn pretrain.
 
@@ -158,18 +158,18 @@ def ablate(
 def pretrain(
     data: Annotated[str, typer.Argument(help=DATA)],
     out: Annotated[Path, typer.Option(help="Folder for the model; --model of other commands takes it.")],
-    steps: Annotated[int, typer.Option(min=1, help="Of the training.")] = 1000,
-    batch_size: BatchSize = 32,
-    learning_rate: Annotated[float, typer.Option(help="Its peak.")] = 1e-3,
-    max_length: Annotated[int, typer.Option(min=8, max=512, help="Tokens of a source, and of a target.")] = 96,
+    steps: Annotated[int, typer.Option(min=1, help="Of the training.")] = 1500,
+    batch_size: BatchSize = 16,
+    learning_rate: Annotated[float, typer.Option(help="Its peak.")] = 2e-3,
+    max_length: Annotated[int, typer.Option(min=8, help="Tokens of a source, and of a target.")] = 96,
     seed: Annotated[int, typer.Option(help="Of weights, masks and order.")] = 0,
     threads: Threads = None,
     device: Device = None,
     as_json: AsJson = False,
 ) -> None:
-    """Train a small BART from nothing, where no encoder-decoder can be had: half on the task, half on masked texts.
+    """Train a small T5 from nothing, where no encoder-decoder can be had: half on the task, half on masked texts.
 
-    [bold]prefix-attn pretrain devset.csv --out runs/bart[/bold]
+    [bold]prefix-attn pretrain devset.csv --out runs/t5[/bold]
 
     It learns from nine tenths of DATA: test it, and prefixes for it, on other files.
     """

@@ -260,15 +260,15 @@ def test_peft_is_missed_before_anything_runs(
 def test_sites_of_an_encoder_decoder(
     files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A small BART learns a task and is frozen; each of its attentions can hold a prefix for another task."""
-    monkeypatch.setattr(pretrain, "SIZES", dict.fromkeys(pretrain.SIZES, 2) | {"d_model": 16})
-    command = ("pretrain", files / "train.csv", "--out", tmp_path / "bart", "--steps", 60, "--learning-rate", 1e-2)
+    """A small T5 learns a task and is frozen; each of its attentions can hold a prefix for another task."""
+    monkeypatch.setattr(pretrain, "SIZES", dict.fromkeys(pretrain.SIZES, 2) | {"d_model": 16, "d_kv": 8})
+    command = ("pretrain", files / "train.csv", "--out", tmp_path / "t5", "--steps", 60, "--learning-rate", 1e-2)
     assert prefix_attn(monkeypatch, *command, "--threads", 1, "--json") == 0
     before, after = json.loads(capsys.readouterr().out)["validation_loss"]
     assert after < before - 0.5
     dart = tmp_path / "dart.json"  # with other answers than those that it has learnt
     dart.write_text((files / "dart.json").read_text().replace('"By ', '"We are at '))
-    paths = ("--train", dart, "--test", dart, "--model", tmp_path / "bart", "--out", tmp_path)
+    paths = ("--train", dart, "--test", dart, "--model", tmp_path / "t5", "--out", tmp_path)
     assert prefix_attn(monkeypatch, "ablate", "sites", "--task", "dart", *paths, *SMALL, "--limit", 2, "--json") == 0
     results = json.loads(capsys.readouterr().out)
     found = {"+".join(r["run"].get("sites", [r["run"]["method"]])): r for r in results}
