@@ -100,12 +100,11 @@ def plot(results: Sequence[Result], axis: str, out: Path) -> None:
         measures["BLEU"] = lambda r: r["metrics"]["bleu"] if "metrics" in r else None
     if axis == "step":
         measures = dict(list(measures.items())[:1])
+    width, height = (7 if axis == "step" else 4.6 * len(measures)), 4.2
+    if axis == "method":  # its labels stand beside the bars, once
+        width, height = width + 2, 1.2 + 0.3 * len(_labelled(results))
     figure, panels = pyplot.subplots(
-        1,
-        len(measures),
-        figsize=(7 if axis == "step" else 4.6 * len(measures), 4.2),
-        layout="constrained",
-        squeeze=False,
+        1, len(measures), figsize=(width, height), layout="constrained", squeeze=False, sharey=axis == "method"
     )
     for axes, (name, measure) in zip(panels[0], measures.items()):
         if axis == "step":
@@ -114,7 +113,7 @@ def plot(results: Sequence[Result], axis: str, out: Path) -> None:
             _draw_bars(axes, results, measure)
         else:
             _draw_lines(axes, results, axis, measure)
-        axes.set_ylabel(name)
+        (axes.set_xlabel if axis == "method" else axes.set_ylabel)(name)
         axes.grid(alpha=0.3)
         if axis != "method":
             axes.legend(fontsize="small")
@@ -154,9 +153,10 @@ def _draw_bars(axes: Any, results: Sequence[Result], measure: Callable[[Result],
     for place, group in enumerate(_labelled(results).values()):
         values = [value for r in group if (value := measure(r)) is not None]
         if values:
-            axes.bar(place, mean(values), yerr=stdev(values) if len(values) > 1 else None, capsize=3)
+            axes.barh(place, mean(values), xerr=stdev(values) if len(values) > 1 else None, capsize=3)
     labels = list(_labelled(results))
-    axes.set_xticks(range(len(labels)), labels, rotation=40, ha="right", fontsize="small")
+    axes.set_yticks(range(len(labels)), labels, fontsize="small")
+    axes.set_ylim(len(labels) - 0.5, -0.5)  # the first on top
 
 
 def _draw_band(axes: Any, places: Sequence[float], values: Sequence[Sequence[float]], label: str, **style: Any) -> None:
