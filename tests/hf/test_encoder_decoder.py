@@ -112,7 +112,8 @@ def test_every_slot_against_concatenation(name: str, case: str) -> None:
     with model.disable_prefix(), concatenation(base, prefixes):
         expected = base(**given, use_cache=False).logits
     (expected_grad,) = torch.autograd.grad((expected * weight).sum(), leaf)
-    torch.testing.assert_close(logits, expected, rtol=1e-5, atol=2e-5)
+    # Of mT5, without AVX-512, concatenation is 2.1e-5 from float64, ours 8e-6.
+    torch.testing.assert_close(logits, expected, rtol=1e-5, atol=4e-5 if name == "mt5" else 2e-5)
     parts = [g.view(P, 2 * len(chosen), -1).unbind(1) for g in (grad, expected_grad)]
     bound = 5e-5 if name == "t5" else 2e-5  # of T5 both ways are 7e-6 from float64 in their worst slot
     for i, (got, wanted) in enumerate(zip(*parts)):
