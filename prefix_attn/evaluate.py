@@ -107,9 +107,8 @@ def _first_line(text: str) -> str:
 def target_loss(model: Any, batch: Mapping[str, Tensor]) -> Tensor:
     """The loss of a batch, in float32, without the logits that it does not need.
 
-    Before the first target of a batch there are logits of a whole vocabulary that no loss reads: on E2E with SmolLM2
-    they cost a sixth of a step. Models that cannot leave them out (no ``logits_to_keep``), or that add a loss of their
-    own, compute it as they always do.
+    Before the first target of a batch there are logits of a whole vocabulary that no loss reads. Models that cannot
+    leave them out (no ``logits_to_keep``), or that add a loss of their own, compute it as they always do.
 
     Args:
         model: of ours, of PEFT or of transformers; causal, an encoder-decoder, or one whose own loss is to be taken.
