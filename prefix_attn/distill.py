@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from prefix_attn.data import collate
-from prefix_attn.hf.attach import evaluating
 from prefix_attn.hf.config import PrefixConfig
 from prefix_attn.hf.model import PrefixModel, get_prefix_model
+from prefix_attn.hf.wrapper import evaluating
+from prefix_attn.rows import collate
 from prefix_attn.train import VALIDATION_BATCH, Settings, fit
 
 if TYPE_CHECKING:

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from prefix_attn.data import IGNORED, prompt_ids, source_ids
 from prefix_attn.hf.infix import start_of_targets
 from prefix_attn.hf.model import PrefixModel
 from prefix_attn.hf.wrapper import Wrapper
+from prefix_attn.rows import IGNORED, prompt_ids, source_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

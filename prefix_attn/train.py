@@ -15,11 +15,12 @@ from torch import Tensor
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from prefix_attn.data import Collator, Example, collate, encode
+from prefix_attn.data import Example
 from prefix_attn.evaluate import target_loss, validation_loss
 from prefix_attn.hf.bridge import set_checkpointing
 from prefix_attn.hf.files import replace
 from prefix_attn.hf.model import PrefixModel
+from prefix_attn.rows import Collator, collate, encode
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

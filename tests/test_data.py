@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from prefix_attn import data
-from prefix_attn.data import IGNORED, PROMPT, Collator, Example, aws_records, collate, encode, linearise, read_examples
+from prefix_attn.data import Example, aws_records, linearise, read_examples
+from prefix_attn.rows import IGNORED, PROMPT, Collator, collate, encode
 from tests.tokens import END, byte_tokenizer
 
 

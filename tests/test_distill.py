@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from prefix_attn import PrefixConfig, PrefixModel, get_prefix_model
-from prefix_attn.data import collate
 from prefix_attn.distill import Target, Teacher, distill, divergence, mean_divergence, pieces
+from prefix_attn.rows import collate
 from prefix_attn.train import Settings
 from tests.hf.models import tiny
 from tests.test_cli import run as prefix_attn

@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import torch
 
-from prefix_attn.data import IGNORED, collate, prompt_ids
 from prefix_attn.evaluate import generate_text, target_loss, validation_loss
 from prefix_attn.hf.config import PrefixConfig
 from prefix_attn.hf.model import get_prefix_model
+from prefix_attn.rows import IGNORED, collate, prompt_ids
 from tests.hf.models import spread, tiny
 from tests.tokens import END, byte_tokenizer
 

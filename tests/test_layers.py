@@ -32,6 +32,7 @@ LEVELS = {
     "prefix_attn.nn": 6,
     "prefix_attn.hf": 7,
     "prefix_attn.data": 8,
+    "prefix_attn.rows": 8,
     "prefix_attn.evaluate": 8,
     "prefix_attn.metrics": 8,
     "prefix_attn.train": 8,
@@ -44,6 +45,7 @@ LEVELS = {
 PEERS = (
     "prefix_attn.hf",
     "prefix_attn.data",
+    "prefix_attn.rows",
     "prefix_attn.evaluate",
     "prefix_attn.train",
     "prefix_attn.distill",

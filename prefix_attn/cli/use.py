@@ -78,9 +78,10 @@ def evaluate(
     """
     from contextlib import nullcontext
 
-    from prefix_attn.data import collate, encode, read_examples
+    from prefix_attn.data import read_examples
     from prefix_attn.evaluate import generate_text, validation_loss
     from prefix_attn.metrics import score
+    from prefix_attn.rows import collate, encode
 
     examples = read_examples(data, split=split, source_column=source_column, target_column=target_column)[:limit]
     prefixed, tokenizer = prefixed_model(adapter, model)
@@ -133,8 +134,9 @@ def inspect(
     if mass is None:
         show(found, as_json, table)
         return
-    from prefix_attn.data import collate, encode, read_examples
+    from prefix_attn.data import read_examples
     from prefix_attn.hf.mass import layers_of, mass_table, plot_mass, prefix_mass
+    from prefix_attn.rows import collate, encode
 
     examples = read_examples(mass, split="dev", source_column=source_column, target_column=target_column)[:limit]
     prefixed, tokenizer = prefixed_model(adapter, model)

@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from prefix_attn.data import Example, collate, encode, source_ids
+from prefix_attn.data import Example
 from prefix_attn.evaluate import target_loss, validation_loss
 from prefix_attn.experiments.runner import TENTH, batches, chunks, hold_out, learning_rate_factor
+from prefix_attn.rows import collate, encode, source_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -19,10 +19,10 @@ from prefix_attn.hf.attention import FIRST, MASKED, NAME, STATE, Call, Capture, 
 from prefix_attn.hf.banks import Rows
 from prefix_attn.hf.bridge import Bridge, bridge_next
 from prefix_attn.hf.config import SITES, PrefixConfig
-from prefix_attn.hf.heads import find_heads
+from prefix_attn.hf.heads import find_heads, task_of
 from prefix_attn.hf.positions import Positions, is_packed, past, shifted
 from prefix_attn.hf.slots import Slot, find_slots, find_stacks, is_causal
-from prefix_attn.hf.wrapper import device_of
+from prefix_attn.hf.wrapper import device_of, evaluating
 
 
 class Layout(NamedTuple):
@@ -95,7 +95,7 @@ class Attachment:
         sites = config.sites
         if sites is None:
             sites = SITES if self.has_decoder else [s for s in SITES if any(s == slot.site for slot in self._slots)]
-        task, heads = config.task_type or _task(self.base, self.has_decoder), find_heads(self.base)
+        task, heads = config.task_type or task_of(self.base, self.has_decoder), find_heads(self.base)
         chosen = config.modules_to_save
         if chosen is None:
             chosen = heads if task in ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS") else ()
@@ -372,18 +372,6 @@ class Attachment:
         return sound.to(device_of(self.base.get_input_embeddings()), self.base.dtype)
 
 
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """``model`` is in eval mode within the context, and each of its modules as it was after it."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
-
-
 class _Now(threading.local):
     """What the forwards of this thread run with: others may run the same model with other prefixes meanwhile."""
 
@@ -404,18 +392,3 @@ def some_ids(embeddings: nn.Module, length: int) -> Tensor:
 
 def _drops_layers(stack: PreTrainedModel) -> bool:
     return stack.training and bool(getattr(stack, "layerdrop", 0))
-
-
-def _task(base: PreTrainedModel, has_decoder: bool) -> str:
-    """PEFT's name of what ``base`` is for."""
-    heads = {
-        "SequenceClassification": "SEQ_CLS",
-        "TokenClassification": "TOKEN_CLS",
-        "QuestionAnswering": "QUESTION_ANS",
-    }
-    for ending, task in heads.items():
-        if type(base).__name__.endswith(ending):
-            return task
-    if not base.can_generate():
-        return "FEATURE_EXTRACTION"
-    return "SEQ_2_SEQ_LM" if has_decoder else "CAUSAL_LM"

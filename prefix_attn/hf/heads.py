@@ -36,3 +36,18 @@ def heads_in_place(base: PreTrainedModel, heads: nn.ModuleDict) -> Iterator[None
     finally:
         for name, head in own.items():
             setattr(base, name, head)
+
+
+def task_of(base: PreTrainedModel, has_decoder: bool) -> str:
+    """PEFT's name of what ``base`` is for."""
+    heads = {
+        "SequenceClassification": "SEQ_CLS",
+        "TokenClassification": "TOKEN_CLS",
+        "QuestionAnswering": "QUESTION_ANS",
+    }
+    for ending, task in heads.items():
+        if type(base).__name__.endswith(ending):
+            return task
+    if not base.can_generate():
+        return "FEATURE_EXTRACTION"
+    return "SEQ_2_SEQ_LM" if has_decoder else "CAUSAL_LM"

@@ -19,9 +19,8 @@ from torch import Tensor, nn
 from transformers import Cache, DynamicCache, PreTrainedModel, StaticCache
 from transformers.utils import ModelOutput
 
-from prefix_attn.hf.attach import evaluating
 from prefix_attn.hf.positions import cache_of, from_mask
-from prefix_attn.hf.wrapper import device_of
+from prefix_attn.hf.wrapper import device_of, evaluating
 
 
 class Insertion:
