@@ -13,7 +13,7 @@ from torch import Tensor
 from prefix_attn.hf.infix import start_of_targets
 from prefix_attn.hf.model import PrefixModel
 from prefix_attn.hf.wrapper import Wrapper
-from prefix_attn.rows import IGNORED, prompt_ids, source_ids
+from prefix_attn.rows import IGNORED, prompt_ids, shortened, source_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -71,12 +71,14 @@ def _generate(
 
     An encoder's are padded on the right, as in training, and its outputs hold no prompt.
     """
-    width = max(len(prompt) for prompt in prompts)
-    rows = [(prompt, [tokenizer.pad_token_id] * (width - len(prompt))) for prompt in prompts]
-    on_the_right = model.config.is_encoder_decoder
-    ids = torch.tensor([prompt + padding if on_the_right else padding + prompt for prompt, padding in rows])
-    places = [([1] * len(prompt), [0] * len(padding)) for prompt, padding in rows]
-    mask = torch.tensor([seen + hidden if on_the_right else hidden + seen for seen, hidden in places])
+    width, on_the_right = max(len(prompt) for prompt in prompts), model.config.is_encoder_decoder
+
+    def padded(row: list[int], fill: int) -> list[int]:
+        padding = [fill] * (width - len(row))
+        return row + padding if on_the_right else padding + row
+
+    ids = torch.tensor([padded(prompt, tokenizer.pad_token_id) for prompt in prompts])
+    mask = torch.tensor([padded([1] * len(prompt), 0) for prompt in prompts])
     device = next(model.parameters()).device
     output = model.generate(
         input_ids=ids.to(device),
@@ -91,13 +93,13 @@ def _generate(
 
 
 def _within(model: Any, sources: list[list[int]]) -> list[list[int]]:
-    """``sources`` cut to the positions that the encoder has, if their number is fixed; their last token stays."""
+    """``sources`` cut to the positions that the encoder has, if their number is fixed."""
     room = getattr(model.config, "max_position_embeddings", None)
     if room is None:
         return sources
     if long := sum(len(ids) > room for ids in sources):
         _log.warning("%d of %d sources are longer than the encoder's %d positions: cut", long, len(sources), room)
-    return [ids if len(ids) <= room else [*ids[: room - 1], ids[-1]] for ids in sources]
+    return [shortened(ids, room) for ids in sources]
 
 
 def _first_line(text: str) -> str:

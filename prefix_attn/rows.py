@@ -37,6 +37,11 @@ def source_ids(tokenizer: PreTrainedTokenizerBase, source: str) -> list[int]:
     return tokenizer(source, verbose=False)["input_ids"]
 
 
+def shortened(source: list[int], length: int) -> list[int]:
+    """At most ``length`` tokens of an encoder's input; the last one, which may be special, stays."""
+    return source if len(source) <= length else [*source[: length - 1], source[-1]]
+
+
 def encode(
     tokenizer: PreTrainedTokenizerBase,
     examples: Iterable[Example],
@@ -68,7 +73,7 @@ def _encoder_decoder_rows(
     rows, cut, end = [], 0, tokenizer.eos_token_id
     for example in examples:
         source = source_ids(tokenizer, example.source)
-        kept = source if len(source) <= max_length else [*source[: max_length - 1], source[-1]]
+        kept = shortened(source, max_length)
         for reference in example.references:
             target = tokenizer(text_target=reference, verbose=False)["input_ids"]
             if target[-1:] != [end]:  # not all tokenizers add it

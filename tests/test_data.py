@@ -277,6 +277,13 @@ def test_encode_gives_an_encoder_the_source_and_a_decoder_the_target() -> None:
     assert batch["labels"].tolist() == [rows[0]["labels"], [*rows[1]["labels"], IGNORED]]
 
 
+def test_encode_refuses_texts_that_name_a_language() -> None:
+    tokenizer = byte_tokenizer()
+    tokenizer.tgt_lang = None
+    with pytest.raises(NotImplementedError, match="begins or ends texts with a language"):
+        encode(tokenizer, [Example("a", ("b",))], encoder_decoder=True)
+
+
 def test_collate_pads_right() -> None:
     rows = [{"input_ids": [1, 2, 3], "labels": [IGNORED, 2, 3]}, {"input_ids": [4], "labels": [4]}]
     batch = collate(rows, END)

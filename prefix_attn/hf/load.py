@@ -54,23 +54,34 @@ def load_base(
             auto = AutoModelForSeq2SeqLM if is_encoder_decoder(source) else AutoModelForCausalLM
             model = auto.from_pretrained(source, dtype=dtype)
     except OSError as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ValueError(
-            f"{name}: no model found; give 'smollm2', a .gguf file, a local folder or the name of a model on the Hub"
-            f" ({reason})"
-        ) from error
+        raise _not_found(name, error) from error
     _agree_on_special_tokens(model, tokenizer)
     model.config._name_or_path = str(name)  # what an adapter says it was trained for: not a folder in a cache
     return model.to(device).eval(), tokenizer
 
 
 def is_encoder_decoder(name: str | Path) -> bool:
-    """Whether ``load_base`` gives a model with an encoder; it is not loaded."""
+    """Whether ``load_base`` gives a model with an encoder; it is not loaded.
+
+    Raises:
+        ValueError: there is no such model.
+    """
     from transformers import AutoConfig
 
     if str(name) == "smollm2" or Path(name).suffix == ".gguf":
         return False
-    return bool(AutoConfig.from_pretrained(name).is_encoder_decoder)
+    try:
+        return bool(AutoConfig.from_pretrained(name).is_encoder_decoder)
+    except OSError as error:
+        raise _not_found(name, error) from error
+
+
+def _not_found(name: str | Path, error: OSError) -> ValueError:
+    reason = str(error).strip().splitlines()[0]
+    return ValueError(
+        f"{name}: no model found; give 'smollm2', a .gguf file, a local folder or the name of a model on the Hub"
+        f" ({reason})"
+    )
 
 
 def smollm2_file() -> Path:

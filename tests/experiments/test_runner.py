@@ -266,6 +266,8 @@ def test_sites_of_an_encoder_decoder(
     assert prefix_attn(monkeypatch, *command, "--threads", 1, "--json") == 0
     before, after = json.loads(capsys.readouterr().out)["validation_loss"]
     assert after < before - 0.5
+    assert prefix_attn(monkeypatch, *command) == 1
+    assert "holds something already" in capsys.readouterr().err
     dart = tmp_path / "dart.json"  # with other answers than those that it has learnt
     dart.write_text((files / "dart.json").read_text().replace('"By ', '"We are at '))
     paths = ("--train", dart, "--test", dart, "--model", tmp_path / "t5", "--out", tmp_path)
@@ -278,16 +280,13 @@ def test_sites_of_an_encoder_decoder(
     assert [found[name]["trained_parameters"] for name in some] == [site * n for n in (1, 1, 1, 2, 2, 2, 3)]
     curves = {name: [loss for _, loss in found[name]["validation"]] for name in some}
     assert all(curve[-1] < curve[0] for curve in curves.values())
-    for command, message in (
-        (("reproduce", "dart", "--methods", "frozen,infix"), "the method infix for causal models"),
-        (
-            ("ablate", "sites", "--task", "dart", *paths[:4], "--model", files / "model"),
-            "has no attention at the sites",
-        ),
-    ):
-        assert (
-            prefix_attn(monkeypatch, *command, *paths[: 6 if command[0] == "reproduce" else 0], "--out", tmp_path) == 1
-        )
+    refused = {
+        "the method infix for causal models": ("reproduce", "dart", "--methods", "frozen,infix", *paths),
+        "has no attention at the sites": ("ablate", "sites", "--task", "dart", *paths, "--model", files / "model"),
+        "x: no model found; give": ("ablate", "sites", "--task", "dart", *paths, "--model", tmp_path / "x"),
+    }
+    for message, again in refused.items():
+        assert prefix_attn(monkeypatch, *again) == 1
         assert message in " ".join(capsys.readouterr().err.split())
     assert all("bleu" in result["metrics"] for result in results)
     assert "| prefix | sites encoder+cross |" in (tmp_path / "table.md").read_text()

@@ -37,18 +37,13 @@ def inputs(name: str, batch: int = 3) -> dict[str, Tensor]:
 
 def modules(base: PreTrainedModel, name: str) -> list[tuple[str, int, nn.Module]]:
     """(site, layer, attention module) in the order of a prefix, by the names that the architectures gave them."""
+    t5 = name in TABLES
     paths = {
-        "encoder": "encoder.block.{}.layer.0.SelfAttention" if name in TABLES else "model.encoder.layers.{}.self_attn",
-        "cross": "decoder.block.{}.layer.1.EncDecAttention"
-        if name in TABLES
-        else "model.decoder.layers.{}.encoder_attn",
-        "decoder": "decoder.block.{}.layer.0.SelfAttention" if name in TABLES else "model.decoder.layers.{}.self_attn",
+        "encoder": "encoder.block.{}.layer.0.SelfAttention" if t5 else "model.encoder.layers.{}.self_attn",
+        "cross": "decoder.block.{}.layer.1.EncDecAttention" if t5 else "model.decoder.layers.{}.encoder_attn",
+        "decoder": "decoder.block.{}.layer.0.SelfAttention" if t5 else "model.decoder.layers.{}.self_attn",
     }
-    return [
-        (site, i, base.get_submodule(paths[site].format(i)))
-        for site in SITES
-        for i in range(3 if site == "encoder" else 2)
-    ]
+    return [(s, i, base.get_submodule(paths[s].format(i))) for s in SITES for i in range(3 if s == "encoder" else 2)]
 
 
 def distances(name: str, site: str, module: nn.Module, base: PreTrainedModel) -> Any:

@@ -12,8 +12,9 @@ from prefix_attn.backends.sinks import grad_sinks
 from prefix_attn.backends.triton import interpreter
 from prefix_attn.backends.triton.attend import _forward
 from prefix_attn.backends.triton.decode import _fold_prefix, _split_keys
-from prefix_attn.backends.triton.gradients import _delta, _grad_query, _grad_sequence
 from prefix_attn.backends.triton.prefix_grad import _grad_prefix, _sum_splits
+from prefix_attn.backends.triton.query_grad import _delta, _grad_query
+from prefix_attn.backends.triton.sequence_grad import _grad_sequence
 from prefix_attn.backends.triton.table import architecture, processors, table, tile
 from prefix_attn.backends.triton.tiles import Array, Rows, Scores, _list_tiles
 from prefix_attn.call import Call

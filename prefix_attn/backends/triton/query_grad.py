@@ -1,4 +1,4 @@
-"""Backward of the sequence part and of the query, from the saved global lse.
+"""Backward of the query, from the saved global lse; ``delta``, which all backwards take, is made here.
 
     p[i, j] = exp(logit[i, j] - lse[i])              the share of key j in the whole softmax, whatever its source
     ds[i, j] = p[i, j] (dout[i] . v[j] - delta[i]),  delta[i] = dout[i] . out[i] - dlse[i]
@@ -7,7 +7,7 @@
 With the global lse every p is final, so the sources need no merge and their gradients simply add. Two kernels, seven
 products, instead of one with five: there dq would have to be added to by many programs, which is slow in a fixed order
 and not repeatable in any other. ``_grad_query`` owns BLOCK_M queries and walks keys as forward does; ``_grad_sequence``
-owns BLOCK_N keys of a key head and walks the queries of all its heads.
+of ``sequence_grad`` owns BLOCK_N keys of a key head and walks the queries of all its heads.
 """
 
 from __future__ import annotations
@@ -68,6 +68,18 @@ def _delta(
     tl.store(delta + i_bh * S + o_m, b_delta, mask=m_m)
     b_lse = tl.load(lse + i_bh * S + o_m, mask=m_m)
     tl.store(lse2 + i_bh * S + o_m, tl.where(b_lse == -float("inf"), float("inf"), b_lse * LOG2E), mask=m_m)
+
+
+@triton.jit
+def load_queries(m, S, p_q, q_row, p_do, do_row, p_lse2, p_delta, D: tl.constexpr, DV: tl.constexpr,
+                 BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr):  # fmt: skip
+    """(offsets, q, dout, lse2, delta) of queries m..m + BLOCK_M of one head; lse2 is +inf where there is none."""
+    o_m = m + tl.arange(0, BLOCK_M)
+    m_m = o_m < S
+    b_q = load_rows(p_q, o_m, q_row, m_m, D, BLOCK_D)
+    b_do = load_rows(p_do, o_m, do_row, m_m, DV, BLOCK_DV)
+    b_lse = tl.load(p_lse2 + o_m, mask=m_m, other=float("inf"))
+    return o_m, b_q, b_do, b_lse, tl.load(p_delta + o_m, mask=m_m, other=0.0)
 
 
 @triton.jit
@@ -277,160 +289,3 @@ def _grad_query(
         store_rows(p_dq, o_m, grad_query.row, m_m, b_dq * scale, D, BLOCK_D)
     if share is not None:
         tl.store(share + i_lse + o_m, b_share, mask=m_m)
-
-
-@triton.jit
-def key_tile(
-    b_k,
-    b_v,
-    b_q,
-    b_do,
-    b_lse,
-    b_delta,
-    b_dk,
-    b_dv,
-    m_nm,
-    bias,
-    b_row,
-    b_column,
-    i_bh,
-    offset,
-    scores,
-    PRECISION: tl.constexpr,
-):
-    """Adds what one tile of queries gives to dk and dv; everything lies transposed, [BLOCK_N, BLOCK_M]."""
-    b_s = logits(tl.dot(b_k, tl.trans(b_q), input_precision=PRECISION), scores)
-    b_x = b_s
-    if bias is not None:
-        b_x = add_bias(b_s, bias, b_row, b_column, m_nm, scores)
-    b_x -= b_lse[None, :]
-    if m_nm is not None:  # before the exponential, which would overflow where a hidden logit exceeds lse
-        b_x = tl.where(m_nm, b_x, -float("inf"))
-    b_p = tl.exp2(b_x)
-    b_dp = tl.dot(b_v, tl.trans(b_do), input_precision=PRECISION)
-    b_used = b_p
-    if scores.seed is not None:
-        m_keep = kept(i_bh, b_row, offset + b_column, scores)
-        b_used = tl.where(m_keep, b_p * (1 / (1 - scores.dropout)), 0.0)
-        b_dp = tl.where(m_keep, b_dp * (1 / (1 - scores.dropout)), 0.0)
-    b_dv = tl.dot(b_used.to(b_do.dtype), b_do, b_dv, input_precision=PRECISION)
-    b_ds = grad_product(b_p * (b_dp - b_delta[None, :]), b_s, scores)
-    b_dk = tl.dot(b_ds.to(b_q.dtype), b_q, b_dk, input_precision=PRECISION)
-    return b_dk, b_dv
-
-
-@triton.jit
-def load_queries(m, S, p_q, q_row, p_do, do_row, p_lse2, p_delta, D: tl.constexpr, DV: tl.constexpr,
-                 BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr):  # fmt: skip
-    """(offsets, q, dout, lse2, delta) of queries m..m + BLOCK_M of one head; lse2 is +inf where there is none."""
-    o_m = m + tl.arange(0, BLOCK_M)
-    m_m = o_m < S
-    b_q = load_rows(p_q, o_m, q_row, m_m, D, BLOCK_D)
-    b_do = load_rows(p_do, o_m, do_row, m_m, DV, BLOCK_DV)
-    b_lse = tl.load(p_lse2 + o_m, mask=m_m, other=float("inf"))
-    return o_m, b_q, b_do, b_lse, tl.load(p_delta + o_m, mask=m_m, other=0.0)
-
-
-@triton.jit(do_not_specialize=SIZES)
-def _grad_sequence(
-    query,
-    key,
-    value,
-    rows,
-    scores,
-    grad_out,
-    lse2,
-    delta,
-    grad_key,
-    grad_value,
-    scale,
-    B,
-    HKV,
-    G,
-    S,
-    T,
-    P,
-    D: tl.constexpr,
-    DV: tl.constexpr,
-    CAUSAL: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_DV: tl.constexpr,
-):
-    num = tl.cdiv(T, BLOCK_N)
-    n = tl.program_id(0) % num * BLOCK_N
-    i_kv = (tl.program_id(0) // num % HKV).to(tl.int64)
-    i_b = (tl.program_id(0) // num // HKV).to(tl.int64)
-    r_k, count, length = keys_of(i_b, T, rows)
-    o_n = n + tl.arange(0, BLOCK_N)
-    m_n = o_n < length
-    # [BLOCK_N, BLOCK_D] and [BLOCK_N, BLOCK_DV]
-    p_key = key.data + i_b * key.batch + i_kv * key.head + r_k * key.row
-    p_value = value.data + i_b * value.batch + i_kv * value.head + r_k * value.row
-    b_k = load_rows(p_key, o_n, key.row, m_n, D, BLOCK_D)
-    b_v = load_rows(p_value, o_n, value.row, m_n, DV, BLOCK_DV)
-    b_dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
-    b_dv = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
-
-    # Queries lo..hi see some key of the tile. One loop with masks: apart from whole tiles they cost little beside four
-    # products, and a second loop costs the registers that make the tile spill. What hides a key from all queries, its
-    # length or the key mask, is left to the end: a row of dk and dv depends on no other key.
-    r_q, count_q, i_lse = queries_of(i_b, i_kv * G, HKV * G, S, rows)
-    per_head = S  # from one head's lse to the next
-    if rows.cu_q is not None:
-        per_head = rows.total_q
-    shift = length - count_q  # position of query 0
-    lo = 0
-    hi = tl.where(n < length, count_q, 0)
-    if CAUSAL:
-        lo = tl.minimum(tl.maximum(n - shift, 0), count_q) // BLOCK_M * BLOCK_M
-    if scores.window is not None:
-        hi = tl.minimum(hi, tl.maximum(n + BLOCK_N - 1 + scores.window - shift, 0))
-    m_seen = m_n
-    if rows.key_mask is not None:
-        m_seen = m_n & tl.load(rows.key_mask + i_b * T + o_n, mask=m_n, other=0).to(tl.int1)
-        hi = tl.where(tl.max(m_seen.to(tl.int32)) > 0, hi, 0)
-
-    # One loop over the heads of the group and query tiles, so that loads run ahead across heads too. It counts both,
-    # since dividing by numbers that are not constant costs as much as a product.
-    tiles = tl.cdiv(tl.maximum(hi - lo, 0), BLOCK_M)
-    i_g = tl.zeros([], tl.int32)
-    i_m = tl.zeros([], tl.int32)
-    for _ in range(tiles * G):
-        i_h = i_kv * G + i_g
-        i_bh = i_b * (HKV * G) + i_h
-        at = i_lse + i_g.to(tl.int64) * per_head
-        o_m, b_q, b_do, b_lse, b_delta = load_queries(
-            lo + i_m * BLOCK_M, count_q,
-            query.data + i_b * query.batch + i_h * query.head + r_q * query.row, query.row,
-            grad_out.data + i_b * grad_out.batch + i_h * grad_out.head + r_q * grad_out.row, grad_out.row,
-            lse2 + at, delta + at, D, DV, BLOCK_M, BLOCK_D, BLOCK_DV,
-        )  # fmt: skip
-        m_nm = None
-        if CAUSAL:
-            m_nm = o_n[:, None] <= (shift + o_m)[None, :]
-        if scores.window is not None:
-            m_near = (shift + o_m)[None, :] - o_n[:, None] < scores.window
-            m_nm = m_near if m_nm is None else m_nm & m_near
-        bias = scores.bias
-        if scores.bias is not None:  # which must not be read where it is not
-            bias += i_b * scores.bias_batch + i_h * scores.bias_head
-            m_there = m_n[:, None] & (o_m < count_q)[None, :]
-            m_nm = m_there if m_nm is None else m_nm & m_there
-        b_dk, b_dv = key_tile(
-            b_k, b_v, b_q, b_do, b_lse, b_delta, b_dk, b_dv, m_nm, bias, o_m[None, :], o_n[:, None], i_bh, P, scores,
-            PRECISION,
-        )  # fmt: skip
-        i_m += 1
-        i_g += (i_m == tiles).to(tl.int32)
-        i_m = tl.where(i_m == tiles, 0, i_m)
-
-    b_dk = tl.where(m_seen[:, None], b_dk * scale, 0.0)
-    b_dv = tl.where(m_seen[:, None], b_dv, 0.0)
-    m_t = o_n < count  # keys from length on get an exact 0
-    p_dk = grad_key.data + i_b * grad_key.batch + i_kv * grad_key.head + r_k * grad_key.row
-    p_dv = grad_value.data + i_b * grad_value.batch + i_kv * grad_value.head + r_k * grad_value.row
-    store_rows(p_dk, o_n, grad_key.row, m_t, b_dk, D, BLOCK_D)
-    store_rows(p_dv, o_n, grad_value.row, m_t, b_dv, DV, BLOCK_DV)
