@@ -83,6 +83,7 @@ def _generate(
     output = model.generate(
         input_ids=ids.to(device),
         attention_mask=mask.to(device),
+        **({"logits_to_keep": _last(1, device)} if _can_leave_out_logits(model) else {}),
         num_beams=num_beams,
         do_sample=False,
         max_new_tokens=max_new_tokens,
@@ -131,11 +132,20 @@ def target_loss(model: Any, batch: Mapping[str, Tensor]) -> Tensor:
         # The model predicts each token from those before it.
         first = max(int((labels != IGNORED).any(0).int().argmax()), 1)
         labels = labels[:, first:]
-        logits = model(**inputs, logits_to_keep=labels.shape[1] + 1).logits[:, :-1]
+        logits = model(**inputs, logits_to_keep=_last(labels.shape[1] + 1, labels.device)[:-1]).logits
     else:
         return model(**batch).loss
     labels = labels.to(logits.device)
     return torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORED)
+
+
+def _last(count: int, device: torch.device) -> Tensor:
+    """The last ``count`` positions, for ``logits_to_keep``.
+
+    As indices, not as their number: a slice of the hidden states is not contiguous, and for such a one ``linear``
+    copies the weights of the whole vocabulary once per row (7 GB for 64 rows of SmolLM2).
+    """
+    return torch.arange(-count, 0, device=device)
 
 
 def _can_leave_out_logits(model: Any) -> bool:

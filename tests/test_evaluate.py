@@ -98,7 +98,17 @@ def test_target_loss_leaves_out_what_no_loss_reads(monkeypatch: pytest.MonkeyPat
     model.lm_head.register_forward_hook(lambda module, args, out: widths.append(out.shape[1]))
     target_loss(model, BATCH)
     target_loss(model, BATCH | {"labels": BATCH["input_ids"]})
-    assert widths == [4, 5]  # the last one's prediction comes for free
+    assert widths == [3, 4]  # the last column is predicted, and predicts nothing
+
+
+def test_the_head_reads_contiguous_states() -> None:
+    """Of others, torch multiplies row by row, by as many copies of the head's weights."""
+    model, contiguous = tiny("llama", **SIZES).eval(), []
+    model.lm_head.register_forward_hook(lambda module, args, out: contiguous.append(args[0].is_contiguous()))
+    target_loss(model, BATCH)
+    generate_text(model, byte_tokenizer(), ["a", "bc"], max_new_tokens=3)
+    assert len(contiguous) > 1
+    assert all(contiguous)
 
 
 @pytest.mark.parametrize(

@@ -259,6 +259,8 @@ def _generate(model: Any, tokenizer: PreTrainedTokenizerBase, data: Data, run: R
     from tqdm import tqdm
 
     examples, start = data.test, time.perf_counter()
+    if has_bfloat16(next(model.parameters()).device):
+        model.to(torch.bfloat16)  # nothing is trained any more, and autocast would cast the weights for every token
     with tqdm(total=len(examples), desc=f"{run.method}, generate", file=sys.stderr, leave=False) as bar:
         texts = generate_text(
             model,
