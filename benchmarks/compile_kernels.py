@@ -62,13 +62,14 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--arch", choices=ARCHITECTURES, action="append", help="default: all")
     parser.add_argument("--variant", choices=VARIANTS, action="append", help="default: both")
     parser.add_argument("--dtype", choices=DTYPES, action="append", help="default: both")
+    parser.add_argument("--size", choices=SIZES, type=int, action="append", help="head size; default: all")
     parser.add_argument("--check", action="store_true", help="fail on spills, too much memory or missing instructions")
     parser.add_argument("--write", type=Path, help="markdown file for the table")
     parser.add_argument("--jobs", type=int, default=2)
     args = parser.parse_args(arguments)
     variants = args.variant or list(VARIANTS)
-    archs, dtypes = args.arch or ARCHITECTURES, args.dtype or DTYPES
-    jobs = [(arch, dtype, size, variants) for arch in archs for dtype in dtypes for size in SIZES]
+    archs, dtypes, sizes = args.arch or ARCHITECTURES, args.dtype or DTYPES, args.size or SIZES
+    jobs = [(arch, dtype, size, variants) for arch in archs for dtype in dtypes for size in sizes]
     found: list[Kernel] = []
     context = multiprocessing.get_context("spawn")  # Triton keeps one target per process
     with concurrent.futures.ProcessPoolExecutor(args.jobs, context) as pool:

@@ -190,7 +190,7 @@ def pretrain(
         seed=seed,
         device=device,
     )
-    first, last = found["validation_loss"]
+    (_, first), (_, last) = found["validation"]
     text = f"{found['parameters']:,} parameters, saved in {out}; validation loss {first:.3f} -> {last:.3f}"
     show(found, as_json, text)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from prefix_attn.data import Example
-from prefix_attn.evaluate import target_loss, validation_loss
-from prefix_attn.experiments.runner import TENTH, batches, chunks, hold_out, learning_rate_factor
+from prefix_attn.experiments.plan import Run
+from prefix_attn.experiments.runner import TENTH, batches, chunks, hold_out, train
 from prefix_attn.rows import collate, encode, source_ids
 
 if TYPE_CHECKING:
@@ -52,13 +51,11 @@ def pretrain(
         device: default: the GPU where there is one.
 
     Returns:
-        ``parameters``, ``steps``, ``train_loss`` of each step, and ``validation_loss`` of the task, before and after.
+        ``parameters``, and what ``runner.train`` finds: ``train_loss`` of each step, ``validation`` before and after.
 
     Raises:
         ValueError: too few examples to hold some out, or ``output`` holds something.
     """
-    from tqdm import tqdm
-
     if output.exists() and any(output.iterdir()):
         raise ValueError(f"{output}: holds something already; take another folder")
     kept, held_out = hold_out(examples, 0, TENTH)
@@ -74,29 +71,12 @@ def pretrain(
     data = batches(rows + denoised, batch_size, seed, pad_id)
     held_rows, _ = encode(tokenizer, held_out, max_length, encoder_decoder=True)
     validation = [collate(some, pad_id) for some in chunks(held_rows, batch_size)]
-    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate_factor(step, steps))
-    losses, before = [], validation_loss(model, validation)
-    model.train()
-    for _ in (bar := tqdm(range(steps), desc="pretrain", file=sys.stderr)):
-        batch = {name: tensor.to(model.device) for name, tensor in next(data).items()}
-        loss = target_loss(model, batch)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
-        losses.append(float(loss.detach()))
-        bar.set_postfix(loss=f"{losses[-1]:.3f}")
+    settings = {"steps": steps, "batch_size": batch_size, "learning_rate": learning_rate, "validate_every": steps}
+    found = train(model, data, validation, Run("pretrain", "full", "", seed=seed, **settings))
     model.eval()
     tokenizer.save_pretrained(output)
     model.save_pretrained(output)
-    return {
-        "parameters": model.num_parameters(),
-        "steps": steps,
-        "train_loss": losses,
-        "validation_loss": [before, validation_loss(model, validation)],
-    }
+    return {"parameters": model.num_parameters(), **found}
 
 
 def _tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerBase:

@@ -68,6 +68,8 @@ def execute(run: Run, folders: Mapping[str, Path], device: str | None = None) ->
     base, tokenizer = load_base(run.model, dtype=torch.float32, device=device)
     data = load(run, folders, tokenizer, encoder_decoder=base.config.is_encoder_decoder)
     total = sum(p.numel() for p in base.parameters())
+    if has_bfloat16(base.device) and run.method not in ("full", "top2"):
+        base.to(torch.bfloat16)  # frozen weights, which autocast would cast in every step
     torch.manual_seed(run.seed)
     model = wrap(base, tokenizer, run)
     with autocast(base.device) as casting:
@@ -94,7 +96,7 @@ def execute(run: Run, folders: Mapping[str, Path], device: str | None = None) ->
 
 
 def autocast(device: torch.device) -> AbstractContextManager[Any]:
-    """bfloat16 products where the device has them; the weights, and what is trained, stay float32.
+    """bfloat16 products where the device has them; what is trained stays float32.
 
     Without its cache, which keeps what was cast until the context ends: every step would see the weights of the first.
     """

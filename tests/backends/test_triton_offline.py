@@ -1,6 +1,7 @@
-"""Shipped kernels compile for every architecture of the table, spill nothing and fit; no GPU is needed.
+"""Shipped kernels compile, spill nothing and fit, for every architecture of the table; no GPU is needed.
 
-Half precision on all of them, float32 on one: it multiplies without matrix instructions, and compiles for minutes.
+A part of them, as it takes minutes: every head size for Hopper, one for each other architecture; with all options at
+once for Hopper; float32, which multiplies without matrix instructions, for the smallest head.
 ``python -m benchmarks.compile_kernels --check`` does everything.
 
 In processes of their own: Triton decides at its import whether it interprets, and this test process does.
@@ -16,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.compile_kernels import ARCHITECTURES, SHARED, Kernel, problems
+from benchmarks.compile_kernels import ARCHITECTURES, SHARED, SIZES, Kernel, problems
 
 ROOT = Path(__file__).resolve().parents[2]
 KERNELS = {"forward", "grad_query", "grad_sequence", "grad_prefix", "split_keys", "fold_prefix"}
@@ -27,26 +28,34 @@ def python(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, *arguments], cwd=ROOT, env=env, capture_output=True, text=True)
 
 
-@pytest.mark.slow
-def test_everything_shipped_compiles(tmp_path: Path) -> None:
-    """Each tile of the table, in the call that reaches it: no spills, memory within the limit, matrix instructions."""
+def compiled(tmp_path: Path, *options: str) -> list[list[str]]:
+    """The rows of the table of what ``options`` choose, all of which keep their promises."""
     table = tmp_path / "table.md"
-    only = ("--variant", "plain", "--dtype", "half")
-    done = python("-m", "benchmarks.compile_kernels", "--check", *only, "--write", str(table))
+    done = python("-m", "benchmarks.compile_kernels", "--check", *options, "--write", str(table))
     assert done.returncode == 0, done.stderr[-4000:]
     lines = [line for line in table.read_text().splitlines() if line.startswith(tuple(f"| {a}" for a in ARCHITECTURES))]
-    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
-    found = {(arch, kernel, dtype, size) for arch, kernel, dtype, size, *_ in rows}
-    sizes = ("64", "128", "256")
-    assert found == {(arch, kernel, "half", size) for arch in ARCHITECTURES for kernel in KERNELS for size in sizes}
+    return [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
 
 
 @pytest.mark.slow
-def test_all_options_at_once_compile() -> None:
-    """Masks, window, softcap, sinks, dropout, bias and a ragged bank in one call, for one architecture."""
-    done = python("-m", "benchmarks.compile_kernels", "--check", "--variant", "options", "--arch", "sm_90")
-    assert done.returncode == 0, done.stderr[-4000:]
-    assert done.stdout.count("| options |") >= len(KERNELS) * 6
+@pytest.mark.parametrize(
+    ("arch", "sizes"), {"sm_80": (64,), "sm_90": SIZES, "sm_100": (128,), "gfx942": (256,)}.items(), ids=str
+)
+def test_what_is_shipped_compiles(tmp_path: Path, arch: str, sizes: tuple[int, ...]) -> None:
+    """Each tile of the table, in the call that reaches it: no spills, memory within the limit, matrix instructions."""
+    chosen = [part for size in sizes for part in ("--size", str(size))]
+    rows = compiled(tmp_path, "--variant", "plain", "--dtype", "half", "--arch", arch, *chosen)
+    found = {tuple(row[:4]) for row in rows}
+    assert found == {(arch, kernel, "half", str(size)) for kernel in KERNELS for size in sizes}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("dtype", "sizes"), [("half", SIZES), ("float", (64,))], ids=str)
+def test_all_options_at_once_compile(tmp_path: Path, dtype: str, sizes: tuple[int, ...]) -> None:
+    """Masks, window, softcap, sinks, dropout, bias and a ragged bank in one call."""
+    chosen = [part for size in sizes for part in ("--size", str(size))]
+    rows = compiled(tmp_path, "--variant", "options", "--dtype", dtype, "--arch", "sm_90", *chosen)
+    assert {tuple(row[1:5]) for row in rows} == {(k, dtype, str(size), "options") for k in KERNELS for size in sizes}
 
 
 def test_a_spill_is_seen() -> None:

@@ -95,7 +95,10 @@ def test_all_methods_share_one_protocol(
     assert capsys.readouterr().out.splitlines()[:2] == table.splitlines()[:2]
 
 
-@pytest.mark.parametrize(("method", "rate"), [("lora", 1e-2), ("prefix-mlp", 1e-2), ("full", 1e-3)])
+@pytest.mark.parametrize(
+    ("method", "rate"),
+    [("lora", 1e-2), ("peft", 1e-1), ("prefix-mlp", 1e-2), ("embedding", 3e-2), ("full", 1e-3), ("top2", 1e-3)],
+)
 def test_bfloat16_products_are_of_the_weights_of_their_step(
     files: Path, monkeypatch: pytest.MonkeyPatch, method: str, rate: float
 ) -> None:
@@ -264,7 +267,7 @@ def test_sites_of_an_encoder_decoder(
     monkeypatch.setattr(pretrain, "SIZES", dict.fromkeys(pretrain.SIZES, 2) | {"d_model": 16, "d_kv": 8})
     command = ("pretrain", files / "train.csv", "--out", tmp_path / "t5", "--steps", 60, "--learning-rate", 1e-2)
     assert prefix_attn(monkeypatch, *command, "--threads", 1, "--json") == 0
-    before, after = json.loads(capsys.readouterr().out)["validation_loss"]
+    (_, before), (_, after) = json.loads(capsys.readouterr().out)["validation"]
     assert after < before - 0.5
     assert prefix_attn(monkeypatch, *command) == 1
     assert "holds something already" in capsys.readouterr().err
