@@ -196,7 +196,7 @@ def train(model: Any, data: Iterator[Batch], validation: Sequence[Batch], run: R
     assert run.steps is not None and run.learning_rate is not None and run.validate_every is not None
     parameters = [p for p in model.parameters() if p.requires_grad]
     device = parameters[0].device
-    optimizer = torch.optim.AdamW(parameters, lr=run.learning_rate, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(parameters, lr=run.learning_rate, weight_decay=0.0, fused=True)
     steps = run.steps
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate_factor(step, steps))
     losses: list[float] = []
