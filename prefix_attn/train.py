@@ -25,7 +25,7 @@ from prefix_attn.rows import Collator, collate, encode
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-FLAT_LEARNING_RATE, MLP_LEARNING_RATE = 1e-2, 1e-3
+FLAT_LEARNING_RATE, MLP_LEARNING_RATE = 3e-2, 1e-3
 WARMUP = 20  # steps
 VALIDATION_BATCH = 16
 Objective = Callable[[Any, dict[str, Tensor]], Tensor]  # of a model and a batch
@@ -36,7 +36,7 @@ _log = logging.getLogger(__name__)
 class Settings:
     """How to train.
 
-    ``learning_rate`` defaults to 1e-2 for a flat prefix and 1e-3 for an MLP. ``validate_every`` steps the validation
+    ``learning_rate`` defaults to 3e-2 for a flat prefix and 1e-3 for an MLP. ``validate_every`` steps the validation
     loss is measured and a checkpoint written; ``resume`` goes on, bit for bit, from the last whole one in ``output``.
     """
 

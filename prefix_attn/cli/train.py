@@ -86,7 +86,7 @@ def train(
     ] = None,
     steps: Annotated[int, typer.Option(min=1)] = 200,
     batch_size: BatchSize = 8,
-    learning_rate: Annotated[float | None, typer.Option(help="Default: 1e-2, with --mlp 1e-3.")] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="Default: 3e-2, with --mlp 1e-3.")] = None,
     max_length: Annotated[int, typer.Option(min=8, help="Tokens of a row; longer sources are cut.")] = 96,
     validate_every: Annotated[int, typer.Option(min=1, help="Steps between checkpoints and validation.")] = 50,
     validation_rows: Annotated[int, typer.Option(min=0, help="Examples to validate on.")] = 64,

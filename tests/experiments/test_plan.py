@@ -32,7 +32,7 @@ def test_settings_that_a_method_has_no_use_for_are_dropped() -> None:
     discrete = Run(**COMMON, method="discrete")
     assert (discrete.init_text, discrete.init, discrete.steps) == ("Describe it.", None, None)
     prefix = Run(**COMMON, method="prefix", seed=3, subset=1)
-    assert (prefix.seed, prefix.virtual_tokens, prefix.learning_rate) == (3, 10, 1e-2)
+    assert (prefix.seed, prefix.virtual_tokens, prefix.learning_rate) == (3, 10, 1e-1)
     assert (prefix.init_text, prefix.mlp_width, prefix.rank, prefix.subset) == (None, None, None, None)
     assert Run(**COMMON | {"init": "text"}, method="prefix").init_text == "Describe it."
 
