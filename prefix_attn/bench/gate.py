@@ -31,9 +31,11 @@ class Pair(NamedTuple):
         return 0.85 * self.recorded
 
 
+AMX = torch.cpu._is_amx_tile_supported()  # on a Xeon that has it torch's bfloat16 attention loses by far less
+
 PAIRS = (
     Pair("decode", step(64, 128, 512, GPT2, "float32"), "sdpa", 3.3),
-    Pair("decode", step(64, 128, 2048, GPT2, "bfloat16"), "sdpa", 14.9),
+    Pair("decode", step(64, 128, 2048, GPT2, "bfloat16"), "sdpa", 5.0 if AMX else 14.9),
     Pair("forward", case(8, 128, 128, 100, GPT2), "cat + sdpa", 1.17),
     Pair("both", case(8, 128, 128, 100, GPT2), "cat + sdpa", 1.17),
 )

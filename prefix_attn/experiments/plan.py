@@ -44,8 +44,8 @@ LEARNING_RATES = {
     "prefix-mlp": 1e-3,
     "peft": 1e-1,
     "lora": 1e-2,
-    "top2": 1e-3,
-    "full": 1e-4,
+    "top2": 3e-3,
+    "full": 2e-4,
 }
 
 LENGTHS = (1, 2, 5, 10, 20, 40, 100)
