@@ -27,6 +27,7 @@ def generate_text(
     sources: Sequence[str],
     *,
     num_beams: int = 1,
+    length_penalty: float = 1.0,
     max_new_tokens: int = 48,
     batch_size: int = 32,
     progress: Callable[[int], object] | None = None,
@@ -38,6 +39,7 @@ def generate_text(
         tokenizer: its tokenizer, with end-of-text and padding tokens.
         sources: inputs, without the prompt's frame.
         num_beams: 1 decodes greedily.
+        length_penalty: beams are ranked by log-likelihood over length to this power.
         max_new_tokens: limit of each output.
         batch_size: sources generated at once; sources of similar length share a batch.
         progress: called with the number of sources of each finished batch.
@@ -53,7 +55,14 @@ def generate_text(
     try:
         for start in range(0, len(order), batch_size):
             batch = order[start : start + batch_size]
-            outputs = _generate(model, tokenizer, [prompts[i] for i in batch], num_beams, max_new_tokens)
+            outputs = _generate(
+                model,
+                tokenizer,
+                [prompts[i] for i in batch],
+                num_beams=num_beams,
+                max_new_tokens=max_new_tokens,
+                **({"length_penalty": length_penalty} if num_beams > 1 else {}),
+            )
             for i, output in zip(batch, outputs, strict=True):
                 texts[i] = _first_line(tokenizer.decode(output, skip_special_tokens=True))
             if progress is not None:
@@ -64,9 +73,7 @@ def generate_text(
 
 
 @torch.no_grad()
-def _generate(
-    model: Any, tokenizer: PreTrainedTokenizerBase, prompts: list[list[int]], num_beams: int, max_new_tokens: int
-) -> Tensor:
+def _generate(model: Any, tokenizer: PreTrainedTokenizerBase, prompts: list[list[int]], **options: Any) -> Tensor:
     """New tokens of each prompt. Prompts are padded on the left, so that all outputs start at the same column.
 
     An encoder's are padded on the right, as in training, and its outputs hold no prompt.
@@ -83,12 +90,12 @@ def _generate(
     output = model.generate(
         input_ids=ids.to(device),
         attention_mask=mask.to(device),
-        **({"logits_to_keep": _last(1, device)} if _can_leave_out_logits(model) else {}),
-        num_beams=num_beams,
+        # Indices, as in _last; but a tensor would be taken for one with a row a text, and repeated for each beam.
+        **({"logits_to_keep": [-1]} if _can_leave_out_logits(model) else {}),
         do_sample=False,
-        max_new_tokens=max_new_tokens,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
+        **options,
     )
     return output[:, 1:] if on_the_right else output[:, width:]  # a decoder's begins with its start token
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 from transformers import Trainer, TrainerCallback, TrainingArguments
-from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from transformers.trainer_callback import PrinterCallback, ProgressCallback, TrainerState
 
 from prefix_attn.data import Example
 from prefix_attn.evaluate import target_loss, validation_loss
@@ -120,7 +120,12 @@ def fit(
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
     trainer.add_callback(_Bar())
-    trainer.train(resume_from_checkpoint=checkpoint)
+    if checkpoint is not None and (_step(Path(checkpoint)) or 0) >= settings.steps:
+        # Killed after its last step. The Trainer would take another one before it looks.
+        trainer.state = TrainerState.load_from_json(str(Path(checkpoint) / "trainer_state.json"))
+        trainer._load_from_checkpoint(checkpoint)
+    else:
+        trainer.train(resume_from_checkpoint=checkpoint)
     trainable, total = model.get_nb_trainable_parameters()
     history = trainer.state.log_history
     metrics = {
@@ -131,7 +136,7 @@ def fit(
         "trainable_share": trainable / total,
         **extra,
     }
-    model.save_pretrained(settings.output, training_state=True)
+    model.save_pretrained(settings.output)
     replace(settings.output / "metrics.json", json.dumps(metrics, indent=2).encode())
     plot(metrics, settings.output / "loss.png")
     return metrics

@@ -102,13 +102,27 @@ def test_target_loss_leaves_out_what_no_loss_reads(monkeypatch: pytest.MonkeyPat
 
 
 def test_the_head_reads_contiguous_states() -> None:
-    """Of others, torch multiplies row by row, by as many copies of the head's weights."""
-    model, contiguous = tiny("llama", **SIZES).eval(), []
+    """Of others, torch multiplies row by row, by as many copies of the head's weights. And one of each beam."""
+    model, contiguous, widths = tiny("llama", **SIZES).eval(), [], []
     model.lm_head.register_forward_hook(lambda module, args, out: contiguous.append(args[0].is_contiguous()))
     target_loss(model, BATCH)
-    generate_text(model, byte_tokenizer(), ["a", "bc"], max_new_tokens=3)
-    assert len(contiguous) > 1
+    model.lm_head.register_forward_hook(lambda module, args, out: widths.append(out.shape[1]))
+    for beams in (1, 3):
+        generate_text(model, byte_tokenizer(), ["a", "bc"], max_new_tokens=3, num_beams=beams)
     assert all(contiguous)
+    assert len(widths) >= 4
+    assert set(widths) == {1}
+
+
+def test_long_beams_are_preferred_by_a_length_penalty() -> None:
+    """Log-likelihoods are negative: over a high power of its length, that of a long text is the larger one."""
+    model, tokenizer = tiny("llama", **SIZES).eval(), byte_tokenizer()
+    texts = [
+        generate_text(model, tokenizer, ["a", "bc", "d e"], max_new_tokens=8, num_beams=4, length_penalty=power)
+        for power in (-20.0, 0.0, 20.0)
+    ]
+    short, _, long = (sum(map(len, found)) for found in texts)
+    assert short < long
 
 
 @pytest.mark.parametrize(

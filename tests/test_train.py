@@ -90,6 +90,15 @@ def test_a_kill_while_saving_costs_one_checkpoint(tmp_path: Path, state: str | N
     assert [step for step, _ in got["validation_loss"]] == [0, 2, 4, 6]
 
 
+def test_resuming_a_finished_training_takes_no_step(tmp_path: Path) -> None:
+    """Where steps are no multiple of an epoch, each resumption took another one."""
+    done, resumed = model(), model(1)
+    wanted = train(done, byte_tokenizer(), EXAMPLES, EXAMPLES, settings(tmp_path, 4))
+    got = train(resumed, byte_tokenizer(), EXAMPLES, EXAMPLES, settings(tmp_path, 4, resume=True))
+    assert got == wanted
+    assert torch.equal(resumed.prefixes["default"].embedding, done.prefixes["default"].embedding)
+
+
 def test_a_new_training_does_not_mix_with_an_old_one(tmp_path: Path) -> None:
     """Checkpoints of an earlier and longer training stayed, and a later resume took the last of those."""
     train(model(), byte_tokenizer(), EXAMPLES, [], settings(tmp_path, 2))

@@ -13,7 +13,7 @@ from prefix_attn.cli.shared import DATA, AsJson, Beams, Model, NewTokens, show
 from prefix_attn.experiments import plan, results
 from prefix_attn.experiments.plan import Run
 
-Task = Literal["e2e", "dart", "webnlg", "aws", "aws-summary"]
+Task = Literal["e2e", "dart", "webnlg", "summary", "aws", "aws-summary"]
 Ablation = Literal["length", "init", "mode", "lowdata", "sites"]
 Number = TypeVar("Number", int, float)
 Axis = Literal["step", "virtual_tokens", "examples", "method"]
@@ -61,7 +61,9 @@ def reproduce(
     mlp_width: MlpWidth = 512,
     rank: Rank = 2,
     limit: Limit = None,
-    num_beams: Beams = 5,
+    num_beams: Annotated[
+        int | None, typer.Option(min=1, help="1 is greedy; default: the paper's 5, for summaries 6.")
+    ] = None,
     max_new_tokens: NewTokens = 64,
     unseen: Unseen = None,
     threads: Threads = None,
@@ -89,7 +91,7 @@ def reproduce(
         mlp_width=mlp_width,
         rank=rank,
         limit=limit,
-        num_beams=num_beams,
+        num_beams=num_beams or plan.NUM_BEAMS[task],
         max_new_tokens=max_new_tokens,
         unseen=tuple(unseen.split(",")) if unseen else (),
     )
@@ -129,7 +131,7 @@ def ablate(
 
     [bold]prefix-attn ablate lowdata --train devset.csv --test testset_w_refs.csv --subsets 0,1,2 --out runs/low[/bold]
 
-    [bold]prefix-attn ablate sites --task dart --train dart.json.gz --model runs/t5 --out runs/sites[/bold]
+    [bold]prefix-attn ablate sites --task dart --train dart.json.gz --model runs/t5 --max-length 256 --out runs/s[/bold]
 
     Runs that are in --out are not repeated. "sites" takes an encoder-decoder: see prefix-attn pretrain.
 
@@ -263,13 +265,17 @@ def _run(
     missing = [run for run in runs if run not in done]
     require(missing)
     typer.echo(f"{len(runs)} runs, {len(runs) - len(missing)} of them in {file} already", err=True)
-    for number, run in enumerate(missing, start=1):
-        typer.echo(f"run {number} of {len(missing)}: {_name(run)}", err=True)
-        results.append(file, execute(run, folders, device))
-    found = [result for result in results.read(file) if Run.from_dict(result["run"]) in set(runs)]
-    text = reporting.table(found)
-    replace(out / "table.md", f"{text}\n".encode())
-    reporting.plot(found, axis, out / "plot.png")
+    text = ""
+    try:
+        for number, run in enumerate(missing, start=1):
+            typer.echo(f"run {number} of {len(missing)}: {_name(run)}", err=True)
+            results.append(file, execute(run, folders, device))
+    finally:  # what is done has its table and picture, whatever stopped the rest
+        found = [result for result in results.read(file) if Run.from_dict(result["run"]) in set(runs)]
+        if found:
+            text = reporting.table(found)
+            replace(out / "table.md", f"{text}\n".encode())
+            reporting.plot(found, axis, out / "plot.png")
     typer.echo(json.dumps(found, indent=2) if as_json else text)
 
 

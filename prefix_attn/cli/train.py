@@ -68,12 +68,13 @@ def train(
         ),
     ] = None,
     init: Annotated[
-        str,
+        str | None,
         typer.Option(
-            help="'random': activations of random tokens; 'zero'; 'uniform': numbers in [0, 1), the paper's random.",
+            help="'random': activations of random tokens; 'zero'; 'uniform': numbers in [0, 1), the paper's random. "
+            "Default: 'random', or pieces of what is distilled.",
             rich_help_panel=_START,
         ),
-    ] = "random",
+    ] = None,
     init_text: Annotated[
         str | None, typer.Option(help="Instead: activations of this text.", rich_help_panel=_START)
     ] = None,
@@ -126,7 +127,7 @@ def train(
         raise ValueError("--top-k is of --distill-from, which is not given")
     document = _document(distill_from) if distill_from else None
     other = _document(Path(validation)) if distill_from and validation else None
-    if distill_from and (init, init_text, init_document, init_prefix) == ("random", None, None, None):
+    if distill_from and (init, init_text, init_document, init_prefix) == (None,) * 4:
         init_document = distill_from
     data, columns = data or "aws", {"source_column": source_column, "target_column": target_column}
     examples = read_examples(data, **columns) if document is None else []
@@ -165,17 +166,17 @@ def train(
     show(metrics, as_json, text)
 
 
-def _start(init: str, text: str | None, document: Path | None, prefix: str | None) -> dict[str, Any]:
+def _start(init: str | None, text: str | None, document: Path | None, prefix: str | None) -> dict[str, Any]:
     """The fields of PrefixConfig that say where a prefix starts."""
     given = {"text": text, "document": document, "prefix": prefix}
     named = [name for name, value in given.items() if value is not None]
     if len(named) > 1:
         raise ValueError(f"a prefix has one start, got {' and '.join(f'--init-{name}' for name in named)}")
-    if named and init not in ("random", named[0]):
+    if named and init not in (None, named[0]):
         raise ValueError(f"a prefix has one start, got --init {init} and --init-{named[0]}")
     if document is not None:
         text = _document(document)
-    return {"init": named[0] if named else init, "init_text": text, "init_prefix": prefix}
+    return {"init": named[0] if named else init or "random", "init_text": text, "init_prefix": prefix}
 
 
 def _document(path: Path) -> str:

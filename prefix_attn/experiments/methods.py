@@ -61,7 +61,7 @@ def wrap(base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, run: Run) ->
 
 def _config(tokenizer: PreTrainedTokenizerBase, run: Run) -> PrefixConfig:
     if run.method == "discrete":  # the keys and values of a text are that text in front
-        ids = tokenizer(run.init_text, add_special_tokens=False)["input_ids"]
+        ids = tokenizer(f"{run.init_text}\n", add_special_tokens=False)["input_ids"]
         return PrefixConfig(num_virtual_tokens=len(ids), init="text", init_token_ids=ids)
     assert run.virtual_tokens is not None
     return PrefixConfig(

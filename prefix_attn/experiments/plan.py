@@ -17,8 +17,12 @@ INSTRUCTIONS = {
     "webnlg": "Say all of the following facts in fluent English sentences.",
     "aws": "Say in one sentence what the following operation of a web service does.",
     "aws-summary": "Say in one sentence what the operation does that the following documentation describes.",
+    "summary": "Say in one sentence what the following text says.",
 }
-MAX_LENGTH = {"e2e": 96, "dart": 160, "webnlg": 256, "aws": 96, "aws-summary": 512}  # tokens of source and target
+MAX_LENGTH = {"e2e": 96, "dart": 160, "webnlg": 256, "aws": 96, "aws-summary": 512, "summary": 512}  # source and target
+# Beams and length normalisation of the paper: 5 and none, for summaries 6 and 0.8.
+NUM_BEAMS = {task: 6 if "summary" in task else 5 for task in INSTRUCTIONS}
+LENGTH_PENALTY = {"aws-summary": 0.8, "summary": 0.8}
 
 # Settings that only some methods have; those of other methods are None, so that two equal runs look equal.
 _PREFIX = ("virtual_tokens", "init", "init_text", "sites")
@@ -86,6 +90,7 @@ class Run:
     subset: int | None = None
     limit: int | None = None
     num_beams: int | None = None
+    length_penalty: float | None = None
     max_new_tokens: int | None = None
 
     def __post_init__(self) -> None:
@@ -103,9 +108,11 @@ class Run:
             object.__setattr__(self, "seed", 0)  # nothing in it is random
         if self.method != "discrete" and self.init != "text":
             object.__setattr__(self, "init_text", None)
+        if (self.num_beams or 1) > 1:
+            object.__setattr__(self, "length_penalty", LENGTH_PENALTY.get(self.task))
         if self.examples is None:
             object.__setattr__(self, "subset", None)
-        for name in ("limit", "num_beams", "max_new_tokens"):
+        for name in ("limit", "num_beams", "length_penalty", "max_new_tokens"):
             if self.test is None:
                 object.__setattr__(self, name, None)
 

@@ -14,6 +14,7 @@ AXES = ("step", "virtual_tokens", "examples", "method")
 _TITLES = {"bleu": "BLEU", "nist": "NIST", "meteor": "METEOR", "rougeL": "ROUGE-L", "cider": "CIDEr", "chrf": "chrF++"}
 _TITLES |= {"ter": "TER"}
 _LAST_STEPS = 10  # over which the training loss is averaged
+_GENERATION = ("test", "limit", "num_beams", "max_new_tokens", "length_penalty")
 
 
 def table(results: Sequence[Result]) -> str:
@@ -41,15 +42,30 @@ def table(results: Sequence[Result]) -> str:
 
 
 def _groups(results: Sequence[Result]) -> dict[tuple[str, str], list[Result]]:
-    """Results that differ in seed and subset alone; of their settings, those that are not the same in all."""
+    """Results that differ in seed and subset alone; of their settings, those that are not the same in all.
+
+    That other methods do not have a setting says nothing; that other runs of a method do not have it does, but for how
+    texts are generated where none are.
+    """
     hidden = {"task", "method", "seed", "subset"}
     settings = [{name: _text(value) for name, value in r["run"].items() if name not in hidden} for r in results]
     names = list(dict.fromkeys(name for found in settings for name in found))
     values = {name: {found[name] for found in settings if name in found} for name in names}
+    lacking = {
+        (result["run"]["method"], name)
+        for result, found in zip(results, settings)
+        for name in names
+        if name not in found and (name not in _GENERATION or "test" in found)
+    }
     groups: dict[tuple[str, str], list[Result]] = {}
     for result, found in zip(results, settings):
-        shown = [f"{name} {found[name]}" for name in names if name in found and len(values[name]) > 1]
-        groups.setdefault((result["run"]["method"], ", ".join(shown)), []).append(result)
+        method = result["run"]["method"]
+        shown = [
+            f"{name} {found[name]}"
+            for name in names
+            if name in found and (len(values[name]) > 1 or (method, name) in lacking)
+        ]
+        groups.setdefault((method, ", ".join(shown)), []).append(result)
     return groups
 
 
@@ -58,9 +74,8 @@ def _text(value: Any) -> str:
 
 
 def _last_loss(result: Result) -> float:
-    """The validation loss of the parameters that were kept."""
-    best = result.get("best_step")
-    return result["validation"][-1][1] if best is None else dict(result["validation"])[best]
+    """Of the parameters that were kept, on the rows that are the same for all; few examples are stopped by others."""
+    return result.get("held_out_loss", result["validation"][-1][1])
 
 
 def _training_loss(result: Result) -> float | None:

@@ -48,6 +48,7 @@ class Data(NamedTuple):
 
     train: list[Row]
     validation: list[Row]
+    stop_by: list[Row]  # with few examples
     test: list[Example]
     cut: int
     categories: frozenset[str]  # those in ``train``
@@ -69,11 +70,14 @@ def execute(run: Run, folders: Mapping[str, Path], device: str | None = None) ->
     data = load(run, folders, tokenizer, encoder_decoder=base.config.is_encoder_decoder)
     total = sum(p.numel() for p in base.parameters())
     if has_bfloat16(base.device) and run.method not in ("full", "top2"):
-        base.to(torch.bfloat16)  # frozen weights, which autocast would cast in every step
+        weights_to_bfloat16(base)  # frozen, and autocast would cast them in every step
     torch.manual_seed(run.seed)
     model = wrap(base, tokenizer, run)
     with autocast(base.device) as casting:
-        validation = [collate(rows, tokenizer.pad_token_id) for rows in chunks(data.validation, VALIDATION_BATCH)]
+        validation, stop_by = (
+            [collate(some, tokenizer.pad_token_id) for some in chunks(rows, VALIDATION_BATCH)]
+            for rows in (data.validation, data.stop_by)
+        )
         result: Result = {
             "run": run.to_dict(),
             "versions": _versions(),
@@ -87,7 +91,9 @@ def execute(run: Run, folders: Mapping[str, Path], device: str | None = None) ->
         }
         if run.is_trained:
             order = batches(data.train, run.batch_size or 1, run.seed, tokenizer.pad_token_id)
-            result |= train(model, order, validation, run)
+            result |= train(model, order, stop_by or validation, run)
+            if stop_by:
+                result["held_out_loss"] = validation_loss(model, validation)
         else:
             result["validation"] = [[0, validation_loss(model, validation)]]
     if data.test:
@@ -103,6 +109,12 @@ def autocast(device: torch.device) -> AbstractContextManager[Any]:
     if not has_bfloat16(device):
         return nullcontext()
     return torch.autocast(device.type, torch.bfloat16, cache_enabled=False)
+
+
+def weights_to_bfloat16(model: torch.nn.Module) -> None:
+    """Cast the parameters alone: of rotary frequencies, which are buffers, bfloat16 would keep three digits."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(torch.bfloat16)
 
 
 # Data -----------------------------------------------------------------------------------------------------------------
@@ -127,16 +139,23 @@ def load(
         if missing := set(run.unseen) - {example.category for example in (*kept, *test)}:
             raise ValueError(f"{run.train}: no example of the categories {sorted(missing)}")
         kept, held_out = ([e for e in examples if e.category not in run.unseen] for examples in (kept, held_out))
+    for name, examples in {"train on": kept, "validate on": held_out, "test on": test or not run.test}.items():
+        if not examples:
+            raise ValueError(
+                f"{run.train}: no example is left to {name}; what is held out is drawn by its input's hash"
+            )
     if run.limit is not None:
         test = _spaced(test, run.limit)
     rows, cut = encode(tokenizer, kept, run.max_length, encoder_decoder=encoder_decoder)
-    if run.examples is None:
-        validation = encode(tokenizer, held_out, run.max_length, encoder_decoder=encoder_decoder)[0]
-        validation = _spaced(validation, HELD_OUT_ROWS)
-    else:
-        rows, validation = _draw(rows, run.examples, run.subset or 0)
-    validation.sort(key=lambda row: len(row["input_ids"]))  # less padding; the loss is weighted by tokens
-    return Data(rows, validation, test, cut, frozenset(example.category for example in kept))
+    others = encode(tokenizer, held_out, run.max_length, encoder_decoder=encoder_decoder)[0]
+    validation, stop_by = _spaced(others, HELD_OUT_ROWS), []
+    if run.examples is not None:
+        subset = run.subset or 0
+        rows = _drawn(rows, run.examples, subset)
+        stop_by = _drawn(others, max(1, round(run.examples * LOW_DATA_HELD_OUT)), subset)
+    for some in (validation, stop_by):
+        some.sort(key=lambda row: len(row["input_ids"]))  # less padding; the loss is weighted by tokens
+    return Data(rows, validation, stop_by, test, cut, frozenset(example.category for example in kept))
 
 
 def hold_out(examples: Sequence[Example], byte: int, share: int) -> tuple[list[Example], list[Example]]:
@@ -153,13 +172,11 @@ def _spaced(items: list[Any], count: int) -> list[Any]:
     return items if len(items) <= count else [items[i * len(items) // count] for i in range(count)]
 
 
-def _draw(rows: list[Row], count: int, subset: int) -> tuple[list[Row], list[Row]]:
-    """``count`` rows to train on and a share more to stop by; the numbers of a subset are nested."""
-    held_out = max(1, round(count * LOW_DATA_HELD_OUT))
-    if len(rows) < count + held_out:
-        raise ValueError(f"examples={count} needs {count + held_out} rows, there are {len(rows)}")
-    drawn = random.Random(subset).sample(rows, len(rows))
-    return drawn[:count], drawn[-held_out:]
+def _drawn(rows: list[Row], count: int, subset: int) -> list[Row]:
+    """``count`` rows; the numbers of a subset are nested."""
+    if len(rows) < count:
+        raise ValueError(f"few examples: {count} rows are to be drawn, there are {len(rows)}")
+    return random.Random(subset).sample(rows, len(rows))[:count]
 
 
 def batches(rows: Sequence[Row], size: int, seed: int, pad_id: int) -> Iterator[Batch]:
@@ -262,13 +279,14 @@ def _generate(model: Any, tokenizer: PreTrainedTokenizerBase, data: Data, run: R
 
     examples, start = data.test, time.perf_counter()
     if has_bfloat16(next(model.parameters()).device):
-        model.to(torch.bfloat16)  # nothing is trained any more, and autocast would cast the weights for every token
+        weights_to_bfloat16(model)  # nothing is trained any more, and autocast would cast them for every token
     with tqdm(total=len(examples), desc=f"{run.method}, generate", file=sys.stderr, leave=False) as bar:
         texts = generate_text(
             model,
             tokenizer,
             [example.source for example in examples],
             num_beams=run.num_beams or 1,
+            length_penalty=run.length_penalty or 1.0,
             max_new_tokens=run.max_new_tokens or 64,
             batch_size=GENERATION_BATCH,
             progress=bar.update,

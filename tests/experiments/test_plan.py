@@ -46,6 +46,15 @@ def test_a_run_is_its_json() -> None:
         Run(**COMMON, method="adapter")
 
 
+def test_summaries_are_decoded_as_in_the_paper() -> None:
+    beams = {"method": "prefix", "test": "b.csv", "num_beams": 6}
+    assert Run(**COMMON | {"task": "summary"} | beams).length_penalty == 0.8
+    assert Run(**COMMON | {"task": "summary"} | beams | {"num_beams": 1}).length_penalty is None
+    assert Run(**COMMON | beams).length_penalty is None
+    assert (plan.NUM_BEAMS["e2e"], plan.NUM_BEAMS["summary"]) == (5, 6)
+    assert plan.NUM_BEAMS.keys() == plan.MAX_LENGTH.keys() == plan.INSTRUCTIONS.keys()
+
+
 def test_reproduce_has_every_method_seed_and_rate() -> None:
     runs = plan.reproduce(COMMON, plan.METHODS, [0, 1], [None])
     assert len(set(runs)) == len(runs)

@@ -78,8 +78,28 @@ def test_table_has_means_and_deviations() -> None:
 
 
 def test_the_loss_is_that_of_the_parameters_kept() -> None:
-    row = result("prefix", 0, 50.0, 1.5) | {"validation": [[0, 3.0], [10, 1.25], [20, 1.5]], "best_step": 10}
-    assert report.table([row]).splitlines()[2].split(" | ")[5:7] == ["3.000", "1.250"]
+    row = result("prefix", 0, 50.0, 1.5)
+    assert report.table([row]).splitlines()[2].split(" | ")[6] == "1.500"
+    assert report.table([row | {"held_out_loss": 1.25}]).splitlines()[2].split(" | ")[6] == "1.250"
+
+
+def test_what_only_some_runs_of_a_method_have_is_no_seed() -> None:
+    """Runs on all categories and without some were averaged, and so were 63 inputs and all of them."""
+    generated = {"test": "b.csv", "num_beams": 1}
+    rows = [
+        result("prefix", 0, 50.0, 1.5, rank=2, **generated),
+        result("prefix", 0, 40.0, 1.5, rank=2, unseen=["x"], **generated),
+        result("prefix", 0, 30.0, 1.5, rank=2, limit=63, **generated),
+        result("prefix", 1, 50.0, 1.5, rank=2),
+        result("frozen", 0, 9.0, 1.5),
+    ]
+    cells = [line.split(" | ")[:3] for line in report.table(rows).splitlines()[2:]]
+    assert cells == [
+        ["| prefix", "-", "2"],
+        ["| prefix", "unseen x", "1"],
+        ["| prefix", "limit 63", "1"],
+        ["| frozen", "-", "1"],
+    ]
 
 
 @pytest.mark.parametrize("axis", report.AXES)

@@ -12,8 +12,10 @@ import torch
 
 from prefix_attn.data import Example
 from prefix_attn.experiments import plan, pretrain, runner
+from prefix_attn.experiments.methods import wrap
 from prefix_attn.experiments.plan import Run
 from prefix_attn.hf.load import load_base
+from tests.hf.models import tiny
 from tests.test_cli import run as prefix_attn
 from tests.tokens import END, byte_tokenizer
 
@@ -132,8 +134,9 @@ def test_few_examples_stop_at_the_best(files: Path) -> None:
     run = settings(files, "prefix", examples=10, subset=1, steps=12, learning_rate=100.0, test="test.csv", num_beams=1)
     result = runner.execute(run, folders(files))
     curve = dict(result["validation"])
-    assert (result["train_rows"], result["validation_rows"]) == (10, 3)
+    assert result["train_rows"] == 10
     assert curve[result["best_step"]] == min(curve.values()) < result["validation"][-1][1]
+    assert result["held_out_loss"] < 2 * curve[0]
     base, tokenizer = load_base(run.model)
     torch.manual_seed(run.seed)
     model = runner.wrap(base, tokenizer, run)
@@ -153,15 +156,23 @@ def test_what_is_drawn_depends_on_the_subset_alone(files: Path) -> None:
 
     def drawn(**changes: Any) -> tuple[list[Any], list[Any]]:
         data = runner.load(settings(files, "prefix", **changes), folders(files), tokenizer)
-        return data.train, data.validation
+        assert data.validation == everything.validation
+        return data.train, data.stop_by
+
+    def text(row: dict[str, list[int]]) -> str:  # of the input
+        return tokenizer.decode(row["input_ids"]).split("=>")[0]
+
+    everything = runner.load(settings(files, "prefix"), folders(files), tokenizer)
+    assert everything.stop_by == []
 
     few, more = drawn(examples=5, subset=0), drawn(examples=10, subset=0, seed=3)
     assert more[0][:5] == few[0]
     assert drawn(examples=5, subset=0, seed=3) == few
     assert drawn(examples=5, subset=1)[0] != few[0]
-    ids = [tuple(row["input_ids"]) for row in (*more[0], *more[1])]
-    assert len(set(ids)) == len(ids) == 13
-    with pytest.raises(ValueError, match="examples=100 needs 130 rows"):
+    assert (len(more[0]), len(more[1])) == (10, 3)
+    trained, stopped_by = ({text(row) for row in rows} for rows in more)
+    assert not trained & stopped_by
+    with pytest.raises(ValueError, match="100 rows are to be drawn"):
         drawn(examples=100, subset=0)
 
 
@@ -177,6 +188,41 @@ def test_unseen_categories_are_scored_apart(files: Path) -> None:
     assert everything.test == data.test
     with pytest.raises(ValueError, match=r"no example of the categories \['x'\]"):
         runner.load(settings(files, "frozen", unseen=("x",), **dart), folders(files), byte_tokenizer())
+
+
+@pytest.mark.parametrize(("share", "wanted"), [("TENTH", "validate on"), ("FIFTH", "test on")])
+def test_nothing_left_to_do_is_said(files: Path, monkeypatch: pytest.MonkeyPatch, share: str, wanted: str) -> None:
+    """Of few inputs the hash may hold out none: that gave a loss of nothing, or a run without its texts."""
+    monkeypatch.setattr(runner, share, 0)
+    with pytest.raises(ValueError, match=f"train.csv: no example is left to {wanted}"):
+        runner.load(settings(files, "prefix", test="train.csv"), folders(files), byte_tokenizer())
+
+
+def test_a_run_that_fails_leaves_the_tables_of_the_others(
+    files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(plan, "LOW_DATA", (10, 1000))
+    monkeypatch.setattr(plan, "LOW_DATA_STEPS", {10: 2, 1000: 2})
+    command = ("ablate", "lowdata", "--train", files / "train.csv", "--model", files / "model", "--out", tmp_path)
+    assert prefix_attn(monkeypatch, *command, *SMALL) == 1
+    assert "1000 rows are to be drawn" in capsys.readouterr().err
+    assert len((tmp_path / "table.md").read_text().splitlines()) == 2 + 3
+    assert (tmp_path / "plot.png").exists()
+
+
+def test_frequencies_are_no_weights() -> None:
+    """As bfloat16 they turned keys by up to half a radian too much, and full fine-tuning was decoded with others."""
+    model = tiny("llama")
+    before = model.model.rotary_emb.inv_freq.clone()
+    runner.weights_to_bfloat16(model)
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    assert torch.equal(model.model.rotary_emb.inv_freq, before)
+
+
+def test_an_instruction_is_a_line_of_its_own(files: Path) -> None:
+    base, tokenizer = load_base(str(files / "model"))
+    model = wrap(base, tokenizer, settings(files, "discrete", init_text="Say it."))
+    assert model.prefix_configs["default"].num_virtual_tokens == len("Say it.\n")
 
 
 def test_data_order_depends_on_the_seed_alone() -> None:
