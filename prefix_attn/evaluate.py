@@ -45,9 +45,13 @@ def generate_text(
         progress: called with the number of sources of each finished batch.
     """
     if model.config.is_encoder_decoder:
-        prompts = _within(model, [source_ids(tokenizer, source) for source in sources])
+        prompts = _within(model, [source_ids(tokenizer, source) for source in sources], "encoder", 0, 1)
     else:
-        prompts = [prompt_ids(tokenizer, source) for source in sources]
+        taken = max_new_tokens
+        if isinstance(model, PrefixModel):
+            taken += max((config.num_virtual_tokens for config in model.prefix_configs.values()), default=0)
+        tail = len(prompt_ids(tokenizer, ""))
+        prompts = _within(model, [prompt_ids(tokenizer, source) for source in sources], "model", taken, tail)
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]), reverse=True)
     texts = [""] * len(prompts)
     was_training = model.training
@@ -100,14 +104,17 @@ def _generate(model: Any, tokenizer: PreTrainedTokenizerBase, prompts: list[list
     return output[:, 1:] if on_the_right else output[:, width:]  # a decoder's begins with its start token
 
 
-def _within(model: Any, sources: list[list[int]]) -> list[list[int]]:
-    """``sources`` cut to the positions that the encoder has, if their number is fixed."""
-    room = getattr(model.config, "max_position_embeddings", None)
-    if room is None:
+def _within(model: Any, sources: list[list[int]], part: str, taken: int, tail: int) -> list[list[int]]:
+    """``sources`` cut to the positions that are there, but for those ``taken``; the last ``tail`` tokens stay."""
+    positions = getattr(model.config, "max_position_embeddings", None)
+    if positions is None:
         return sources
+    room = positions - taken
+    if room < tail:
+        raise ValueError(f"the {part} has {positions} positions, of which outputs and prefix take {taken}: too many")
     if long := sum(len(ids) > room for ids in sources):
-        _log.warning("%d of %d sources are longer than the encoder's %d positions: cut", long, len(sources), room)
-    return [shortened(ids, room) for ids in sources]
+        _log.warning("%d of %d sources are longer than %d of the %s's positions: cut", long, len(sources), room, part)
+    return [shortened(ids, room, tail) for ids in sources]
 
 
 def _first_line(text: str) -> str:

@@ -37,9 +37,9 @@ def source_ids(tokenizer: PreTrainedTokenizerBase, source: str) -> list[int]:
     return tokenizer(source, verbose=False)["input_ids"]
 
 
-def shortened(source: list[int], length: int) -> list[int]:
-    """At most ``length`` tokens of an encoder's input; the last one, which may be special, stays."""
-    return source if len(source) <= length else [*source[: length - 1], source[-1]]
+def shortened(source: list[int], length: int, tail: int = 1) -> list[int]:
+    """At most ``length`` tokens; the last ``tail``, a special one or the end of the prompt's frame, stay."""
+    return source if len(source) <= length else source[: length - tail] + source[len(source) - tail :]
 
 
 def encode(
@@ -100,10 +100,8 @@ def _causal_rows(
             if room < 0:
                 needed = len(target) + tail
                 raise ValueError(f"max_length={max_length} is too short for the target {reference!r}: needs {needed}")
-            kept = prompt
-            if len(prompt) - tail > room:
-                kept = prompt[:room] + prompt[len(prompt) - tail :]
-                cut += 1
+            kept = shortened(prompt, room + tail, tail)
+            cut += len(kept) < len(prompt)
             rows.append({"input_ids": kept + target, "labels": [IGNORED] * len(kept) + target})
     return rows, cut
 

@@ -61,7 +61,18 @@ def test_sources_are_cut_to_the_places_of_the_encoder(caplog: pytest.LogCaptureF
     model, tokenizer = tiny("bart", **SIZES | {"max_position_embeddings": 8}), byte_tokenizer()
     long, short = generate_text(model, tokenizer, ["abcdefghijkl", "abcdefgl"], max_new_tokens=4)
     assert long == short
-    assert "1 of 2 sources are longer than the encoder's 8 positions: cut" in caplog.text
+    assert "1 of 2 sources are longer than 8 of the encoder's positions: cut" in caplog.text
+
+
+def test_prompts_are_cut_to_the_places_of_the_model(caplog: pytest.LogCaptureFixture) -> None:
+    """Beyond its last position GPT-2 has no embedding, and ended in an IndexError."""
+    base, tokenizer = tiny("gpt2", **SIZES | {"max_position_embeddings": 20}), byte_tokenizer()
+    model = get_prefix_model(base, PrefixConfig(num_virtual_tokens=3))
+    long, short = generate_text(model, tokenizer, ["abcdefghijkl" * 2, "abcdefghij"], max_new_tokens=4)
+    assert long == short
+    assert "1 of 2 sources are longer than 13 of the model's positions: cut" in caplog.text
+    with pytest.raises(ValueError, match="20 positions, of which outputs and prefix take 18"):
+        generate_text(model, tokenizer, ["a"], max_new_tokens=15)
 
 
 def test_prompt_ids_are_those_of_the_frame() -> None:
