@@ -65,7 +65,11 @@ def _rouge_l(hypotheses: Sequence[str], references: Sequence[Sequence[str]]) -> 
 
 
 def _nist(hypotheses: Sequence[str], references: Sequence[Sequence[str]]) -> float:
-    """NIST (Doddington 2002) with n-grams up to 5, or up to the longest text if that is shorter; 0 without words."""
+    """NIST (Doddington 2002) with n-grams up to 5, or up to the longest text if that is shorter; 0 without words.
+
+    nltk's: of several references it takes, for each length of n-grams, the best one. mteval, which the paper used,
+    pools them, and gives more.
+    """
     from nltk.translate.nist_score import corpus_nist
 
     found = [_words(hypothesis) for hypothesis in hypotheses]

@@ -149,18 +149,29 @@ def _draw_curves(axes: Any, results: Sequence[Result]) -> None:
 
 
 def _draw_lines(axes: Any, results: Sequence[Result], axis: str, measure: Callable[[Result], float | None]) -> None:
-    """A line for each method, over the values of a setting; methods without that setting are dashed."""
+    """A line for each method, over the values of a setting; methods without that setting are dashed, or out of sight.
+
+    The frozen model is so far from all others that an axis with it would show no difference between these.
+    """
     methods: dict[str, dict[Any, list[float]]] = {}
     for result in results:
         if (value := measure(result)) is not None:
             methods.setdefault(result["run"]["method"], {}).setdefault(result["run"].get(axis), []).append(value)
+    shown, ticks = [], set()
     for method, found in methods.items():
         places = sorted(place for place in found if place is not None)
         if places:
             _draw_band(axes, places, [found[place] for place in places], method, marker="o")
+            shown += [value for place in places for value in found[place]]
+            ticks.update(places)
         else:
-            axes.axhline(mean(found[None]), color="grey", linestyle="--", label=method)
+            axes.axhline(mean(found[None]), color="grey", linestyle="--", label=f"{method}: {mean(found[None]):.2f}")
+    if shown:
+        margin = 0.1 * (max(shown) - min(shown)) or 0.1
+        axes.set_ylim(min(shown) - margin, max(shown) + margin)
     axes.set_xscale("log")
+    axes.set_xticks(sorted(ticks), sorted(ticks))
+    axes.minorticks_off()
     axes.set_xlabel({"virtual_tokens": "virtual tokens", "examples": "training examples"}[axis])
 
 
