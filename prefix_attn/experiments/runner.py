@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 TENTH, FIFTH = 26, 51  # of 256
 HELD_OUT_ROWS = 160
 LOW_DATA_HELD_OUT = 0.3  # rows to stop early by, as a share of those for training
+PATIENCE = 60  # steps without a lower loss of these
 # Batches that are sorted by length together: the rows of E2E have 65 tokens, padded 66 instead of 84. Where there are
 # few rows at most a quarter of them, or the same rows would meet in every epoch.
 WINDOW = 16
@@ -236,9 +237,11 @@ def train(model: Any, data: Iterator[Batch], validation: Sequence[Batch], run: R
                 curve.append([step, validation_loss(model, validation)])
                 if best is not None:
                     best.see(step, curve[-1][1])
+            if best is not None and step - best.step >= PATIENCE:
+                break
             bar.update()
             bar.set_postfix(train=f"{losses[-1]:.3f}", validation=f"{curve[-1][1]:.3f}")
-    found = {"train_loss": losses, "validation": curve, "seconds_per_step": seconds / steps}
+    found = {"train_loss": losses, "validation": curve, "seconds_per_step": seconds / len(losses)}
     if best is not None:
         best.restore()
         found["best_step"] = best.step

@@ -129,13 +129,20 @@ def test_longer_prefixes_learn_more(
     assert "metrics" not in results[0]
 
 
-def test_few_examples_stop_at_the_best(files: Path) -> None:
+def test_few_examples_stop_at_the_best(files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With far too large steps the loss rises, and what is kept is the start or an early step."""
     run = settings(files, "prefix", examples=10, subset=1, steps=12, learning_rate=100.0, test="test.csv", num_beams=1)
     result = runner.execute(run, folders(files))
     curve = dict(result["validation"])
     assert result["train_rows"] == 10
     assert curve[result["best_step"]] == min(curve.values()) < result["validation"][-1][1]
+    monkeypatch.setattr(runner, "PATIENCE", 4)
+    impatient = runner.execute(run, folders(files))
+    last = result["best_step"] + 4
+    assert last < 12
+    assert impatient["validation"] == [found for found in result["validation"] if found[0] <= last]
+    assert impatient["train_loss"] == result["train_loss"][:last]
+    assert impatient["held_out_loss"] == result["held_out_loss"]
     assert result["held_out_loss"] < 2 * curve[0]
     base, tokenizer = load_base(run.model)
     torch.manual_seed(run.seed)
