@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import mean, stdev
+from textwrap import shorten
 from typing import Any
 
 from prefix_attn.experiments.results import Result
@@ -14,6 +15,7 @@ AXES = ("step", "virtual_tokens", "examples", "method")
 _TITLES = {"bleu": "BLEU", "nist": "NIST", "meteor": "METEOR", "rougeL": "ROUGE-L", "cider": "CIDEr", "chrf": "chrF++"}
 _TITLES |= {"ter": "TER"}
 _LAST_STEPS = 10  # over which the training loss is averaged
+_LABEL = 56  # letters beside a bar
 _GENERATION = ("test", "limit", "num_beams", "max_new_tokens", "length_penalty")
 
 
@@ -180,7 +182,7 @@ def _draw_bars(axes: Any, results: Sequence[Result], measure: Callable[[Result],
         values = [value for r in group if (value := measure(r)) is not None]
         if values:
             axes.barh(place, mean(values), xerr=stdev(values) if len(values) > 1 else None, capsize=3)
-    labels = list(_labelled(results))
+    labels = [shorten(label, _LABEL, placeholder=" ...") for label in _labelled(results)]
     axes.set_yticks(range(len(labels)), labels, fontsize="small")
     axes.set_ylim(len(labels) - 0.5, -0.5)  # the first on top
 
