@@ -21,8 +21,8 @@ INSTRUCTIONS = {
 }
 MAX_LENGTH = {"e2e": 96, "dart": 160, "webnlg": 256, "aws": 96, "aws-summary": 512, "summary": 512}  # source and target
 # Beams and length normalisation of the paper: 5 and none, for summaries 6 and 0.8.
-NUM_BEAMS = {task: 6 if "summary" in task else 5 for task in INSTRUCTIONS}
 LENGTH_PENALTY = {"aws-summary": 0.8, "summary": 0.8}
+NUM_BEAMS = {task: 6 if task in LENGTH_PENALTY else 5 for task in INSTRUCTIONS}
 
 # Settings that only some methods have; those of other methods are None, so that two equal runs look equal.
 _PREFIX = ("virtual_tokens", "init", "init_text", "sites")
