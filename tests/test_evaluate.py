@@ -130,9 +130,9 @@ def test_long_beams_are_preferred_by_a_length_penalty() -> None:
     model, tokenizer = tiny("llama", **SIZES).eval(), byte_tokenizer()
     texts = [
         generate_text(model, tokenizer, ["a", "bc", "d e"], max_new_tokens=8, num_beams=4, length_penalty=power)
-        for power in (-20.0, 0.0, 20.0)
+        for power in (-20.0, 20.0)
     ]
-    short, _, long = (sum(map(len, found)) for found in texts)
+    short, long = (sum(map(len, found)) for found in texts)
     assert short < long
 
 
