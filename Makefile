@@ -26,7 +26,7 @@ help:
 	@sed -n '1s/^# //p' Makefile
 
 demo: $(VENV)/.installed-demo
-	$(BIN)/python -m prefix_attn.demo $(ARGS)
+	$(BIN)/python examples/demo.py $(ARGS)
 
 # Most of the time goes to Triton's interpreter and compiler, which use one core: a few processes, one thread each.
 test: lint
@@ -36,7 +36,7 @@ test: lint
 newest: $(VENV)/.installed-newest
 	PYTHONPATH=$(abspath $(VENV))/newest OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 \
 	    --dist worksteal -m 'not peft and not gpu and not valgrind' \
-	    $(or $(ARGS),tests/hf tests/test_train.py tests/test_cli.py tests/test_readme.py)
+	    $(or $(ARGS),tests/hf tests/training/test_train.py tests/test_cli.py tests/test_readme.py)
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .
@@ -53,7 +53,7 @@ bench: $(VENV)/.installed-demo
 	    --out runs/bench/results.json --figures runs/bench
 
 gpu: $(VENV)/.installed-test
-	PYTHON=$(BIN)/python benchmarks/gpu.sh
+	PYTHON=$(BIN)/python benchmarks/kernels/gpu.sh
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .benchmarks .hypothesis prefix_attn/*.so

@@ -1,8 +1,8 @@
-"""``python -m benchmarks``: the suite of prefix_attn.bench, which an installed user calls as ``prefix-attn bench``."""
+"""``python -m benchmarks``."""
 
 import sys
 
-from prefix_attn.bench.main import main
+from benchmarks.main import main
 
 if __name__ == "__main__":
     sys.exit(main(restart=("-m", "benchmarks")))

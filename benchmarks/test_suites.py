@@ -15,9 +15,9 @@ from typing import Any
 import pytest
 import torch
 
-from prefix_attn.bench import model, models, operator
-from prefix_attn.bench.operator import GPT2, case, step, way
-from prefix_attn.bench.peers import PEERS, inputs, prepare
+from benchmarks import model, models, operator
+from benchmarks.operator import GPT2, case, step, way
+from benchmarks.peers import PEERS, inputs, prepare
 
 CASES = {
     "decode": step(64, 128, 512, GPT2, "float32"),

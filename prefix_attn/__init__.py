@@ -4,36 +4,39 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from prefix_attn._ops import PrefixAttentionFunction as PrefixAttentionFunction
-from prefix_attn.functional import explain as explain
-from prefix_attn.functional import prefix_attention as prefix_attention
-from prefix_attn.functional import prefix_attention_varlen as prefix_attention_varlen
-from prefix_attn.nn import PrefixAttention as PrefixAttention
+from prefix_attn._ops import PrefixAttentionFunction
+from prefix_attn.functional import explain, prefix_attention, prefix_attention_varlen
+from prefix_attn.nn import PrefixAttention
 
 if TYPE_CHECKING:
-    from prefix_attn.hf.accelerate import accelerate as accelerate
-    from prefix_attn.hf.config import PrefixConfig as PrefixConfig
-    from prefix_attn.hf.embedding import PrefixTuning as PrefixTuning
-    from prefix_attn.hf.mass import prefix_mass as prefix_mass
-    from prefix_attn.hf.model import PrefixModel as PrefixModel
-    from prefix_attn.hf.model import get_prefix_model as get_prefix_model
+    from prefix_attn.hf import PrefixConfig, PrefixModel, PrefixTuning, get_prefix_model, prefix_mass
+    from prefix_attn.hf.accelerate import accelerate
 
+__all__ = [
+    "PrefixAttention",
+    "PrefixAttentionFunction",
+    "PrefixConfig",
+    "PrefixModel",
+    "PrefixTuning",
+    "accelerate",
+    "explain",
+    "get_prefix_model",
+    "prefix_attention",
+    "prefix_attention_varlen",
+    "prefix_mass",
+]
 __version__ = "0.1.0"
-
-_HF = {
-    "PrefixConfig": "config",
-    "PrefixModel": "model",
-    "PrefixTuning": "embedding",
-    "accelerate": "accelerate",
-    "get_prefix_model": "model",
-    "prefix_mass": "mass",
-}
 
 
 def __getattr__(name: str) -> Any:
-    """The Hugging Face names, imported when first used: the operator needs torch alone."""
-    if name not in _HF:
+    """Import a Hugging Face name at its first use. The operator needs torch alone."""
+    if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from importlib import import_module
 
-    return getattr(import_module(f"prefix_attn.hf.{_HF[name]}"), name)
+    return getattr(import_module("prefix_attn.hf.accelerate" if name == "accelerate" else "prefix_attn.hf"), name)
+
+
+def __dir__() -> list[str]:
+    """Every public name, imported or not."""
+    return sorted({*globals(), *__all__})

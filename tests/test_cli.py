@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from peft import PrefixTuningConfig, get_peft_model
 
-from prefix_attn import cli
+from prefix_attn import PrefixConfig, cli, get_prefix_model
 from prefix_attn.cli import shared
 from tests.hf.models import tiny
 from tests.tokens import byte_tokenizer
@@ -71,7 +71,7 @@ WAYS: dict[str, tuple[tuple[object, ...], dict[str, object]]] = {
     ),
     "gate": (("--gate", "zero", "--init-document", "data.jsonl"), {"gate": "zero", "init": "document"}),
     "embedding": (("--mode", "embedding", "--init", "uniform"), {"mode": "embedding", "init": "uniform"}),
-    "from another": (("--init-prefix", "infix", "--position-mode", "none"), {"init": "prefix", "init_prefix": "infix"}),
+    "from another": (("--init-prefix", "other", "--position-mode", "none"), {"init": "prefix", "init_prefix": "other"}),
 }
 
 
@@ -82,6 +82,10 @@ def test_ways_of_training(
     """What the options say is in the adapter, which evaluates to the loss at the end of its training."""
     monkeypatch.chdir(files)
     options, fields = WAYS[way]
+    if "--init-prefix" in options:
+        get_prefix_model(tiny("llama", vocab_size=257, max_position_embeddings=128), PrefixConfig()).save_pretrained(
+            "other"
+        )
     data = ("--model", "model", "--data", "data.jsonl", "--validation", "data.jsonl", "--virtual-tokens", 3)
     assert run(monkeypatch, "train", "--output", way, *data, *options, "--steps", 2, "--batch-size", 2, "--json") == 0
     metrics = json.loads(capsys.readouterr().out)
@@ -239,16 +243,6 @@ def test_help_teaches(command: str, monkeypatch: pytest.MonkeyPatch, capsys: pyt
     assert len(out) > 400
 
 
-def test_bench_passes_its_arguments_on(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    slice_of_it = ("--suite", "operator", "--select", "what=decode", "B=64", "dtype=float32", "--device", "cpu")
-    assert run(monkeypatch, "bench", "run", *slice_of_it, "--list") == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 13
-    assert lines[-1] == "12 cases"
-    assert run(monkeypatch, "bench") == 0
-    assert capsys.readouterr().out.startswith("usage: prefix-attn bench")
-
-
 def test_unknown_option_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     assert run(monkeypatch, "inspect", "--nothing") == 2
 
@@ -256,6 +250,6 @@ def test_unknown_option_fails(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_check(files: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(monkeypatch, "check", "--model", files / "model", "--json") == 0
     assert all(finding["holds"] for finding in json.loads(capsys.readouterr().out))
-    monkeypatch.setattr("prefix_attn.hf.doctor.LOGITS", -1.0)
+    monkeypatch.setattr("prefix_attn.hf.check.LOGITS", -1.0)
     assert run(monkeypatch, "check", "--model", files / "model") == 1
     assert "FAILS" in capsys.readouterr().err

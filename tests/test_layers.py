@@ -14,61 +14,47 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "prefix_attn"
 MODULES = sorted(path.relative_to(ROOT) for path in PACKAGE.rglob("*.py"))
+BENCHMARKS = sorted(path.relative_to(ROOT) for path in (ROOT / "benchmarks").rglob("*.py"))
 MAX_LINES = 600
 
-# Level of a module: it may import modules of a lower level, and those of its own level where PEERS says so. The longest
-# matching prefix decides.
-LEVELS = {
-    "prefix_attn.call": 0,
-    "prefix_attn.backends._native": 1,
-    "prefix_attn.backends.sinks": 1,
-    "prefix_attn.backends.visibility": 1,
-    "prefix_attn.backends": 2,
-    "prefix_attn.packing": 3,
-    "prefix_attn.dispatch": 3,
-    "prefix_attn._ops": 4,
-    "prefix_attn.functional": 5,
-    "prefix_attn.prefix": 5,
-    "prefix_attn.nn": 6,
-    "prefix_attn.hf": 7,
-    "prefix_attn.data": 8,
-    "prefix_attn.rows": 8,
-    "prefix_attn.evaluate": 8,
-    "prefix_attn.metrics": 8,
-    "prefix_attn.train": 8,
-    "prefix_attn.distill": 8,
-    "prefix_attn.bench": 9,
-    "prefix_attn.experiments": 9,
-    "prefix_attn.cli": 10,
-    "prefix_attn.demo": 11,
-}
-PEERS = (
-    "prefix_attn.hf",
-    "prefix_attn.data",
-    "prefix_attn.rows",
-    "prefix_attn.evaluate",
-    "prefix_attn.train",
-    "prefix_attn.distill",
-    "prefix_attn.demo",
-    "prefix_attn.bench",
-    "prefix_attn.experiments",
-    "prefix_attn.cli",
+# The package, from the ground up. A module may import from the rooms below its own, and from its own where that is a
+# folder. The longest matching name decides.
+ORDER = (
+    ("prefix_attn.call",),
+    ("prefix_attn.backends._native", "prefix_attn.backends.sinks", "prefix_attn.backends.visibility"),
+    ("prefix_attn.backends",),
+    ("prefix_attn.packing", "prefix_attn.dispatch"),
+    ("prefix_attn._ops",),
+    ("prefix_attn.functional",),
+    ("prefix_attn.nn", "prefix_attn.hf.encoder"),
+    ("prefix_attn.hf.config",),
+    ("prefix_attn.hf.attach",),
+    ("prefix_attn.hf.io",),
+    ("prefix_attn.hf.initial", "prefix_attn.hf.accelerate", "prefix_attn.hf.load"),
+    ("prefix_attn.hf.model", "prefix_attn.hf.embedding"),
+    ("prefix_attn.hf.edit", "prefix_attn.hf.mass", "prefix_attn.hf.check"),
+    ("prefix_attn.training",),
+    ("prefix_attn.experiments",),
+    ("prefix_attn.cli",),
 )
-ANYONE = "prefix_attn"  # the package's own names; it re-exports and is not imported from below, see the test
+LEVELS = {name: height for height, names in enumerate(ORDER) for name in names}
+FOLDERS = ("hf.attach", "hf.io", "training", "experiments", "cli")
+PEERS = tuple(f"prefix_attn.{folder}" for folder in FOLDERS)
+# They only hand names on, at their first use: below hf nobody imports them, and there is nothing in them to order.
+FACES = ("prefix_attn", "prefix_attn.hf")
+OUTSIDE = ("benchmarks", "examples", "tests")  # import the package, which knows none of them
 
 # Which modules may import these at all, at module level or in a function.
 HEAVY = {
     "transformers": (
         "prefix_attn.hf",
-        "prefix_attn.train",
-        "prefix_attn.evaluate",
-        "prefix_attn.demo",
-        "prefix_attn.bench",
+        "prefix_attn.training.train",
+        "prefix_attn.training.evaluate",
         "prefix_attn.experiments.pretrain",
     ),
     "triton": ("prefix_attn.backends.triton",),
     "typer": ("prefix_attn.cli",),
-    "peft": ("prefix_attn.experiments.methods", "prefix_attn.bench.models"),
+    "peft": ("prefix_attn.experiments.methods",),
 }
 
 
@@ -77,7 +63,7 @@ def module_name(path: Path) -> str:
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
-NAMES = {module_name(path) for path in MODULES}
+NAMES = {module_name(path) for path in (*MODULES, *BENCHMARKS)}
 
 
 def under(name: str, package: str) -> bool:
@@ -121,16 +107,17 @@ def misplaced(name: str, imported: set[str]) -> list[str]:
         if any(under(i, heavy) for i in imported) and not any(under(name, owner) for owner in owners)
     ]
     ours = {i for i in imported if under(i, "prefix_attn") and i != name}
-    if name == ANYONE:
+    wrong += [f"{name} imports {target}" for target in imported if target.split(".")[0] in OUTSIDE]
+    if name in FACES:
         return wrong
     key, height = level(name)
     for target in sorted(ours):
-        if target == ANYONE:
-            if height < LEVELS["prefix_attn.hf"]:
+        if target in FACES:
+            if height < LEVELS["prefix_attn.hf.model"]:
                 wrong.append(f"{name} imports the package that imports it")
             continue
         other, other_height = level(target)
-        peers = height == other_height and {key, other} <= set(PEERS)
+        peers = key == other and key in PEERS
         if other_height >= height and not peers and not is_part(name, target):
             wrong.append(f"{name} imports {target}")
     return wrong
@@ -155,19 +142,47 @@ def test_imports_go_one_way(path: Path) -> None:
         ("prefix_attn.backends.composed", "prefix_attn.backends.eager"),
         ("prefix_attn.backends.eager", "prefix_attn.dispatch"),
         ("prefix_attn.dispatch", "prefix_attn._ops"),
-        ("prefix_attn.functional", "prefix_attn.prefix"),
-        ("prefix_attn.prefix", "prefix_attn.hf.config"),
+        ("prefix_attn.functional", "prefix_attn.hf.encoder"),
+        ("prefix_attn.hf.encoder", "prefix_attn.hf.config"),
+        ("prefix_attn.hf.config", "prefix_attn.hf.attach.slots"),
+        ("prefix_attn.hf.attach.slots", "prefix_attn.hf.io.files"),
+        ("prefix_attn.hf.io.files", "prefix_attn.hf.initial"),
+        ("prefix_attn.hf.io.files", "prefix_attn.hf"),
         ("prefix_attn.functional", "prefix_attn"),
-        ("prefix_attn.hf.model", "prefix_attn.train"),
-        ("prefix_attn.train", "prefix_attn.cli"),
-        ("prefix_attn.cli", "prefix_attn.demo"),
-        ("prefix_attn.prefix", "transformers.cache_utils"),
-        ("prefix_attn.train", "typer"),
+        ("prefix_attn.hf.model", "prefix_attn.training.train"),
+        ("prefix_attn.training.train", "prefix_attn.cli"),
+        ("prefix_attn.cli", "examples.demo"),
+        ("prefix_attn.dispatch", "benchmarks.regret"),
+        ("prefix_attn.training.tokens", "transformers.cache_utils"),
+        ("prefix_attn.training.train", "typer"),
         ("prefix_attn.backends.composed", "triton"),
     ],
 )
 def test_the_order_forbids(name: str, imported: str) -> None:
     assert len(misplaced(name, {imported})) == 1
+
+
+def circles(arrows: dict[str, set[str]]) -> list[str]:
+    """Modules that import themselves through others."""
+
+    def reached(name: str) -> set[str]:
+        found, left = set(), list(arrows[name])
+        while left:
+            if (other := left.pop()) not in found:
+                found.add(other)
+                left += arrows[other]
+        return found
+
+    return [name for name in arrows if name in reached(name)]
+
+
+def test_no_circle() -> None:
+    """Folders count as one level of the order; inside them, and in the benchmarks, no two modules need each other."""
+    found = {module_name(path): imports(ast.parse((ROOT / path).read_text())) for path in (*MODULES, *BENCHMARKS)}
+    arrows = {name: {target for target in targets if target in found} for name, targets in found.items()}
+    assert sum(map(len, arrows.values())) > 150
+    assert circles(arrows) == []
+    assert circles({"a": {"b"}, "b": {"c"}, "c": {"b"}}) == ["b", "c"]
 
 
 def test_imports_sees_functions_and_skips_annotations() -> None:

@@ -23,28 +23,11 @@ def blocks(text: str, language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
 
 
-def byte_tokenizer() -> Any:
-    """One token per byte, so that any text has tokens."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {token: i for i, token in enumerate(["<end>", *alphabet])}
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        eos_token="<end>",
-        pad_token="<end>",
-        model_input_names=["input_ids", "attention_mask"],
-    )
-
-
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
     """``load_base`` gives a tiny random Llama; files go to a temporary folder."""
     from tests.hf.models import tiny
+    from tests.tokens import byte_tokenizer
 
     monkeypatch.chdir(tmp_path)
     base = tiny("llama", vocab_size=257, max_position_embeddings=256)
@@ -151,14 +134,19 @@ def test_commands_and_links_exist() -> None:
     assert [link for link in links - anchors if not (ROOT / link).is_file()] == []
 
 
-def test_file_tree_is_the_package() -> None:
-    """Every module is in the tree, and the tree names no other. A folder stands for what is in it."""
+def test_file_tree_is_the_repository() -> None:
+    """Every module and room is in the tree, and the tree names no other. A folder stands for the modules in it."""
     (tree,) = blocks(section("Files"), "")
-    listed = set(re.findall(r"^  (\S+)", tree, re.MULTILINE))
-    folders = {name for name in listed if name.endswith("/")}
-    package = ROOT / "prefix_attn"
-    modules = {str(path.relative_to(package)) for path in package.rglob("*.py") if path.name != "__init__.py"}
-    modules = {name for name in modules if not name.startswith(tuple(folders))}
-    assert modules == listed - folders
-    tops = set(re.findall(r"^(\w+/)", tree, re.MULTILINE)) | {f"prefix_attn/{folder}" for folder in folders}
-    assert [top for top in tops if not (ROOT / top).is_dir()] == []
+    listed: set[str] = set()
+    above: list[str] = []  # the folders around a line, by its indentation
+    for indent, name in re.findall(r"^( *)(\S+)", tree, re.MULTILINE):
+        above[len(indent) // 2 :] = [name]
+        listed.add("".join(above))
+    assert {name for name in listed if not (ROOT / name).exists()} == set()
+    package = {
+        path for path in (ROOT / "prefix_attn").iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()
+    }
+    expected = {f"prefix_attn/{path.name}" + "/" * path.is_dir() for path in package} - {"prefix_attn/__init__.py"}
+    assert expected - listed == set()
+    tops = {f"{path.parent.name}/" for path in ROOT.glob("[a-z]*/*") if path.suffix in (".py", ".cpp", ".md")}
+    assert tops - listed == set()

@@ -39,7 +39,7 @@ def refuse(call: Call) -> Iterator[str]:
 
 
 def slow() -> str | None:
-    """Why torch's own kernels are faster, if they are: measured by ``prefix_attn.bench.operator``."""
+    """Why torch's own kernels are faster, if they are: measured by ``benchmarks.operator``."""
     return "without AVX2 it is slower than torch's kernels" if _native.isa == "generic" else None
 
 

@@ -32,9 +32,6 @@ def _main(debug: Annotated[bool, typer.Option("--debug", help="Show the tracebac
 
 for _command in (train.train, use.generate, use.evaluate, use.inspect, tools.convert, tools.check):
     app.command()(_command)
-# The benchmarks have options, and a help, of their own.
-_THROUGH = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
-app.command(context_settings=_THROUGH)(tools.bench)
 for _command in (experiments.reproduce, experiments.ablate, experiments.pretrain, experiments.report):
     app.command()(_command)
 

@@ -177,8 +177,8 @@ def pretrain(
     """
     import torch
 
-    from prefix_attn.data import read_examples
     from prefix_attn.experiments import pretrain as pretraining
+    from prefix_attn.training.data import read_examples
 
     if threads is not None:
         torch.set_num_threads(threads)
@@ -255,7 +255,7 @@ def _run(
     from prefix_attn.experiments import report as reporting
     from prefix_attn.experiments.methods import require
     from prefix_attn.experiments.runner import execute
-    from prefix_attn.hf.files import replace
+    from prefix_attn.hf.io.files import replace
 
     if threads is not None:
         torch.set_num_threads(threads)

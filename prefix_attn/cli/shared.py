@@ -37,7 +37,7 @@ def load(model: str) -> tuple[Any, Any]:
 
 def prefixed_model(adapter: Path, model: str | None) -> tuple[Any, Any]:
     """The adapter on its base model, and the tokenizer."""
-    from prefix_attn.hf.checkpoint import describe
+    from prefix_attn.hf.io.checkpoint import describe
     from prefix_attn.hf.model import PrefixModel
 
     model = model or describe(adapter)["base_model_name_or_path"]

@@ -1,4 +1,4 @@
-"""``prefix-attn convert | check | bench``: files, models and machines."""
+"""``prefix-attn convert | check``: files and models."""
 
 from __future__ import annotations
 
@@ -40,8 +40,8 @@ def convert(
 
     [bold]prefix-attn convert cache_last.pt converted --to peft --json[/bold]
     """
-    from prefix_attn.hf.convert import convert as run
-    from prefix_attn.hf.convert import read_config
+    from prefix_attn.hf.io.convert import convert as run
+    from prefix_attn.hf.io.convert import read_config
 
     report = run(source, target, to=to, base=None if model is None else read_config(model))
     table = Table(title=Text(f"{report['format']} -> {target}"), show_header=False)
@@ -64,7 +64,7 @@ def check(
     """
     import torch
 
-    from prefix_attn.hf.doctor import examine
+    from prefix_attn.hf.check import examine
     from prefix_attn.hf.load import load_base
 
     findings = []
@@ -81,15 +81,3 @@ def check(
     show(findings, as_json, f"{sum(f['holds'] for f in findings)} of {len(findings)} hold")
     if not all(f["holds"] for f in findings):
         raise typer.Exit(1)
-
-
-def bench(context: typer.Context) -> None:
-    """Time attention and whole models beside every peer: run, plot, compare, report, regret.
-
-    [bold]prefix-attn bench run --suite operator --out operator.json[/bold]
-    """
-    from prefix_attn.bench.main import main as run
-
-    raise SystemExit(
-        run(context.args or ["--help"], prog="prefix-attn bench", restart=("-m", "prefix_attn.cli", "bench"))
-    )

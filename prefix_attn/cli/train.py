@@ -112,12 +112,12 @@ def train(
     """
     import torch
 
-    from prefix_attn.data import AWS_TASKS, read_examples
-    from prefix_attn.distill import TOP_K, distill
     from prefix_attn.hf.config import PrefixConfig
     from prefix_attn.hf.model import get_prefix_model
-    from prefix_attn.train import Settings
-    from prefix_attn.train import train as run
+    from prefix_attn.training.data import AWS_TASKS, read_examples
+    from prefix_attn.training.distill import TOP_K, distill
+    from prefix_attn.training.train import Settings
+    from prefix_attn.training.train import train as run
 
     if distill_from is not None and data is not None:
         raise ValueError("--data and --distill-from exclude one another")

@@ -43,7 +43,7 @@ def generate(
 
     [bold]prefix-attn generate runs/e2e "name : Aromi | eatType : coffee shop | area : city centre"[/bold]
     """
-    from prefix_attn.evaluate import generate_text
+    from prefix_attn.training.evaluate import generate_text
 
     if not sources:
         lines = file.read_text(encoding="utf-8").splitlines() if file else sys.stdin.read().splitlines()
@@ -78,10 +78,10 @@ def evaluate(
     """
     from contextlib import nullcontext
 
-    from prefix_attn.data import read_examples
-    from prefix_attn.evaluate import generate_text, validation_loss
-    from prefix_attn.metrics import score
-    from prefix_attn.rows import collate, encode
+    from prefix_attn.training.data import read_examples
+    from prefix_attn.training.evaluate import generate_text, validation_loss
+    from prefix_attn.training.metrics import score
+    from prefix_attn.training.tokens import collate, encode
 
     examples = read_examples(data, split=split, source_column=source_column, target_column=target_column)[:limit]
     prefixed, tokenizer = prefixed_model(adapter, model)
@@ -123,7 +123,7 @@ def inspect(
 
     [bold]prefix-attn inspect runs/e2e --mass testset_w_refs.csv --plot mass.png[/bold]
     """
-    from prefix_attn.hf.checkpoint import describe
+    from prefix_attn.hf.io.checkpoint import describe
 
     if mass is None and plot is not None:
         raise ValueError("--plot is the heat map of --mass: give data with --mass")
@@ -134,9 +134,9 @@ def inspect(
     if mass is None:
         show(found, as_json, table)
         return
-    from prefix_attn.data import read_examples
     from prefix_attn.hf.mass import layers_of, mass_table, plot_mass, prefix_mass
-    from prefix_attn.rows import collate, encode
+    from prefix_attn.training.data import read_examples
+    from prefix_attn.training.tokens import collate, encode
 
     examples = read_examples(mass, split="dev", source_column=source_column, target_column=target_column)[:limit]
     prefixed, tokenizer = prefixed_model(adapter, model)

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from prefix_attn.data import Example
 from prefix_attn.experiments.plan import Run
 from prefix_attn.experiments.runner import TENTH, batches, chunks, hold_out, train
-from prefix_attn.rows import collate, encode, source_ids
+from prefix_attn.training.data import Example
+from prefix_attn.training.tokens import collate, encode, source_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

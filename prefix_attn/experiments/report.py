@@ -9,7 +9,7 @@ from textwrap import shorten
 from typing import Any
 
 from prefix_attn.experiments.results import Result
-from prefix_attn.metrics import METRICS
+from prefix_attn.training.metrics import METRICS
 
 AXES = ("step", "virtual_tokens", "examples", "method")
 _TITLES = {"bleu": "BLEU", "nist": "NIST", "meteor": "METEOR", "rougeL": "ROUGE-L", "cider": "CIDEr", "chrf": "chrF++"}

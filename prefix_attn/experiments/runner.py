@@ -16,15 +16,15 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from prefix_attn.data import AWS_TASKS, Example, read_examples
-from prefix_attn.evaluate import generate_text, target_loss, validation_loss
 from prefix_attn.experiments.methods import sizes, wrap
 from prefix_attn.experiments.plan import Run
 from prefix_attn.experiments.results import Result
 from prefix_attn.hf.load import load_base
-from prefix_attn.metrics import score
-from prefix_attn.rows import collate, encode
-from prefix_attn.train import VALIDATION_BATCH, WARMUP, has_bfloat16
+from prefix_attn.training.data import AWS_TASKS, Example, read_examples
+from prefix_attn.training.evaluate import generate_text, target_loss, validation_loss
+from prefix_attn.training.metrics import score
+from prefix_attn.training.tokens import collate, encode
+from prefix_attn.training.train import VALIDATION_BATCH, WARMUP, has_bfloat16
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

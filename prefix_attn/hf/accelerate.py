@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from prefix_attn.hf import attention
-from prefix_attn.hf.attach import Attachment
+from prefix_attn.hf.attach import attention
+from prefix_attn.hf.attach.attachment import Attachment
 from prefix_attn.hf.config import PrefixConfig
-from prefix_attn.hf.stored import slots_of_peft
+from prefix_attn.hf.io.stored import slots_of_peft
 
 SERVED = ("PREFIX_TUNING", "CARTRIDGE")
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal
 
-from prefix_attn.prefix import ACTIVATIONS
+from prefix_attn.hf.encoder import ACTIVATIONS
 
 MODES = ("kv", "embedding", "infix")
 INITS = ("random", "text", "document", "prefix", "zero", "uniform")
@@ -25,7 +25,7 @@ class PrefixConfig:
         prefix_projection: train an MLP that makes the prefix (Li and Liang 2021, section 4.3) instead of the prefix.
         encoder_hidden_size: width of the MLP's hidden layers; default: key/value heads times head size.
         encoder_depth: hidden layers of the MLP.
-        encoder_activation: after each of them: a name in ``prefix_attn.prefix.ACTIVATIONS``.
+        encoder_activation: after each of them: a name in ``prefix_attn.hf.encoder.ACTIVATIONS``.
         dropout: on the prefix, in training.
         mode: what is trained: "kv", keys and values in every layer; "embedding", input embeddings alone, of which the
             frozen model makes keys and values (Li and Liang 2021, section 7.2); they stay visible past windows;

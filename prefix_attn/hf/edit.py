@@ -18,10 +18,10 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from prefix_attn.hf.attach import some_ids
+from prefix_attn.hf.attach.attachment import some_ids
+from prefix_attn.hf.attach.slots import Slot
 from prefix_attn.hf.config import PrefixConfig
 from prefix_attn.hf.model import PrefixModel
-from prefix_attn.hf.slots import Slot
 
 _CHANGES = ("dynamic", "longrope")  # rotary embeddings whose angles depend on how long the sequence is
 

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from prefix_attn.hf import checkpoint
-from prefix_attn.hf.attach import Attachment
+from prefix_attn.hf.attach.attachment import Attachment
+from prefix_attn.hf.attach.insertion import Insertion
+from prefix_attn.hf.attach.wrapper import Wrapper
 from prefix_attn.hf.config import PrefixConfig
 from prefix_attn.hf.initial import initial_embeddings
-from prefix_attn.hf.insert import Insertion
-from prefix_attn.hf.wrapper import Wrapper
+from prefix_attn.hf.io import checkpoint
 
 
 class PrefixTuning(Wrapper):

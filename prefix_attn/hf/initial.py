@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from prefix_attn.hf.attach import Attachment
+from prefix_attn.hf.attach.attachment import Attachment
+from prefix_attn.hf.attach.slots import Slot
+from prefix_attn.hf.attach.wrapper import device_of
 from prefix_attn.hf.config import PrefixConfig
-from prefix_attn.hf.slots import Slot
-from prefix_attn.hf.wrapper import device_of
-from prefix_attn.prefix import PrefixEncoder
+from prefix_attn.hf.encoder import PrefixEncoder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

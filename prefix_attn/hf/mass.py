@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from prefix_attn.hf.infix import IGNORED, start_of_targets
+from prefix_attn.hf.attach.infix import IGNORED, start_of_targets
+from prefix_attn.hf.attach.wrapper import device_of, evaluating
 from prefix_attn.hf.model import PrefixModel
-from prefix_attn.hf.wrapper import device_of, evaluating
 
 BARS = "▁▂▃▄▅▆▇█"  # of shares in eighths
 

@@ -12,15 +12,15 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from prefix_attn.hf import checkpoint
-from prefix_attn.hf.attach import Attachment
-from prefix_attn.hf.banks import NO_PREFIX, make_bank, make_rows, row_names
+from prefix_attn.hf.attach.attachment import Attachment
+from prefix_attn.hf.attach.banks import NO_PREFIX, make_bank, make_rows, row_names
+from prefix_attn.hf.attach.infix import end_of_prompt, start_of_targets
+from prefix_attn.hf.attach.task_heads import copy_heads, heads_in_place
+from prefix_attn.hf.attach.wrapper import Wrapper, device_of
 from prefix_attn.hf.config import PrefixConfig
-from prefix_attn.hf.heads import copy_heads, heads_in_place
-from prefix_attn.hf.infix import end_of_prompt, start_of_targets
+from prefix_attn.hf.encoder import PrefixEncoder
 from prefix_attn.hf.initial import FromEmbeddings, draw_pieces, initial_embeddings, initial_kv, start_from_prefix
-from prefix_attn.hf.wrapper import Wrapper, device_of
-from prefix_attn.prefix import PrefixEncoder
+from prefix_attn.hf.io import checkpoint
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

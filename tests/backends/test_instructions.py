@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.instructions import (
+from benchmarks.kernels.instructions import (
     CASES,
     ISAS,
     RECORD,

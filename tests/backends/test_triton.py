@@ -1,8 +1,7 @@
 """What only the Triton kernels have: several paths to one result, tile lists, dropout, 64-bit offsets, who launches.
 
 Without a GPU they run in Triton's interpreter (see conftest.py), which knows no races and no limits of memory.
-tests/test_gpu.py repeats the numerics on a device; benchmarks/compile_kernels.py compiles for devices that are not
-here.
+tests/test_gpu.py repeats the numerics on a device; compile_kernels.py compiles for devices that are not here.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 A part of them, as it takes minutes: every head size for Hopper, one for each other architecture; with all options at
 once for Hopper; float32, which multiplies without matrix instructions, for the smallest head.
-``python -m benchmarks.compile_kernels --check`` does everything.
+``python -m benchmarks.kernels.compile_kernels --check`` does everything.
 
 In processes of their own: Triton decides at its import whether it interprets, and this test process does.
 """
@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.compile_kernels import ARCHITECTURES, SHARED, SIZES, Kernel, problems
+from benchmarks.kernels.compile_kernels import ARCHITECTURES, SHARED, SIZES, Kernel, problems
 
 ROOT = Path(__file__).resolve().parents[2]
 KERNELS = {"forward", "grad_query", "grad_sequence", "grad_prefix", "split_keys", "fold_prefix"}
@@ -31,7 +31,7 @@ def python(*arguments: str) -> subprocess.CompletedProcess[str]:
 def compiled(tmp_path: Path, *options: str) -> list[list[str]]:
     """The rows of the table of what ``options`` choose, all of which keep their promises."""
     table = tmp_path / "table.md"
-    done = python("-m", "benchmarks.compile_kernels", "--check", *options, "--write", str(table))
+    done = python("-m", "benchmarks.kernels.compile_kernels", "--check", *options, "--write", str(table))
     assert done.returncode == 0, done.stderr[-4000:]
     lines = [line for line in table.read_text().splitlines() if line.startswith(tuple(f"| {a}" for a in ARCHITECTURES))]
     return [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
@@ -61,8 +61,8 @@ def test_all_options_at_once_compile(tmp_path: Path, dtype: str, sizes: tuple[in
 def test_a_spill_is_seen() -> None:
     """A tile far too large for its registers: if this compiled without a spill, the check above would see none."""
     code = (
-        "from benchmarks import tune;"
-        "(kernel,) = tune.compiled('sm_90', 'forward', 'half', 128, '', [128, 128, 4, 2]);"
+        "from benchmarks.kernels import compile_kernels;"
+        "((kernel, _),) = compile_kernels.built('sm_90', 'forward', 'half', 128, '', [128, 128, 4, 2]);"
         "print(kernel.spills)"
     )
     done = python("-c", code)
@@ -73,8 +73,8 @@ def test_a_spill_is_seen() -> None:
 def test_the_loop_of_forward_multiplies_no_score() -> None:
     """Scale, subtraction and log 2 are one instruction per score. What is multiplied is the output, to rescale it."""
     code = (
-        "from benchmarks import inner_loops, tune;"
-        "((row, kernel),) = tune.built('sm_90', 'forward', 'half', 128, '', [128, 64, 8, 3]);"
+        "from benchmarks.kernels import compile_kernels, inner_loops;"
+        "((row, kernel),) = compile_kernels.built('sm_90', 'forward', 'half', 128, '', [128, 64, 8, 3]);"
         "counts = inner_loops.fastest(kernel, 8).counts;"
         "print(counts['FMUL'], counts['FFMA'], counts['F2FP'], counts['LDGSTS'], counts['LDG'])"
     )
@@ -94,9 +94,9 @@ def test_the_loop_of_forward_multiplies_no_score() -> None:
 def test_the_second_launch_of_decoding_starts_early_where_the_device_can() -> None:
     """Folding allows it from its first instruction on; splitting waits before it reads what folding wrote."""
     code = (
-        "from benchmarks import tune;"
+        "from benchmarks.kernels import compile_kernels;"
         "texts = [k.asm['ptx'] for name in ('fold_prefix', 'split_keys') for arch in ('sm_90', 'sm_80')"
-        "         for row, k in tune.built(arch, name, 'half', 64, '', [16, 32, 4, 2])[-1:]];"
+        "         for row, k in compile_kernels.built(arch, name, 'half', 64, '', [16, 32, 4, 2])[-1:]];"
         "print([[word in text for word in ('griddepcontrol.launch_dependents', 'griddepcontrol.wait')]"
         "       for text in texts])"
     )

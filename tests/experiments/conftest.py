@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from prefix_attn.data import Example
-from prefix_attn.rows import collate, encode
+from prefix_attn.training.data import Example
+from prefix_attn.training.tokens import collate, encode
 from tests.hf.models import tiny
 from tests.tokens import END, byte_tokenizer
 

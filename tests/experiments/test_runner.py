@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 import torch
 
-from prefix_attn.data import Example
 from prefix_attn.experiments import plan, pretrain, runner
 from prefix_attn.experiments.methods import wrap
 from prefix_attn.experiments.plan import Run
 from prefix_attn.hf.load import load_base
+from prefix_attn.training.data import Example
 from tests.hf.models import tiny
 from tests.test_cli import run as prefix_attn
 from tests.tokens import END, byte_tokenizer

@@ -22,7 +22,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from prefix_attn import PrefixConfig, PrefixModel, get_prefix_model
-from prefix_attn.hf.bridge import set_checkpointing
+from prefix_attn.hf.attach.gradient_checkpointing import set_checkpointing
 from tests.hf import quantised, test_encoder, test_encoder_decoder, test_gradients
 from tests.hf.models import (
     _LLAMA,

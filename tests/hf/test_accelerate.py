@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 
 from prefix_attn import accelerate
-from prefix_attn.hf import attention
-from prefix_attn.hf.bridge import set_checkpointing
+from prefix_attn.hf.attach import attention
+from prefix_attn.hf.attach.gradient_checkpointing import set_checkpointing
 from tests.hf.models import tiny, tokens
 
 pytestmark = pytest.mark.peft

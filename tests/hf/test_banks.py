@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from prefix_attn import PrefixConfig, PrefixModel
-from prefix_attn.hf import attach
 from prefix_attn.hf import model as model_module
-from prefix_attn.hf.bridge import set_checkpointing
+from prefix_attn.hf.attach import attachment as attach
+from prefix_attn.hf.attach.gradient_checkpointing import set_checkpointing
 from tests.hf import test_gradients  # noqa: F401  registers the attention "concatenating"
 from tests.hf.models import CACHE, VOCABULARY, tiny, tokens
 

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from prefix_attn import PrefixConfig, PrefixModel, get_prefix_model
-from prefix_attn.hf import checkpoint, files
+from prefix_attn.hf.io import checkpoint, files
 from tests.hf.models import tiny, tokens
 
 P, WIDTH = 4, 2 * 3 * 2 * 8  # of the tiny Llama: 3 layers, 2 key/value heads of size 8

@@ -14,8 +14,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from prefix_attn import PrefixConfig, PrefixModel, get_prefix_model
-from prefix_attn.hf import checkpoint
-from prefix_attn.hf.convert import convert
+from prefix_attn.hf.io import checkpoint
+from prefix_attn.hf.io.convert import convert
 from tests.hf import foreign
 from tests.hf.foreign import GPT2, HEADS, P, mlp, table
 from tests.hf.models import tiny, tokens

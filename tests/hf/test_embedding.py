@@ -20,7 +20,7 @@ from transformers import (
 )
 
 from prefix_attn import PrefixConfig, PrefixModel, PrefixTuning, get_prefix_model
-from prefix_attn.hf.bridge import set_checkpointing
+from prefix_attn.hf.attach.gradient_checkpointing import set_checkpointing
 from tests.hf.by_hand import WIDTH, P, causal, concatenated, other, relative
 from tests.hf.models import CACHE, VOCABULARY, tiny, tokens
 

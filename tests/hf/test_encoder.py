@@ -11,7 +11,7 @@ from peft import PeftModel, PrefixTuningConfig, get_peft_model
 from torch import Tensor
 
 from prefix_attn import PrefixConfig, PrefixModel, get_prefix_model
-from prefix_attn.hf.bridge import set_checkpointing
+from prefix_attn.hf.attach.gradient_checkpointing import set_checkpointing
 from tests.hf.concatenation import concatenation
 from tests.hf.models import ENCODERS, tiny, tokens
 

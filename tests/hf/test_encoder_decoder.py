@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, Seq2SeqTrainer, Seq2SeqTrainingArguments
 
 from prefix_attn import PrefixConfig, PrefixModel, get_prefix_model
-from prefix_attn.hf import checkpoint
-from prefix_attn.hf.bridge import set_checkpointing
+from prefix_attn.hf.attach.gradient_checkpointing import set_checkpointing
+from prefix_attn.hf.io import checkpoint
 from tests.hf.concatenation import concatenation
 from tests.hf.models import ENCODER_DECODERS, tiny, tokens
 

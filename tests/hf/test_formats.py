@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from prefix_attn import PrefixModel
-from prefix_attn.hf import formats
+from prefix_attn.hf.io import formats
 from tests.hf import foreign
 from tests.hf.foreign import BART, GPT2, HEADS, WIDTH, P, mlp, table
 from tests.hf.models import tiny, tokens

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from prefix_attn import PrefixConfig, PrefixModel, get_prefix_model
-from prefix_attn.hf.bridge import set_checkpointing
+from prefix_attn.hf.attach.gradient_checkpointing import set_checkpointing
 from tests.hf import test_gradients
 from tests.hf.models import CONFIGS, ENCODERS, VOCABULARY, tiny, tokens
 from tests.hf.test_banks import CLOSE, QUIET, left_padded, only

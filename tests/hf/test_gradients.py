@@ -11,7 +11,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
 
 from prefix_attn import PrefixConfig, get_prefix_model
-from prefix_attn.hf.bridge import set_checkpointing
+from prefix_attn.hf.attach.gradient_checkpointing import set_checkpointing
 from tests.hf.models import CONFIGS, tiny, tokens
 
 P = 4

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, StaticCache
 
 from prefix_attn import PrefixConfig, PrefixModel, get_prefix_model
-from prefix_attn.evaluate import generate_text, validation_loss
-from prefix_attn.hf.bridge import set_checkpointing
-from prefix_attn.rows import collate
+from prefix_attn.hf.attach.gradient_checkpointing import set_checkpointing
+from prefix_attn.training.evaluate import generate_text, validation_loss
+from prefix_attn.training.tokens import collate
 from tests.hf.models import CACHE, VOCABULARY, tiny, tokens
 from tests.hf.test_banks import CLOSE, QUIET, left_padded, only
 from tests.hf.test_gate import open_gates

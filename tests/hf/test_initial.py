@@ -12,7 +12,7 @@ from torch import Tensor
 
 from prefix_attn import PrefixConfig, PrefixModel, get_prefix_model
 from prefix_attn.hf import initial
-from prefix_attn.prefix import ACTIVATIONS
+from prefix_attn.hf.encoder import ACTIVATIONS
 from tests.hf.models import tiny, tokens
 from tests.hf.test_banks import QUIET
 from tests.tokens import byte_tokenizer

@@ -15,7 +15,7 @@ from peft import PeftModel, PrefixTuningConfig, get_peft_model
 from torch import Tensor
 
 from prefix_attn import PrefixConfig, PrefixModel, get_prefix_model
-from prefix_attn.hf.bridge import set_checkpointing
+from prefix_attn.hf.attach.gradient_checkpointing import set_checkpointing
 from tests.hf import test_gradients  # noqa: F401  registers the attention "concatenating"
 from tests.hf.models import tiny, tokens
 

@@ -20,8 +20,8 @@ from transformers import (
 )
 
 from prefix_attn import PrefixConfig, PrefixModel, PrefixTuning, get_prefix_model
-from prefix_attn.hf.attention import Call, PrefixState
-from prefix_attn.hf.banks import Rows
+from prefix_attn.hf.attach.attention import Call, PrefixState
+from prefix_attn.hf.attach.banks import Rows
 from tests.hf import test_gradients
 from tests.hf.models import CACHE, CONFIGS, ENCODER_DECODERS, tiny, tokens
 

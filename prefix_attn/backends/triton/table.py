@@ -1,7 +1,7 @@
 """Which tile sizes a kernel runs with, and when decoding folds the prefix: the shipped table ``tiles.json``.
 
-The table is made by ``python -m benchmarks.tune``. It is read, never searched, at run time: no autotuning in a user's
-first call, none inside a CUDA graph's capture, and equal results on equal devices.
+The table is made by ``python -m benchmarks.kernels.tune``. It is read, never searched, at run time: no autotuning in a
+user's first call, none inside a CUDA graph's capture, and equal results on equal devices.
 """
 
 from __future__ import annotations

@@ -1,0 +1,1 @@
+"""Tools for the kernels themselves: tiles, compiled resources, instructions, bytes, the roofline; and gpu.sh."""

@@ -1,0 +1,1 @@
+"""Letting a prefix into a frozen transformers model: which modules, where tokens stand, what runs."""

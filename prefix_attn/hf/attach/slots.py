@@ -1,0 +1,110 @@
+"""Which attention modules of a model a prefix can enter: found by running the model once, not by their names.
+
+A slot is the attention of one layer at one site. Sites are self-attention that is not causal ("encoder"), attention to
+another sequence ("cross") and causal self-attention ("decoder").
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from prefix_attn.hf.attach.attention import Call
+from prefix_attn.hf.config import SITES
+
+
+class Slot(NamedTuple):
+    """An attention module that a prefix can enter. ``heads`` and ``head_dim`` are those of its keys and values."""
+
+    site: str
+    layer: int
+    module: nn.Module
+    stack: PreTrainedModel
+    heads: int
+    head_dim: int
+    query_heads: int
+
+
+def find_stacks(base: PreTrainedModel) -> list[PreTrainedModel]:
+    """The models within ``base`` that run a list of layers themselves and hand keyword arguments on to them.
+
+    State enters there because this is above the checkpointed layers: what is recomputed in backward was captured
+    together with its arguments.
+    """
+    owners: dict[nn.Module, PreTrainedModel] = {}
+    for model in base.modules():
+        if isinstance(model, PreTrainedModel):  # outer ones come first, so that the innermost stays
+            owners |= {module: model for module in model.modules() if isinstance(module, nn.ModuleList)}
+    return [model for model in dict.fromkeys(owners.values()) if _takes_keywords(model)]
+
+
+def find_slots(base: PreTrainedModel, calls: Sequence[Call]) -> list[Slot]:
+    """The slots of ``base``, by site, then by layer.
+
+    Args:
+        base: the model.
+        calls: what its attention modules asked in one forward whose encoder had another length than its decoder, with
+            every mask in full.
+
+    Raises:
+        NotImplementedError: a layer did not ask, or has keys and values that no prefix can join.
+    """
+    name = type(base).__name__
+    modules = {call.module for call in calls}
+    if len(modules) < len(calls):
+        raise NotImplementedError(f"{name} runs an attention module more than once in a forward")
+    slots: list[Slot] = []
+    for stack in find_stacks(base):
+        layers = _layers(stack, modules)
+        numbers = {module: number for number, layer in enumerate(layers) for module in layer.modules()}
+        inside = [_slot(call, numbers[call.module], stack) for call in calls if call.module in numbers]
+        for site in dict.fromkeys(slot.site for slot in inside):
+            found = [slot.layer for slot in inside if slot.site == site]
+            if missing := sorted(set(range(len(layers))) - set(found)):
+                raise NotImplementedError(f"layers {missing} of {name} do not call transformers' AttentionInterface")
+            if len(found) > len(layers) or any(slot.site == site for slot in slots):
+                raise NotImplementedError(f"{name} has more than one {site} attention of the same layer number")
+        slots += inside
+    if not slots:
+        raise NotImplementedError(f"no layer of {name} calls transformers' AttentionInterface")
+    return sorted(slots, key=lambda slot: (SITES.index(slot.site), slot.layer))
+
+
+def is_causal(call: Call) -> bool:
+    """Whether a query of ``call`` sees no key behind it: what its mask says, and without one its module."""
+    if call.mask is None:
+        return getattr(call.module, "is_causal", True)
+    last = call.mask[0, 0, 0, -1]
+    return not bool(last) if call.mask.dtype == torch.bool else bool(last < 0)
+
+
+def _slot(call: Call, layer: int, stack: PreTrainedModel) -> Slot:
+    heads, size, value_size = call.key.shape[1], call.key.shape[3], call.value.shape[3]
+    if size != value_size:
+        raise NotImplementedError(
+            f"{type(stack).__name__} has keys of size {size} and values of size {value_size}, as latent attention has; "
+            "a prefix has both in one size"
+        )
+    if call.query.shape[2] != call.key.shape[2]:
+        site = "cross"
+    else:
+        site = "decoder" if is_causal(call) else "encoder"
+    return Slot(site, layer, call.module, stack, heads, size, call.query.shape[1])
+
+
+def _layers(stack: PreTrainedModel, modules: set[nn.Module]) -> list[nn.Module]:
+    """The outermost list in ``stack`` that holds one of ``modules``; empty if there is none."""
+    for child in stack.modules():
+        if isinstance(child, nn.ModuleList) and not modules.isdisjoint(child.modules()):
+            return list(child)
+    return []
+
+
+def _takes_keywords(model: PreTrainedModel) -> bool:
+    parameters = inspect.signature(model.forward).parameters.values()
+    return any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters)

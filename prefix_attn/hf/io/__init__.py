@@ -1,0 +1,1 @@
+"""Prefixes on disk: our format, PEFT's and other libraries'."""

@@ -1,0 +1,137 @@
+"""Prefixes as they lie on disk, and the two that have PEFT's files: ours and PEFT's own."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from prefix_attn.hf.config import PrefixConfig
+from prefix_attn.hf.io import files
+
+ADAPTER_CONFIG, ADAPTER, TRAINING = "adapter_config.json", "adapter_model.safetensors", "training_state.safetensors"
+# Tensors: the prefix, its gate, and the beginning of those of heads.
+KEY, GATE, HEAD = "prompt_embeddings", "prefix_gate", "base_model."
+PEFT, FROZEN, OURS = "PREFIX_TUNING", "CARTRIDGE", "PREFIX_ATTN"  # peft_type
+OLD_ADAPTER = "adapter_model.bin"  # PEFT's, before safetensors
+
+
+class Stored(NamedTuple):
+    """A prefix as it is stored: all that is known of it without its base model.
+
+    ``tensors`` has the prefix under ``KEY``, (P, 2 * slots * H * D), with slots by site in the order of ``SITES``, then
+    by layer; under ``GATE`` its gate, if ours has one; and the parameters of heads under ``HEAD``.
+    """
+
+    format: str
+    path: Path
+    config: PrefixConfig  # not resolved
+    tensors: dict[str, Tensor]
+    sizes: Mapping[str, Any] = {}  # where known, in PEFT's words: num_layers (slots), num_attention_heads, token_dim
+    widths: Mapping[str, int] = {}  # the columns of each site, where known
+    metadata: Mapping[str, str] = {}
+    notes: Sequence[str] = ()
+    peft_type: str = OURS  # as which PEFT would know it, as it is
+    encoder_decoder: bool = False  # the base model
+    peft_slots: Sequence[int] | None = None  # of each decoder layer, in the file of an encoder-decoder model
+
+    @property
+    def of_peft_s_decoder(self) -> dict[str, Any]:
+        """What became of the slots in PEFT's file of an encoder-decoder model; empty for others."""
+        if self.peft_slots is None:
+            return {}
+        used = list(self.peft_slots)
+        layers = {slot: [layer for layer, its in enumerate(used) if its == slot] for slot in used}
+        return {
+            "slot_of_layer": used,
+            "dead_slots": sorted(set(range(self.sizes["peft_layers"])) - set(used)),
+            "layers_that_share": [them for them in layers.values() if len(them) > 1],
+        }
+
+
+def slots_of_peft(layers: int, decoder_layers: int) -> list[int]:
+    """Which of the ``layers`` slots of PEFT's file each layer of an encoder-decoder model's decoder attends to.
+
+    PEFT repeats the keys and values of all layers, [K0 V0 K1 V1 ... K0 V0 K1 V1 ...], hands four to each layer, and
+    drops the last two, which were for cross attention: layer i has slot 2i mod L. Where L is even, every second slot
+    is dead and layers i and i + L/2 share one.
+    """
+    return [2 * layer % layers for layer in range(decoder_layers)]
+
+
+def read_peft(folder: Path, peft: dict[str, Any], decoder_layers: int | None) -> Stored:
+    """The prefix in ``folder``, whose configuration ``peft`` is."""
+    kind, submodules = peft["peft_type"], peft.get("num_transformer_submodules")
+    if kind not in (OURS, FROZEN, PEFT):
+        raise ValueError(f"{folder / ADAPTER_CONFIG}: peft_type must be {OURS}, {FROZEN} or {PEFT}, got {kind!r}")
+    path = folder / ADAPTER
+    if not path.exists() and (folder / OLD_ADAPTER).exists():
+        path = folder / OLD_ADAPTER
+    metadata, tensors = files.read_metadata(path), files.read_tensors(path)
+    config = _peft_config(folder, peft, tensors, metadata)
+    sizes = {name: peft.get(name) for name in ("num_layers", "num_attention_heads", "token_dim")}
+    name = "ours" if "prefix_config" in metadata else "PEFT"
+    stored = Stored(name, path, config, tensors, sizes, {}, metadata, (), kind, submodules == 2)
+    if kind == OURS or submodules in (None, 1):
+        return stored
+    if submodules != 2:
+        raise ValueError(f"{folder / ADAPTER_CONFIG}: num_transformer_submodules must be 1 or 2, got {submodules!r}")
+    return _of_decoder(stored, decoder_layers)
+
+
+def _peft_config(
+    folder: Path, peft: dict[str, Any], tensors: Iterable[str], metadata: Mapping[str, str]
+) -> PrefixConfig:
+    """Ours where we wrote the file, otherwise PEFT's fields and PEFT's positions."""
+    try:
+        if "prefix_config" in metadata or peft["peft_type"] == OURS:
+            config = PrefixConfig.from_dict(json.loads(metadata.get("prefix_config", "null")))
+        else:
+            config = PrefixConfig(
+                num_virtual_tokens=peft.get("num_virtual_tokens", 0),
+                num_frozen_tokens=peft.get("num_frozen_tokens", 1) if peft["peft_type"] == FROZEN else 0,
+                task_type=peft.get("task_type"),
+                position_mode="shift",
+                modules_to_save=heads_of(tensors),
+            )
+    except (ValueError, TypeError, AttributeError, RecursionError, NotImplementedError) as error:
+        raise ValueError(f"{folder}: {error}") from None
+    config.base_model_name_or_path = peft.get("base_model_name_or_path")  # where people can edit it
+    return config
+
+
+def _of_decoder(stored: Stored, decoder_layers: int | None) -> Stored:
+    """PEFT's file of an encoder-decoder model: what its decoder really attends to, one prefix for each layer."""
+    layers, rows = stored.sizes["num_layers"], stored.tensors.get(KEY)
+    if type(layers) is not int or layers < 1 or rows is None or rows.dim() != 2 or rows.shape[1] % (2 * layers):
+        raise ValueError(f"{stored.path}: {KEY} must be (P, 2 * {layers} layers * width)")
+    notes = []
+    if decoder_layers is None:
+        decoder_layers = layers
+        notes.append(f"taken for granted: a decoder of {layers} layers, as many as num_layers; the base model decides")
+    if decoder_layers > layers:
+        raise ValueError(f"{stored.path}: has {layers} layers, and the decoder of the base model {decoder_layers}")
+    used = slots_of_peft(layers, decoder_layers)
+    pairs = rows.view(rows.shape[0], layers, -1)[:, used]
+    stored.config.sites = ("decoder",)
+    stored = stored._replace(
+        format="PEFT (encoder-decoder)",
+        peft_type=OURS,
+        tensors=stored.tensors | {KEY: pairs.flatten(1)},
+        sizes={**stored.sizes, "num_layers": decoder_layers, "peft_layers": layers},
+        peft_slots=used,
+    )
+    dead, shared = (stored.of_peft_s_decoder[name] for name in ("dead_slots", "layers_that_share"))
+    if dead:
+        notes.append(f"slots {dead} of {layers} were never used in PEFT: their parameters are as they started")
+    if shared:
+        notes.append(f"decoder layers {shared} shared their parameters in PEFT: each has a copy of its own now")
+    return stored._replace(notes=notes)
+
+
+def heads_of(names: Iterable[str]) -> tuple[str, ...]:
+    """The heads of which there are parameters among ``names``."""
+    return tuple(dict.fromkeys(n.removeprefix(HEAD).split(".")[0] for n in names if n.startswith(HEAD)))

@@ -1,0 +1,173 @@
+"""Context distillation: a short prefix that stands for a long text (Eyuboglu et al. 2025, Cartridges).
+
+The teacher is the frozen model with the whole text in front, the student the same model with a short trained prefix. No
+second copy of the model is needed, and the text is not read again in every step: its keys and values are a prefix too,
+made once, shared by the batch, and never trained.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from prefix_attn.hf.attach.wrapper import evaluating
+from prefix_attn.hf.config import PrefixConfig
+from prefix_attn.hf.model import PrefixModel, get_prefix_model
+from prefix_attn.training.tokens import collate
+from prefix_attn.training.train import VALIDATION_BATCH, Settings, fit
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+TOP_K = 20
+VALIDATION_ROWS = 64
+
+Row = dict[str, list[int]]
+Batch = Mapping[str, Tensor]
+
+
+def distill(
+    model: PrefixModel,
+    tokenizer: PreTrainedTokenizerBase,
+    document: str,
+    settings: Settings,
+    *,
+    validation: str | None = None,
+    top_k: int = TOP_K,
+) -> dict[str, Any]:
+    """Train the active prefix of ``model`` to do what ``document`` in front of a text does, and save it.
+
+    The texts are pieces of ``settings.max_length`` tokens of the document itself, one after the other; the loss is the
+    teacher's divergence from the student: see ``divergence``. The rest is as in ``train.train``.
+
+    Args:
+        model: with a prefix that is to stand for the document; one with ``init="document"`` starts near it.
+        tokenizer: the model's.
+        document: what is distilled; with a piece of it behind, it must fit into the model's context window.
+        settings: of the training.
+        validation: a text whose pieces the validation loss is measured on. Default: pieces of the document that begin
+            where none of the training does.
+        top_k: tokens of each distribution of the teacher that are compared one by one.
+
+    Returns:
+        As ``train.train``; losses are in nats per token. ``document_tokens`` and ``rows`` are added.
+
+    Raises:
+        ValueError: the document is too short or too long, the prefix an infix, or ``train.train`` would raise it.
+        NotImplementedError: a prefix takes no positions in this model, and could not stand for a text; or the model is
+            an encoder-decoder.
+    """
+    if model.config.is_encoder_decoder:
+        raise NotImplementedError("distillation puts one text in front of another, which takes a causal model")
+    config = model.prefix_configs.get(model.active_prefix or "")
+    if config is not None and config.mode == "infix":
+        raise ValueError("an infix stands within a row, and cannot stand for a text in front: take mode='kv'")
+    ids = tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"]
+    teacher = Teacher(model.base_model, ids, settings.max_length, top_k)
+    rows = pieces(ids, settings.max_length)
+    if validation is None:
+        held_out = pieces(ids[settings.max_length // 2 :], settings.max_length)
+    else:
+        other = tokenizer(validation, add_special_tokens=False, verbose=False)["input_ids"]
+        held_out = pieces(other, settings.max_length)
+    held_out = held_out[:VALIDATION_ROWS]
+    pad = tokenizer.pad_token_id
+    batches = [collate(held_out[i : i + VALIDATION_BATCH], pad) for i in range(0, len(held_out), VALIDATION_BATCH)]
+    return fit(
+        model,
+        rows,
+        _Collator(pad),
+        lambda: mean_divergence(model, teacher, batches),
+        settings,
+        objective=lambda student, batch: divergence(student, teacher(batch), batch),
+        extra={"document_tokens": len(ids), "rows": len(rows)},
+    )
+
+
+def pieces(ids: Sequence[int], length: int) -> list[Row]:
+    """Rows of ``length`` tokens one after the other, every token with a loss; a rest of one token has none."""
+    found = [list(ids[i : i + length]) for i in range(0, len(ids), length)]
+    return [{"input_ids": piece, "labels": piece} for piece in found if len(piece) > 1]
+
+
+@dataclass(frozen=True)
+class _Collator:
+    """Batches without labels: with them the model would compute a loss of its own."""
+
+    pad_id: int
+
+    def __call__(self, rows: Sequence[Row]) -> dict[str, Tensor]:
+        batch = collate(rows, self.pad_id)
+        return {name: batch[name] for name in ("input_ids", "attention_mask")}
+
+
+class Target:
+    """The teacher's distributions at N tokens: the k likeliest next tokens, and their logarithms. (N, k) each."""
+
+    def __init__(self, logits: Tensor, top_k: int) -> None:
+        """Of logits (N, V), which are not kept."""
+        values, self.ids = logits.topk(min(top_k, logits.shape[-1]), dim=-1)
+        self.log_probs = values.float() - logits.float().logsumexp(-1, keepdim=True)
+
+
+class Teacher:
+    """The frozen model with a text in front of every row."""
+
+    def __init__(self, base: PreTrainedModel, ids: Sequence[int], row_length: int, top_k: int) -> None:
+        """``ids`` of the text; rows that follow it have up to ``row_length`` tokens."""
+        if top_k < 1:
+            raise ValueError(f"top_k must be positive, got {top_k}")
+        if len(ids) < 2:
+            raise ValueError(f"the document must have at least 2 tokens, got {len(ids)}")
+        window = getattr(base.config.get_text_config(), "max_position_embeddings", None)
+        if window is not None and len(ids) + row_length > window:
+            raise ValueError(
+                f"the document has {len(ids)} tokens, which with {row_length} behind them do not fit into the model's"
+                f" {window}: distill it in parts, or take a model with a longer window"
+            )
+        config = PrefixConfig(
+            num_virtual_tokens=len(ids), init="text", init_token_ids=list(ids), num_frozen_tokens=len(ids)
+        )
+        self.top_k, self.model = top_k, get_prefix_model(base, config)
+        if self.model.prefix_configs["default"].position_mode != "shift":
+            raise NotImplementedError(f"{type(base).__name__}: its prefixes take no positions, as a text would")
+
+    @torch.no_grad()
+    def __call__(self, batch: Batch) -> Target:
+        """Distributions at the tokens of ``batch`` that are no padding."""
+        with evaluating(self.model):
+            logits = self.model(**batch).logits
+        return Target(logits[batch["attention_mask"].bool()], self.top_k)
+
+
+def divergence(student: Callable[..., Any], target: Target, batch: Batch) -> Tensor:
+    """Kullback-Leibler divergence of the student from the teacher, in nats, mean over tokens.
+
+    Of the vocabulary, the teacher's top k tokens are told apart and all others are one: a lower bound that needs k
+    numbers a token of the teacher instead of V, and is 0 where both agree on the k.
+    """
+    logits = student(**batch).logits[batch["attention_mask"].bool()]
+    log_q = logits.gather(-1, target.ids).float() - logits.float().logsumexp(-1, keepdim=True)
+    log_p = target.log_probs
+    smallest = torch.finfo(torch.float32).eps  # both remainders are 1 - a sum, rounded
+    rest_p = (1 - log_p.exp().sum(-1)).clamp(min=smallest)
+    rest_q = (1 - log_q.exp().sum(-1)).clamp(min=smallest)
+    return ((log_p.exp() * (log_p - log_q)).sum(-1) + rest_p * (rest_p.log() - rest_q.log())).mean()
+
+
+@torch.no_grad()
+def mean_divergence(model: PrefixModel, teacher: Teacher, batches: Sequence[Batch]) -> float | None:
+    """``divergence`` over batches, every token counting the same; None without batches."""
+    device = next(model.parameters()).device
+    total, tokens = 0.0, 0
+    with evaluating(model):
+        for batch in batches:
+            given = {name: batch[name].to(device) for name in ("input_ids", "attention_mask")}
+            count = int(given["attention_mask"].sum())
+            total += float(divergence(model, teacher(given), given)) * count
+            tokens += count
+    return total / tokens if tokens else None

@@ -1,0 +1,264 @@
+"""Training a prefix with the Hugging Face Trainer."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_callback import PrinterCallback, ProgressCallback, TrainerState
+
+from prefix_attn.hf.attach.gradient_checkpointing import set_checkpointing
+from prefix_attn.hf.io.files import replace
+from prefix_attn.hf.model import PrefixModel
+from prefix_attn.training.data import Example
+from prefix_attn.training.evaluate import target_loss, validation_loss
+from prefix_attn.training.tokens import Collator, collate, encode
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+FLAT_LEARNING_RATE, MLP_LEARNING_RATE = 3e-2, 1e-3
+WARMUP = 20  # steps
+VALIDATION_BATCH = 16
+Objective = Callable[[Any, dict[str, Tensor]], Tensor]  # of a model and a batch
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to train.
+
+    ``learning_rate`` defaults to 3e-2 for a flat prefix and 1e-3 for an MLP. ``validate_every`` steps the validation
+    loss is measured and a checkpoint written; ``resume`` goes on, bit for bit, from the last whole one in ``output``.
+    """
+
+    output: Path
+    steps: int = 200
+    batch_size: int = 8
+    learning_rate: float | None = None
+    max_length: int = 96
+    validate_every: int = 50
+    seed: int = 0
+    resume: bool = False
+    gradient_checkpointing: bool = False
+
+
+def train(
+    model: PrefixModel,
+    tokenizer: PreTrainedTokenizerBase,
+    examples: Sequence[Example],
+    validation: Sequence[Example],
+    settings: Settings,
+) -> dict[str, Any]:
+    """Train the active prefix of ``model`` and save it into ``settings.output``.
+
+    AdamW without weight decay, linear warm-up and decay; float32 on a CPU without bfloat16 units, bfloat16 autocast
+    elsewhere. Beside the adapter it leaves metrics.json and loss.png.
+
+    Returns:
+        ``train_loss`` [[step, loss], ...], ``validation_loss`` likewise from step 0 (nats per target token), ``cut``
+        (rows whose source was too long), ``steps``, ``trainable_parameters`` and their ``trainable_share``.
+
+    Raises:
+        ValueError: no examples, a target that does not fit into ``max_length``, nothing to resume from, or
+            ``settings.output`` holds checkpoints of another training.
+    """
+    if not examples:
+        raise ValueError("no examples to train on")
+    pair = model.config.is_encoder_decoder
+    rows, cut = encode(tokenizer, examples, settings.max_length, encoder_decoder=pair)
+    if cut:
+        _log.warning("%d of %d rows have a source longer than max_length=%d: cut", cut, len(rows), settings.max_length)
+    held_out = encode(tokenizer, validation, settings.max_length, encoder_decoder=pair)[0]
+    pad = tokenizer.pad_token_id
+    batches = [collate(held_out[i : i + VALIDATION_BATCH], pad) for i in range(0, len(held_out), VALIDATION_BATCH)]
+    measure = partial(validation_loss, model, batches) if batches else lambda: None
+    return fit(model, rows, Collator(pad), measure, settings, extra={"cut": cut})
+
+
+def fit(
+    model: PrefixModel,
+    rows: Sequence[dict[str, list[int]]],
+    collator: Callable[..., dict[str, Tensor]],
+    measure: Callable[[], float | None],
+    settings: Settings,
+    *,
+    objective: Objective | None = None,
+    extra: Mapping[str, Any],
+) -> dict[str, Any]:
+    """What ``train`` and ``distill`` share: the Trainer, its files, metrics and plot.
+
+    Args:
+        model: its active prefix is trained and saved.
+        rows: the data.
+        collator: makes a batch of some of them.
+        measure: the validation loss now; None where there is nothing to measure on.
+        settings: how to train.
+        objective: the loss of the model on a batch. Default: the loss that the model returns.
+        extra: added to the metrics.
+    """
+    checkpoint = _checkpoint(settings)
+    if settings.gradient_checkpointing:
+        set_checkpointing(model, use_reentrant=False)
+    trainer = _Trainer(
+        model=model,
+        args=_arguments(model, settings),
+        train_dataset=rows,
+        data_collator=collator,
+        callbacks=[_Validation(measure)],
+    )
+    trainer.objective = objective
+    # The Trainer's own would print dictionaries between the bars.
+    trainer.remove_callback(PrinterCallback)
+    trainer.remove_callback(ProgressCallback)
+    trainer.add_callback(_Bar())
+    if checkpoint is not None and (_step(Path(checkpoint)) or 0) >= settings.steps:
+        # Killed after its last step. The Trainer would take another one before it looks.
+        trainer.state = TrainerState.load_from_json(str(Path(checkpoint) / "trainer_state.json"))
+        trainer._load_from_checkpoint(checkpoint)
+    else:
+        trainer.train(resume_from_checkpoint=checkpoint)
+    trainable, total = model.get_nb_trainable_parameters()
+    history = trainer.state.log_history
+    metrics = {
+        "steps": trainer.state.global_step,
+        "train_loss": [[entry["step"], entry["loss"]] for entry in history if "loss" in entry],
+        "validation_loss": [[e["step"], e["validation_loss"]] for e in history if "validation_loss" in e],
+        "trainable_parameters": trainable,
+        "trainable_share": trainable / total,
+        **extra,
+    }
+    model.save_pretrained(settings.output)
+    replace(settings.output / "metrics.json", json.dumps(metrics, indent=2).encode())
+    plot(metrics, settings.output / "loss.png")
+    return metrics
+
+
+def _arguments(model: PrefixModel, settings: Settings) -> TrainingArguments:
+    config = model.prefix_configs[model.active_prefix or "default"]
+    default = MLP_LEARNING_RATE if config.prefix_projection else FLAT_LEARNING_RATE
+    return TrainingArguments(
+        output_dir=str(settings.output),
+        max_steps=settings.steps,
+        per_device_train_batch_size=settings.batch_size,
+        learning_rate=default if settings.learning_rate is None else settings.learning_rate,
+        weight_decay=0.0,
+        lr_scheduler_type="linear",
+        warmup_steps=min(WARMUP, settings.steps // 4),
+        logging_steps=1,
+        save_steps=settings.validate_every,
+        save_total_limit=2,
+        seed=settings.seed,
+        bf16=has_bfloat16(model.device),
+        use_cpu=model.device.type == "cpu",
+        remove_unused_columns=False,
+        dataloader_pin_memory=model.device.type == "cuda",
+        report_to="none",
+    )
+
+
+def has_bfloat16(device: torch.device) -> bool:
+    """Whether bfloat16 products are faster than float32's there; emulated, they are several times slower."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+
+
+def _checkpoint(settings: Settings) -> str | None:
+    """The checkpoint to go on from; None to begin."""
+    complete = {path: step for path in settings.output.glob("checkpoint-*") if (step := _step(path)) is not None}
+    if settings.resume and not complete:
+        raise ValueError(f"{settings.output}: no checkpoint to resume from")
+    if complete and not settings.resume:
+        # Among its own a new training would leave them, and a later resume could take one of the wrong training.
+        raise ValueError(f"{settings.output}: holds checkpoints of another training; resume it, or take another folder")
+    return str(max(complete, key=complete.__getitem__)) if complete else None
+
+
+def _step(checkpoint: Path) -> int | None:
+    """Step of a complete checkpoint. The Trainer writes this file last: a kill leaves none, or a part of it."""
+    try:
+        return int(json.loads((checkpoint / "trainer_state.json").read_text())["global_step"])
+    except (OSError, ValueError):
+        return None
+
+
+class _Trainer(Trainer):
+    """The Trainer with a loss of ours."""
+
+    objective: Objective | None = None
+
+    def compute_loss(self, model: Any, inputs: dict[str, Tensor], *args: Any, **kwargs: Any) -> Any:
+        if self.objective is not None:
+            return self.objective(model, inputs)
+        if model is self.model:
+            return target_loss(model, inputs)
+        return super().compute_loss(model, inputs, *args, **kwargs)  # a wrapper, over several devices
+
+
+class _Validation(TrainerCallback):
+    """Measures the validation loss at step 0, before every checkpoint and at the end.
+
+    It goes into the Trainer's log, which its checkpoints hold: a resumed training knows the whole curve.
+    """
+
+    def __init__(self, measure: Callable[[], float | None]) -> None:
+        self.measure = measure
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.global_step == 0:
+            self._measure(state)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.global_step % args.save_steps == 0 or state.global_step == state.max_steps:
+            self._measure(state)
+
+    def _measure(self, state: Any) -> None:
+        if (loss := self.measure()) is not None:
+            state.log_history.append({"step": state.global_step, "validation_loss": loss})
+
+
+class _Bar(TrainerCallback):
+    """A progress bar with the loss of the last step."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        from tqdm import tqdm
+
+        self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc="train", unit="step")
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.bar.update()
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+        if logs and "loss" in logs:
+            self.bar.set_postfix(loss=f"{float(logs['loss']):.3f}")
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.bar.close()
+
+
+def plot(metrics: dict[str, Any], path: Path) -> None:
+    """Training and validation loss against steps, as a PNG."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(6, 4), layout="constrained")
+    if metrics["train_loss"]:
+        axes.plot(*zip(*metrics["train_loss"], strict=True), label="training", alpha=0.6)
+    if metrics["validation_loss"]:
+        axes.plot(*zip(*metrics["validation_loss"], strict=True), label="validation", marker="o")
+    axes.set(xlabel="step", ylabel="loss (nats per target token)")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
