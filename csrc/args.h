@@ -17,7 +17,7 @@ struct Array {
     Type type = Type::f32;
 };
 
-struct Call {
+struct Arguments {
     Array query;                                     // (B, HQ, S, D)
     Array key, value;                                // (B, HKV, T, D), (B, HKV, T, DV)
     Array prefix_key, prefix_value;                  // (N, HKV, P, D), (N, HKV, P, DV)
@@ -35,13 +35,13 @@ struct Call {
 };
 
 struct Forward {
-    Call call;
+    Arguments args;
     Array out;             // (B, HQ, S, DV), written
     float* lse = nullptr;  // (B, HQ, S) natural logarithm, written
 };
 
 struct Backward {
-    Call call;
+    Arguments args;
     Array out, grad_out;                     // (B, HQ, S, DV)
     const float* lse = nullptr;              // (B, HQ, S)
     const float* grad_lse = nullptr;         // (B, HQ, S) or null
@@ -58,9 +58,9 @@ struct Backward {
 struct Kernels {
     const char* name;
     // The prefix in the layout of the kernels, made once per call: (bank entry, key head) units.
-    int64_t (*packed_floats)(const Call&, bool backward);
-    void (*pack)(const Call&, bool backward, float* packed, int64_t unit);
-    int64_t (*forward_units)(const Call&);
+    int64_t (*packed_floats)(const Arguments&, bool backward);
+    void (*pack)(const Arguments&, bool backward, float* packed, int64_t unit);
+    int64_t (*forward_units)(const Arguments&);
     void (*forward)(const Forward&, const float* packed, int64_t unit);
     int64_t (*backward_units)(const Backward&);
     void (*backward)(const Backward&, const float* packed, int64_t unit);

@@ -9,6 +9,7 @@
 #include <memory>
 #include <optional>
 #include <string>
+#include <vector>
 
 #include "args.h"
 
@@ -53,42 +54,70 @@ int64_t longest(const Maybe& cu, int64_t total) {
     return most;
 }
 
-prefix_attn::Call call(const Tensor& query, const Tensor& key, const Tensor& value, const Maybe& prefix_key,
-                       const Maybe& prefix_value, const Maybe& sinks, const Maybe& ids, const Maybe& prefix_lengths,
-                       const Maybe& prefix_start, const Maybe& key_lengths, const Maybe& cu_q, const Maybe& cu_k,
-                       const Maybe& key_mask, bool causal, int64_t window, double scale, double softcap) {
-    prefix_attn::Call c;
-    c.query = array(query);
-    c.key = array(key);
-    c.value = array(value);
-    c.prefix_key = array(prefix_key);
-    c.prefix_value = array(prefix_value);
-    c.sinks = data<const float>(sinks);
-    c.ids = data<const int64_t>(ids);
-    c.prefix_lengths = data<const int64_t>(prefix_lengths);
-    c.prefix_start = data<const int64_t>(prefix_start);
-    c.key_lengths = data<const int64_t>(key_lengths);
-    c.cu_q = data<const int64_t>(cu_q);
-    c.cu_k = data<const int64_t>(cu_k);
-    c.key_mask = data<const uint8_t>(key_mask);
-    c.B = cu_q ? cu_q->size(0) - 1 : query.size(0);
-    c.HQ = query.size(1);
-    c.NQ = query.size(2);
-    c.S = longest(cu_q, c.NQ);
-    c.D = query.size(3);
-    c.HKV = key.size(1);
-    c.NK = key.size(2);
-    c.T = longest(cu_k, c.NK);
-    c.DV = value.size(3);
-    c.N = prefix_key ? prefix_key->size(0) : 1;
-    c.P = prefix_key ? prefix_key->size(2) : 0;
-    STD_TORCH_CHECK(c.D <= 256 && c.DV <= 256, "the kernels take heads of up to 256");
-    STD_TORCH_CHECK(c.HKV > 0 && c.HQ % c.HKV == 0, "query heads must be a multiple of key heads");
-    c.causal = causal;
-    c.window = window;
-    c.scale = (float)scale;
-    c.softcap = (float)softcap;
-    return c;
+// Takes the arguments of an op off its stack, in the order of the schema. Keeps the tensors alive that the structs of
+// args.h point into.
+struct Reader {
+    StableIValue* next;
+    std::vector<Tensor> kept;
+
+    explicit Reader(StableIValue* stack) : next(stack) {
+        kept.reserve(24);  // more than either op takes
+    }
+
+    template <typename T>
+    T take() {
+        return torch::stable::detail::to<T>(*next++);
+    }
+
+    Tensor tensor() {
+        kept.push_back(take<Tensor>());
+        return kept.back();
+    }
+
+    Maybe maybe() {
+        Maybe t = take<Maybe>();
+        if (t) kept.push_back(*t);
+        return t;
+    }
+};
+
+// What both ops take first: ARGUMENTS of the schemas below.
+prefix_attn::Arguments arguments(Reader& r) {
+    const Tensor query = r.tensor(), key = r.tensor(), value = r.tensor();
+    const Maybe prefix_key = r.maybe(), prefix_value = r.maybe();
+    prefix_attn::Arguments x;
+    x.query = array(query);
+    x.key = array(key);
+    x.value = array(value);
+    x.prefix_key = array(prefix_key);
+    x.prefix_value = array(prefix_value);
+    x.sinks = data<const float>(r.maybe());
+    x.ids = data<const int64_t>(r.maybe());
+    x.prefix_lengths = data<const int64_t>(r.maybe());
+    x.prefix_start = data<const int64_t>(r.maybe());
+    x.key_lengths = data<const int64_t>(r.maybe());
+    const Maybe cu_q = r.maybe(), cu_k = r.maybe();
+    x.cu_q = data<const int64_t>(cu_q);
+    x.cu_k = data<const int64_t>(cu_k);
+    x.key_mask = data<const uint8_t>(r.maybe());
+    x.causal = r.take<bool>();
+    x.window = r.take<int64_t>();
+    x.scale = (float)r.take<double>();
+    x.softcap = (float)r.take<double>();
+    x.B = cu_q ? cu_q->size(0) - 1 : query.size(0);
+    x.HQ = query.size(1);
+    x.NQ = query.size(2);
+    x.S = longest(cu_q, x.NQ);
+    x.D = query.size(3);
+    x.HKV = key.size(1);
+    x.NK = key.size(2);
+    x.T = longest(cu_k, x.NK);
+    x.DV = value.size(3);
+    x.N = prefix_key ? prefix_key->size(0) : 1;
+    x.P = prefix_key ? prefix_key->size(2) : 0;
+    STD_TORCH_CHECK(x.D <= 256 && x.DV <= 256, "the kernels take heads of up to 256");
+    STD_TORCH_CHECK(x.HKV > 0 && x.HQ % x.HKV == 0, "query heads must be a multiple of key heads");
+    return x;
 }
 
 const prefix_attn::Kernels& kernels() {
@@ -100,7 +129,7 @@ const prefix_attn::Kernels& kernels() {
 
 // The packed prefix. The buffer is the calling thread's and only grows: fresh memory costs more than filling it. Where
 // no row reads an entry it is not touched.
-const float* packed(const prefix_attn::Kernels& k, const prefix_attn::Call& c, bool backward) {
+const float* packed(const prefix_attn::Kernels& k, const prefix_attn::Arguments& c, bool backward) {
     thread_local std::unique_ptr<float[]> memory;
     thread_local int64_t size = 0;
     const int64_t floats = k.packed_floats(c, backward);
@@ -119,49 +148,42 @@ const float* packed(const prefix_attn::Kernels& k, const prefix_attn::Call& c, b
     return to;
 }
 
-int64_t forward(Tensor query, Tensor key, Tensor value, Maybe prefix_key, Maybe prefix_value, Maybe sinks, Maybe ids,
-                Maybe prefix_lengths, Maybe prefix_start, Maybe key_lengths, Maybe cu_q, Maybe cu_k, Maybe key_mask,
-                bool causal, int64_t window, double scale, double softcap, Tensor out, Tensor lse) {
+// Boxed kernels, in the calling convention of the stable ABI: arguments come on a stack, and nothing is returned.
+void forward(StableIValue* stack, uint64_t, uint64_t) {
     const prefix_attn::Kernels& k = kernels();
+    Reader r(stack);
     prefix_attn::Forward f;
-    f.call = call(query, key, value, prefix_key, prefix_value, sinks, ids, prefix_lengths, prefix_start, key_lengths,
-                  cu_q, cu_k, key_mask, causal, window, scale, softcap);
-    f.out = array(out);
-    f.lse = (float*)lse.mutable_data_ptr();
-    const float* prefix = packed(k, f.call, false);
-    torch::stable::parallel_for(0, k.forward_units(f.call), 1, [&](int64_t begin, int64_t end) {
+    f.args = arguments(r);
+    f.out = array(r.tensor());
+    f.lse = (float*)r.tensor().mutable_data_ptr();
+    const float* prefix = packed(k, f.args, false);
+    torch::stable::parallel_for(0, k.forward_units(f.args), 1, [&](int64_t begin, int64_t end) {
         for (int64_t unit = begin; unit < end; unit++)
             k.forward(f, prefix, unit);
     });
-    return 0;
 }
 
-int64_t backward(Tensor query, Tensor key, Tensor value, Maybe prefix_key, Maybe prefix_value, Maybe sinks, Maybe ids,
-                 Maybe prefix_lengths, Maybe prefix_start, Maybe key_lengths, Maybe cu_q, Maybe cu_k, Maybe key_mask,
-                 bool causal, int64_t window, double scale, double softcap, Tensor out, Tensor lse, Tensor grad_out,
-                 Maybe grad_lse, Maybe grad_query, Maybe grad_key, Maybe grad_value, Maybe grad_prefix_key,
-                 Maybe grad_prefix_value, int64_t slots, Maybe share) {
+void backward(StableIValue* stack, uint64_t, uint64_t) {
     const prefix_attn::Kernels& k = kernels();
+    Reader r(stack);
     prefix_attn::Backward f;
-    f.call = call(query, key, value, prefix_key, prefix_value, sinks, ids, prefix_lengths, prefix_start, key_lengths,
-                  cu_q, cu_k, key_mask, causal, window, scale, softcap);
-    f.out = array(out);
-    f.grad_out = array(grad_out);
-    f.lse = (const float*)lse.const_data_ptr();
-    f.grad_lse = data<const float>(grad_lse);
-    f.grad_query = array(grad_query);
-    f.grad_key = array(grad_key);
-    f.grad_value = array(grad_value);
-    f.grad_prefix_key = data<float>(grad_prefix_key);
-    f.grad_prefix_value = data<float>(grad_prefix_value);
-    f.slots = slots;
-    f.share = data<float>(share);
-    const float* prefix = packed(k, f.call, true);
+    f.args = arguments(r);
+    f.out = array(r.tensor());
+    f.lse = (const float*)r.tensor().const_data_ptr();
+    f.grad_out = array(r.tensor());
+    f.grad_lse = data<float>(r.maybe());
+    f.grad_query = array(r.maybe());
+    f.grad_key = array(r.maybe());
+    f.grad_value = array(r.maybe());
+    f.grad_prefix_key = data<float>(r.maybe());
+    f.grad_prefix_value = data<float>(r.maybe());
+    f.slots = r.take<int64_t>();
+    f.share = data<float>(r.maybe());
+    const float* prefix = packed(k, f.args, true);
     torch::stable::parallel_for(0, k.backward_units(f), 1, [&](int64_t begin, int64_t end) {
         for (int64_t unit = begin; unit < end; unit++)
             k.backward(f, prefix, unit);
     });
-    return 0;
 }
 
 // The name of the instruction set that runs.
@@ -171,26 +193,23 @@ std::string isa() {
 
 }  // namespace
 
-#define PA_CALL                                                                                                      \
+#define ARGUMENTS                                                                                                    \
     "Tensor query, Tensor key, Tensor value, Tensor? prefix_key, Tensor? prefix_value, Tensor? sinks, Tensor? ids, " \
-    "Tensor? prefix_lengths, Tensor? prefix_start, Tensor? key_lengths, Tensor? cu_q, Tensor? cu_k, Tensor? "        \
-    "key_mask, "                                                                                                     \
-    "bool causal, int window, "                                                                                      \
-    "float scale, float softcap, "
+    "Tensor? prefix_lengths, Tensor? prefix_start, Tensor? key_lengths, Tensor? cu_q, Tensor? cu_k, "                \
+    "Tensor? key_mask, bool causal, int window, float scale, float softcap, "
 
 STABLE_TORCH_LIBRARY(prefix_attn_cpu, m) {
-    m.def("forward(" PA_CALL "Tensor(a!) out, Tensor(b!) lse) -> int");
-    m.def("backward(" PA_CALL
+    m.def("forward(" ARGUMENTS "Tensor(a!) out, Tensor(b!) lse) -> ()");
+    m.def("backward(" ARGUMENTS
           "Tensor out, Tensor lse, Tensor grad_out, Tensor? grad_lse, Tensor(a!)? grad_query, Tensor(b!)? grad_key, "
-          "Tensor(c!)? grad_value, Tensor(d!)? grad_prefix_key, Tensor(e!)? grad_prefix_value, int slots, Tensor(f!)? "
-          "share) "
-          "-> int");
+          "Tensor(c!)? grad_value, Tensor(d!)? grad_prefix_key, Tensor(e!)? grad_prefix_value, int slots, "
+          "Tensor(f!)? share) -> ()");
     m.def("isa() -> str");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(prefix_attn_cpu, CPU, m) {
-    m.impl("forward", TORCH_BOX(&forward));
-    m.impl("backward", TORCH_BOX(&backward));
+    m.impl("forward", &forward);
+    m.impl("backward", &backward);
 }
 
 STABLE_TORCH_LIBRARY_IMPL(prefix_attn_cpu, CompositeExplicitAutograd, m) {

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -61,6 +61,33 @@ class Call(NamedTuple):
     def has_bank(self) -> bool:
         """Whether the prefix is a bank of N entries rather than one that all rows share."""
         return self.prefix_key is not None and self.prefix_key.dim() == 4
+
+
+if TYPE_CHECKING:
+    from typing_extensions import TypedDict
+
+    class _CommonOptions(TypedDict, total=False):
+        prefix_ids: Tensor | None
+        prefix_lengths: Tensor | None
+        prefix_start: Tensor | None
+        prefix_gate: Tensor | None
+        is_causal: bool
+        window: int | None
+        scale: float | None
+        softcap: float | None
+        sinks: Tensor | None
+        dropout_p: float
+        backend: str
+
+    class Options(_CommonOptions, total=False, closed=True):
+        """Options of ``prefix_attention``, except ``return_lse``, which decides the type that is returned."""
+
+        key_lengths: Tensor | None
+        key_mask: Tensor | None
+        bias: Tensor | None
+
+    class PackedOptions(_CommonOptions, closed=True):
+        """Options of ``prefix_attention_varlen``, likewise."""
 
 
 TENSORS = 15  # leading fields of Call that are tensors
@@ -129,6 +156,14 @@ def check_shape(name: str, tensor: Tensor, layout: str, sizes: dict[str, int]) -
             sizes[dim] = n
 
 
+def check_int(name: str, value: int, low: int) -> None:
+    """Raise unless ``value`` is an int, and at least ``low``."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an int, got {type(value).__name__}")
+    if value < low:
+        raise ValueError(f"{name} must be at least {low}, got {value}")
+
+
 def check_ids(name: str, tensor: Tensor, low: int, high: int) -> None:
     """Raise unless low <= tensor <= high. Only where reading the values needs no device synchronisation."""
     readable = type(tensor) is Tensor and tensor.device.type == "cpu" and not torch.compiler.is_compiling()
@@ -185,10 +220,8 @@ def _check_bank(call: Call, sizes: dict[str, int]) -> None:
 def _check_options(call: Call) -> None:
     if not isinstance(call.is_causal, bool):
         raise TypeError(f"is_causal must be a bool, got {type(call.is_causal).__name__}")
-    if call.window is not None and (isinstance(call.window, bool) or not isinstance(call.window, int)):
-        raise TypeError(f"window must be an int or None, got {type(call.window).__name__}")
-    if call.window is not None and call.window < 1:
-        raise ValueError(f"window must be at least 1, got {call.window}")
+    if call.window is not None:
+        check_int("window", call.window, 1)
     for name in ("scale", "softcap", "dropout_p"):
         number = getattr(call, name)
         if number is not None and (isinstance(number, bool) or not isinstance(number, (int, float))):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -13,6 +13,37 @@ from prefix_attn import _ops, dispatch
 from prefix_attn.backends import eager
 from prefix_attn.call import Call, check, check_gate
 from prefix_attn.packing import Packed
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from prefix_attn.call import Options, PackedOptions
+
+
+@overload
+def prefix_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    prefix_key: Tensor | None,
+    prefix_value: Tensor | None,
+    *,
+    return_lse: Literal[False] = False,
+    **options: Unpack[Options],
+) -> Tensor: ...
+
+
+@overload
+def prefix_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    prefix_key: Tensor | None,
+    prefix_value: Tensor | None,
+    *,
+    return_lse: Literal[True],
+    **options: Unpack[Options],
+) -> tuple[Tensor, Tensor]: ...
 
 
 def prefix_attention(
@@ -71,7 +102,8 @@ def prefix_attention(
             softcap; may hold -inf. The prefix gets 0.
         dropout_p: probability of dropping a probability, the prefix's too; the lse is undropped.
         return_lse: also return the log-sum-exp of the scores.
-        backend: "auto", "eager" or "composed"; see ``explain``. A named backend is used or the call raises.
+        backend: "auto", "eager", "composed", "cpu" or "triton"; see ``explain``. A named backend is used or the call
+            raises.
 
     Returns:
         (B, Hq, S, Dv) in query's dtype; with ``return_lse`` also (B, Hq, S) float32 (float64 for float64), natural
@@ -103,11 +135,42 @@ def prefix_attention(
         softcap=softcap,
         dropout_p=dropout_p,
     )
-    if prefix_gate is None:
-        out, lse = _run(call, dispatch.select(call, backend))
-    else:
-        out, lse = _gated(call, prefix_gate, backend)
+    out, lse = _attend(call, prefix_gate, backend)
     return (out, lse) if return_lse else out
+
+
+@overload
+def prefix_attention_varlen(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    prefix_key: Tensor | None,
+    prefix_value: Tensor | None,
+    *,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    return_lse: Literal[False] = False,
+    **options: Unpack[PackedOptions],
+) -> Tensor: ...
+
+
+@overload
+def prefix_attention_varlen(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    prefix_key: Tensor | None,
+    prefix_value: Tensor | None,
+    *,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    return_lse: Literal[True],
+    **options: Unpack[PackedOptions],
+) -> tuple[Tensor, Tensor]: ...
 
 
 def prefix_attention_varlen(
@@ -146,20 +209,19 @@ def prefix_attention_varlen(
         cu_seqlens_k: (B + 1,) int, likewise for keys; lengths may differ from the queries'.
         max_seqlen_q: the largest number of queries of a sequence (or more: only speed is lost).
         max_seqlen_k: likewise for keys.
-        prefix_ids: (B,) int, one per sequence, as in ``prefix_attention``.
+        prefix_ids: (B,) int, one per sequence; else as in ``prefix_attention``.
         prefix_lengths: (N,) int, as in ``prefix_attention``.
         prefix_start: (B,) int, one per sequence, counted from the sequence's own first key.
-        prefix_gate: as in ``prefix_attention``; so are ``is_causal`` (each sequence bottom-right aligned), ``window``,
-            ``scale``, ``softcap``, ``sinks``, ``dropout_p`` and ``backend``.
-        is_causal: see ``prefix_gate``.
-        window: see ``prefix_gate``.
-        scale: see ``prefix_gate``.
-        softcap: see ``prefix_gate``.
-        sinks: see ``prefix_gate``.
-        dropout_p: see ``prefix_gate``.
+        prefix_gate: (Hq,) or (B, Hq), as in ``prefix_attention``.
+        is_causal: each sequence is aligned bottom-right on its own.
+        window: as in ``prefix_attention``, within each sequence.
+        scale: factor on the scores, default D ** -0.5.
+        softcap: as in ``prefix_attention``.
+        sinks: (Hq,), as in ``prefix_attention``.
+        dropout_p: as in ``prefix_attention``.
         return_lse: also return the log-sum-exp.
-        backend: see ``prefix_gate``. ``triton`` reads the sequences where they lie (but with a gate); the others are
-            given them padded.
+        backend: as in ``prefix_attention``. "cpu" and "triton" read the sequences where they lie, except with a gate.
+            The others are given them padded.
 
     Returns:
         (Nq, Hq, Dv) in query's dtype; with ``return_lse`` also (Hq, Nq) float32, natural logarithm.
@@ -171,61 +233,53 @@ def prefix_attention_varlen(
     packed_k = Packed(cu_seqlens_k, max_seqlen_k, key, "k")
     if packed_q.batch != packed_k.batch:
         raise ValueError(f"cu_seqlens_k must be (B + 1,) = ({packed_q.batch + 1},), got ({packed_k.batch + 1},)")
-    if prefix_gate is None:
-        call = _call(
-            *(t.transpose(0, 1)[None] if isinstance(t, Tensor) and t.dim() == 3 else t for t in (query, key, value)),
-            prefix_key,
-            prefix_value,
-            sinks,
-            prefix_ids=prefix_ids,
-            prefix_lengths=prefix_lengths,
-            prefix_start=prefix_start,
-            cu_seqlens_q=cu_seqlens_q,
-            cu_seqlens_k=cu_seqlens_k,
-            max_seqlen_q=max_seqlen_q,
-            max_seqlen_k=max_seqlen_k,
-            is_causal=is_causal,
-            window=window,
-            scale=scale,
-            softcap=softcap,
-            dropout_p=dropout_p,
-        )
-        if (module := dispatch.select_packed(call, backend)) is not None:
-            out, lse = _run(call, module)
-            return (out[0].transpose(0, 1), lse[0]) if return_lse else out[0].transpose(0, 1)
-    # Every sequence against the right edge: positions are counted from there, so causality and windows need no change.
-    if prefix_start is not None and prefix_start.shape == (packed_k.batch,):
-        prefix_start = prefix_start + packed_k.padding
-    out, lse = prefix_attention(
-        packed_q.pad(query),
-        packed_k.pad(key),
-        packed_k.pad(value),
+    call = _call(
+        *(t.transpose(0, 1)[None] if isinstance(t, Tensor) and t.dim() == 3 else t for t in (query, key, value)),
         prefix_key,
         prefix_value,
+        sinks,
         prefix_ids=prefix_ids,
         prefix_lengths=prefix_lengths,
         prefix_start=prefix_start,
-        prefix_gate=prefix_gate,
-        key_mask=packed_k.present,
+        cu_seqlens_q=cu_seqlens_q,
+        cu_seqlens_k=cu_seqlens_k,
+        max_seqlen_q=max_seqlen_q,
+        max_seqlen_k=max_seqlen_k,
         is_causal=is_causal,
         window=window,
         scale=scale,
         softcap=softcap,
-        sinks=sinks,
         dropout_p=dropout_p,
-        return_lse=True,
-        backend=backend,
     )
-    out = packed_q.unpad(out)
-    return (out, packed_q.unpad(lse[..., None])[..., 0].transpose(0, 1)) if return_lse else out
+    if prefix_gate is None and (module := dispatch.select_packed(call, backend)) is not None:
+        out, lse = _run(call, module)
+        out, lse = out[0].transpose(0, 1), lse[0]
+    else:
+        out, lse = _attend(_padded(call, packed_q, packed_k), prefix_gate, backend)
+        out, lse = packed_q.unpad(out), packed_q.unpad(lse[..., None])[..., 0].transpose(0, 1)
+    return (out, lse) if return_lse else out
 
 
-def explain(*args: Any, **kwargs: Any) -> dispatch.Explanation:
+def explain(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    prefix_key: Tensor | None,
+    prefix_value: Tensor | None,
+    *,
+    return_lse: bool = False,
+    **options: Unpack[Options],
+) -> dispatch.Explanation:
     """Which backend ``auto`` picks for these arguments of ``prefix_attention``, and why each other was refused."""
-    bound = inspect.signature(prefix_attention).bind(*args, **kwargs)
-    bound.apply_defaults()
-    call = _call(**{name: bound.arguments[name] for name in Call._fields if name in bound.arguments})
-    return dispatch.explain(call)
+    given = inspect.signature(prefix_attention).bind(
+        query, key, value, prefix_key, prefix_value, return_lse=return_lse, **options
+    )
+    given.apply_defaults()
+    return dispatch.explain(_call(**{n: given.arguments[n] for n in Call._fields if n in given.arguments}))
+
+
+# help(explain) then shows the options by name.
+explain.__signature__ = inspect.signature(prefix_attention)  # pyrefly: ignore[missing-attribute]
 
 
 def _call(query: Tensor, key: Tensor, value: Tensor, *rest: Any, **named: Any) -> Call:
@@ -239,6 +293,29 @@ def _call(query: Tensor, key: Tensor, value: Tensor, *rest: Any, **named: Any) -
         call = call._replace(scale=max(query.shape[-1], 1) ** -0.5)
     check(call)
     return call
+
+
+def _padded(call: Call, queries: Packed, keys: Packed) -> Call:
+    """A packed call as a batch. Each sequence ends at the right edge, from where causality and windows count."""
+    start = call.prefix_start
+    return call._replace(
+        query=queries.pad(call.query[0].transpose(0, 1)),
+        key=keys.pad(call.key[0].transpose(0, 1)),
+        value=keys.pad(call.value[0].transpose(0, 1)),
+        prefix_start=None if start is None else start + keys.padding,
+        key_mask=keys.present,
+        cu_seqlens_q=None,
+        cu_seqlens_k=None,
+        max_seqlen_q=None,
+        max_seqlen_k=None,
+    )
+
+
+def _attend(call: Call, gate: Tensor | None, backend: str) -> tuple[Tensor, Tensor]:
+    """(out, lse) of a batch."""
+    if gate is None:
+        return _run(call, dispatch.select(call, backend))
+    return _gated(call, gate, backend)
 
 
 def _run(call: Call, module: ModuleType) -> tuple[Tensor, Tensor]:

@@ -169,12 +169,7 @@ class PrefixAttention(nn.MultiheadAttention):
             )
         if query.is_nested or key.is_nested or value.is_nested:
             plain = query is key is value and key_padding_mask is None and attn_mask is None and not need_weights
-            if not (plain and self.batch_first and query.layout == torch.strided):
-                raise NotImplementedError(
-                    "nested tensors must be those of nn.TransformerEncoder: strided, batch_first, query, key and value "
-                    "the same tensor, no masks, need_weights=False"
-                )
-            return self._forward_nested(query), None
+            return self._forward_nested(query, plain=plain), None
         self._check(query, key, value, key_padding_mask, attn_mask, is_causal)
         batched = query.dim() == 3
         if key_padding_mask is not None and not batched:
@@ -193,12 +188,19 @@ class PrefixAttention(nn.MultiheadAttention):
             weights = weights if batched else weights[0]
         else:
             out = prefix_attention(q, k, v, pk, pv, key_mask=key_mask, bias=bias, is_causal=causal, dropout_p=dropout)
-            assert isinstance(out, Tensor)
             weights = None
         return self._join(out, batched), weights
 
-    def _forward_nested(self, tokens: Tensor) -> Tensor:
-        """Self-attention over samples of different lengths: padded, masked, nested again."""
+    def _forward_nested(self, tokens: Tensor, *, plain: bool) -> Tensor:
+        """Self-attention over samples of different lengths: padded, masked, nested again.
+
+        ``plain``: the call is what nn.TransformerEncoder makes, self-attention without masks and weights.
+        """
+        if not (plain and self.batch_first and tokens.layout == torch.strided):
+            raise NotImplementedError(
+                "nested tensors must be those of nn.TransformerEncoder: strided, batch_first, query, key and value "
+                "the same tensor, no masks, need_weights=False"
+            )
         lengths = [sample.shape[0] for sample in tokens.unbind()]
         padded = tokens.to_padded_tensor(0.0)
         steps = torch.arange(padded.shape[1], device=padded.device)

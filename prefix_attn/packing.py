@@ -7,7 +7,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from prefix_attn.call import check_ids
+from prefix_attn.call import check_ids, check_int
 
 
 class Packed:
@@ -31,8 +31,7 @@ class Packed:
             raise ValueError(f"{name} must be (B + 1,), got {tuple(cu_seqlens.shape)}")
         if cu_seqlens.device != tokens.device:
             raise ValueError(f"{name} must be on {owner}'s device {tokens.device}, got {cu_seqlens.device}")
-        if isinstance(max_seqlen, bool) or not isinstance(max_seqlen, int):
-            raise TypeError(f"{length} must be an int, got {type(max_seqlen).__name__}")
+        check_int(length, max_seqlen, 0)
         N = tokens.shape[0]
         cu_seqlens = cu_seqlens.long()
         lengths = cu_seqlens.diff()

@@ -21,7 +21,7 @@ MAX_LINES = 600
 # folder. The longest matching name decides.
 ORDER = (
     ("prefix_attn.call",),
-    ("prefix_attn.backends._native", "prefix_attn.backends.sinks", "prefix_attn.backends.visibility"),
+    ("prefix_attn.backends._native", "prefix_attn.backends.outputs", "prefix_attn.backends.visibility"),
     ("prefix_attn.backends",),
     ("prefix_attn.packing", "prefix_attn.dispatch"),
     ("prefix_attn._ops",),

@@ -36,7 +36,7 @@ static Array array(Type type, int64_t batch, int64_t head, int64_t row, int64_t 
 }
 
 static void pack(Work& w, bool backward) {
-    const Call& c = w.forward.call;
+    const Arguments& c = w.forward.args;
     w.packed.resize(w.kernels.packed_floats(c, backward));
     for (int64_t unit = 0; unit < c.N * c.HKV && !w.packed.empty(); unit++)
         w.kernels.pack(c, backward, w.packed.data(), unit);
@@ -44,7 +44,7 @@ static void pack(Work& w, bool backward) {
 
 static void forward(Work& w) {
     pack(w, false);
-    for (int64_t unit = 0; unit < w.kernels.forward_units(w.forward.call); unit++)
+    for (int64_t unit = 0; unit < w.kernels.forward_units(w.forward.args); unit++)
         w.kernels.forward(w.forward, w.packed.data(), unit);
 }
 
@@ -64,7 +64,7 @@ int main(int argc, char** argv) {
     const std::string isa = argv[1], what = argv[2], dtype = argv[3];
     const auto number = [&](int i) { return std::atoll(argv[i]); };
     const Type type = dtype == "float32" ? Type::f32 : Type::bf16;
-    Call c;
+    Arguments c;
     c.B = number(4);
     c.HQ = c.HKV = number(5);
     c.S = c.NQ = number(6);
@@ -87,7 +87,7 @@ int main(int argc, char** argv) {
     Work w{isa == "avx2" ? avx2::kernels : generic::kernels, {}, {}, what == "backward" || what == "prefix-only", {}};
     w.forward = {c, array(type, c.B, c.HQ, c.S, c.DV), lse.data()};
     forward(w);  // also for the backward's sake, and the first of two: memory grows in the first
-    w.backward.call = c;
+    w.backward.args = c;
     w.backward.out = w.forward.out;
     w.backward.grad_out = array(type, c.B, c.HQ, c.S, c.DV);
     w.backward.lse = lse.data();

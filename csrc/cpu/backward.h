@@ -14,7 +14,7 @@ struct Block {
 
 // A row's products with the keys become probabilities in s and, where ``ds`` is not null, gradients of the products;
 // ``share``, if not null, takes what p dp adds to.
-void slopes(const Call& c, float* s, float* ds, int64_t width, const Range& seen, const uint8_t* mask, float lse,
+void slopes(const Arguments& c, float* s, float* ds, int64_t width, const Range& seen, const uint8_t* mask, float lse,
             float delta, float* share) {
     alignas(64) float capped[NT];
     if (c.softcap) {
@@ -40,7 +40,7 @@ void slopes(const Call& c, float* s, float* ds, int64_t width, const Range& seen
 }
 
 template <typename T>
-void differentiate(const Call& c, const Block<T>& x, const Keys<T>& keys, int64_t n0, int64_t n, const Range* limits,
+void differentiate(const Arguments& c, const Block<T>& x, const Keys<T>& keys, int64_t n0, int64_t n, const Range* limits,
                    const uint8_t* mask, float* dk, int64_t ldk, float* dv, int64_t ldv) {
     const int64_t D = elements<T>(c.D), DV = elements<T>(c.DV), Dp = up(c.D), Vp = up(c.DV), M = x.M;
     float* ds = x.dq || x.share || dk ? x.ds : nullptr;  // null: nobody asks for the gradient of the logits
@@ -84,7 +84,7 @@ void differentiate(const Call& c, const Block<T>& x, const Keys<T>& keys, int64_
 }
 
 int64_t backward_units(const Backward& f) {
-    return f.call.HKV * f.slots;
+    return f.args.HKV * f.slots;
 }
 
 // Rows of a block as ``Block`` has them for sums over queries.
@@ -99,7 +99,7 @@ inline const Pair* down(const Matrix<Pair>& x, int64_t M, int64_t width, float* 
 // One run of the batch for one key head.
 template <typename T>
 void backward_run(const Backward& f, const float* packed, int64_t unit) {
-    const Call& c = f.call;
+    const Arguments& c = f.args;
     const int64_t kv = unit % c.HKV, slot = unit / c.HKV, b0 = slot * c.B / f.slots, b1 = (slot + 1) * c.B / f.slots;
     const int64_t G = c.HQ / c.HKV, Dp = up(c.D), Vp = up(c.DV), D16 = (c.D + 15) / 16 * 16,
                   V16 = (c.DV + 15) / 16 * 16;

@@ -12,19 +12,19 @@ struct Lanes {
 };
 
 template <typename T>
-int64_t lanes_floats(const Call& c) {
+int64_t lanes_floats(const Arguments& c) {
     return (elements<T>(c.D) + NT + c.DV + 2 + NT / 2) * NT;
 }
 
 template <typename T>
-Lanes<T> lanes_at(const Call& c, float* at) {
+Lanes<T> lanes_at(const Arguments& c, float* at) {
     float *s = at + elements<T>(c.D) * NT, *acc = s + NT * NT, *m = acc + c.DV * NT, *l = m + NT;
     return {(T*)at, s, acc, m, l, l + NT};
 }
 
 // ``soften`` for n keys and a vector of queries at a time.
 template <typename T>
-void soften_lanes(const Call& c, const Lanes<T>& x, int64_t n, int64_t width) {
+void soften_lanes(const Arguments& c, const Lanes<T>& x, int64_t n, int64_t width) {
     for (int64_t j = 0; j < width; j += VL) {
         vec top = load(x.s + j), m = load(x.m + j), total = load(x.l + j);
         for (int64_t i = 1; i < n; i++)
@@ -63,7 +63,7 @@ inline Matrix<Pair> values_of(const Array& x, int64_t at, int64_t n, int64_t siz
 
 // One head of a bank entry for the M queries at q, rows r0 and on of ``state``.
 template <typename T>
-void attend_in_lanes(const Call& c, const Row& row, int64_t kv, const T* q, int64_t M, const Lanes<T>& x,
+void attend_in_lanes(const Arguments& c, const Row& row, int64_t kv, const T* q, int64_t M, const Lanes<T>& x,
                      const State& state, int64_t r0) {
     const Array &key = c.prefix_key, &value = c.prefix_value;
     const int64_t D = elements<T>(c.D), Vp = up(c.DV), width = up(M);
@@ -95,7 +95,7 @@ void attend_in_lanes(const Call& c, const Row& row, int64_t kv, const T* q, int6
 
 // Keys of the sequence, for all R = G * S queries of a row. ``next``: the row after it.
 template <typename T>
-void attend_in_place(const Call& c, const Row& row, const Row& next, int64_t kv, const T* q, float* s, const State& x,
+void attend_in_place(const Arguments& c, const Row& row, const Row& next, int64_t kv, const T* q, float* s, const State& x,
                      int64_t r0) {
     const int64_t R = c.HQ / c.HKV * c.S, D = up(elements<T>(c.D)), Vp = up(c.DV);
     Range any{row.length, 0};
@@ -139,14 +139,14 @@ void attend_in_place(const Call& c, const Row& row, const Row& next, int64_t kv,
 }
 
 // Samples of a unit: few enough for eight threads, as the prefix is read once by each unit, and lanes are full.
-int64_t chunk_of(const Call& c) {
+int64_t chunk_of(const Arguments& c) {
     const int64_t R = c.HQ / c.HKV * c.S;
     return std::clamp((c.B * c.HKV + 7) / 8, std::min((VL + R - 1) / R, CHUNK), CHUNK);
 }
 
 template <typename T>
 void forward_few(const Forward& f, int64_t unit) {
-    const Call& c = f.call;
+    const Arguments& c = f.args;
     const int64_t chunk = chunk_of(c), chunks = (c.B + chunk - 1) / chunk, kv = unit / chunks,
                   b0 = unit % chunks * chunk;
     const int64_t samples = std::min(c.B - b0, chunk), G = c.HQ / c.HKV, R = G * c.S, D = up(elements<T>(c.D));

@@ -1,12 +1,12 @@
 // Forward: online softmax over the prefix's tiles, then the sequence's. Included inside the namespace of an instruction
 // set, after keys.h.
 
-float query_factor(const Call& c) {
+float query_factor(const Arguments& c) {
     return c.softcap ? c.scale / c.softcap : c.scale;
 }
 
 // From products to logits.
-void cap(const Call& c, float* s, int64_t width) {
+void cap(const Arguments& c, float* s, int64_t width) {
     for (int64_t j = 0; j < width; j += VL) {
         const vec x = load(s + j), positive = x < vec{} ? -x : x;
         const vec e = exponential(positive * -2.f);
@@ -32,11 +32,11 @@ struct State {
     float *m, *l, *acc;
 };
 
-int64_t state_floats(const Call& c, int64_t M) {
+int64_t state_floats(const Arguments& c, int64_t M) {
     return M * (1 + VL + up(c.DV));
 }
 
-State state_at(const Call& c, float* at, int64_t M) {
+State state_at(const Arguments& c, float* at, int64_t M) {
     const State x{at + M * (VL + up(c.DV)), at + M * up(c.DV), at};
     std::fill(x.m, x.m + M, -INF);
     std::fill(at, x.m, 0.f);
@@ -71,7 +71,7 @@ void soften(float* s, int64_t width, const State& x, int64_t r, int64_t Vp) {
 }
 
 void finish(const Forward& f, const Row& row, int64_t h, int64_t i, const State& x, int64_t r) {
-    const Call& c = f.call;
+    const Arguments& c = f.args;
     float m = x.m[r], l = sum(load(x.l + r * VL)), factor = 1.f;
     if (c.sinks) {
         const float sink = c.sinks[h], top = std::max(m, sink), pivot = top == -INF ? 0.f : top;
@@ -85,7 +85,7 @@ void finish(const Forward& f, const Row& row, int64_t h, int64_t i, const State&
 
 // A bank entry's keys for one head.
 template <typename T>
-Keys<T> prefix_at(const Call& c, const float* packed, int64_t entry, int64_t head, bool backward) {
+Keys<T> prefix_at(const Arguments& c, const float* packed, int64_t entry, int64_t head, bool backward) {
     const Array &k = c.prefix_key, &v = c.prefix_value;
     return keys_at<T>(c, k, entry * k.batch + head * k.head, v, entry * v.batch + head * v.head, c.P,
                       packed + (entry * c.HKV + head) * keys_floats<T>(c, c.P, backward), backward);
@@ -93,7 +93,7 @@ Keys<T> prefix_at(const Call& c, const float* packed, int64_t entry, int64_t hea
 
 // The row's own keys for one head, packed at ``at``.
 template <typename T>
-Keys<T> sequence_at(const Call& c, const Row& row, int64_t kv, float* at, bool backward) {
+Keys<T> sequence_at(const Arguments& c, const Row& row, int64_t kv, float* at, bool backward) {
     const int64_t key0 = key_at(c.key, row, kv, 0), value0 = key_at(c.value, row, kv, 0);
     const int64_t first =
         seen(c, row, row.length - row.S).lo / NT * NT;  // no query sees a key before the first's window
@@ -103,7 +103,7 @@ Keys<T> sequence_at(const Call& c, const Row& row, int64_t kv, float* at, bool b
 
 // M queries against the n keys of the tile at n0; ``limits`` null = all are visible.
 template <typename T>
-void attend(const Call& c, const Matrix<T>& q, int64_t M, const Keys<T>& keys, int64_t n0, int64_t n,
+void attend(const Arguments& c, const Matrix<T>& q, int64_t M, const Keys<T>& keys, int64_t n0, int64_t n,
             const Range* limits, const uint8_t* mask, float* s, const State& x) {
     const int64_t D = elements<T>(c.D), Vp = up(c.DV), step = limits ? ROWS : M;
     for (int64_t i = 0; i < M; i += step) {
@@ -124,7 +124,7 @@ void attend(const Call& c, const Matrix<T>& q, int64_t M, const Keys<T>& keys, i
 
 // Training and prefill: all queries of one row and key head ---------------------------------------------------------
 
-int64_t parts(const Call& c) {  // units that share a row and key head, so that a small batch feeds every thread
+int64_t parts(const Arguments& c) {  // units that share a row and key head, so that a small batch feeds every thread
     const int64_t heads = std::max<int64_t>(c.B * c.HKV, 1), blocks = c.HQ / c.HKV * ((c.S + BLOCK - 1) / BLOCK);
     return std::max<int64_t>(1, std::min(blocks, 16 / heads));
 }
@@ -135,7 +135,7 @@ struct View {
     int64_t blind;  // queries before the prefix's start: the first ones
 };
 
-View view_of(const Call& c, const Row& row, int64_t i0, int64_t M) {
+View view_of(const Arguments& c, const Row& row, int64_t i0, int64_t M) {
     View x;
     x.any = {row.length, 0};
     x.blind = 0;
@@ -151,7 +151,7 @@ View view_of(const Call& c, const Row& row, int64_t i0, int64_t M) {
 
 template <typename T>
 void forward_many(const Forward& f, const float* packed, int64_t unit) {
-    const Call& c = f.call;
+    const Arguments& c = f.args;
     const int64_t P = parts(c), part = unit % P, kv = unit / P % c.HKV, b = unit / P / c.HKV;
     const Row row = row_of(c, b);
     const int64_t G = c.HQ / c.HKV, D = elements<T>(c.D), blocks = (row.S + BLOCK - 1) / BLOCK;

@@ -22,24 +22,24 @@ namespace {
 #include "decode.h"
 #include "backward.h"
 
-bool few(const Call& c) {
+bool few(const Arguments& c) {
     return c.S <= FEW && !c.cu_q;
 }
 
 // ``f`` of a float or a Pair: of what the products of this call are made.
 template <typename F>
-auto with_elements(const Call& c, const F& f) {
+auto with_elements(const Arguments& c, const F& f) {
     if constexpr (PA_PAIRS)
         if (paired(c)) return f(Pair{});
     return f(float{});
 }
 
-int64_t packed_floats(const Call& c, bool backward) {
+int64_t packed_floats(const Arguments& c, bool backward) {
     if (few(c) && !backward) return 0;
     return with_elements(c, [&](auto x) { return c.N * c.HKV * keys_floats<decltype(x)>(c, c.P, backward); });
 }
 
-void pack(const Call& c, bool backward, float* packed, int64_t unit) {
+void pack(const Arguments& c, bool backward, float* packed, int64_t unit) {
     const int64_t n = unit / c.HKV, kv = unit % c.HKV;
     // A bank may hold many more entries than a batch reads.
     if (c.ids && std::find(c.ids, c.ids + c.B, n) == c.ids + c.B) return;
@@ -50,18 +50,18 @@ void pack(const Call& c, bool backward, float* packed, int64_t unit) {
     });
 }
 
-int64_t forward_units(const Call& c) {
+int64_t forward_units(const Arguments& c) {
     return few(c) ? (c.B + chunk_of(c) - 1) / chunk_of(c) * c.HKV : c.B * c.HKV * parts(c);
 }
 
 void forward(const Forward& f, const float* packed, int64_t unit) {
-    with_elements(f.call, [&](auto x) {
-        few(f.call) ? forward_few<decltype(x)>(f, unit) : forward_many<decltype(x)>(f, packed, unit);
+    with_elements(f.args, [&](auto x) {
+        few(f.args) ? forward_few<decltype(x)>(f, unit) : forward_many<decltype(x)>(f, packed, unit);
     });
 }
 
 void backward(const Backward& f, const float* packed, int64_t unit) {
-    with_elements(f.call, [&](auto x) { backward_run<decltype(x)>(f, packed, unit); });
+    with_elements(f.args, [&](auto x) { backward_run<decltype(x)>(f, packed, unit); });
 }
 
 }  // namespace

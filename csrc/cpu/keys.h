@@ -40,19 +40,19 @@ bool in_place(const Array& x, int64_t size) {
 }
 
 // Whether products can be of pairs of bfloat16: a float32 prefix is rounded to them.
-bool paired(const Call& c) {
+bool paired(const Arguments& c) {
     return c.query.type == Type::bf16 && c.key.type == Type::bf16 && c.value.type == Type::bf16;
 }
 
 template <typename T>
-int64_t keys_floats(const Call& c, int64_t n, bool backward) {
+int64_t keys_floats(const Arguments& c, int64_t n, bool backward) {
     const int64_t t = tiles(n) * NT, k = elements<T>(c.D), v = elements<T>(c.DV);
     return t * k + t / PER<T> * up(c.DV) + (backward ? t / PER<T> * up(c.D) + t * v : 0);
 }
 
 // Keys [0, n), whose rows begin at ``key0`` and ``value0``, and which were packed at ``at``.
 template <typename T>
-Keys<T> keys_at(const Call& c, const Array& key, int64_t key0, const Array& value, int64_t value0, int64_t n,
+Keys<T> keys_at(const Arguments& c, const Array& key, int64_t key0, const Array& value, int64_t value0, int64_t n,
                 const float* at, bool backward) {
     const int64_t t = tiles(n) * NT, Dp = up(c.D), Vp = up(c.DV);
     Keys<T> x{(const T*)at, nullptr, nullptr, (const T*)at + t * elements<T>(c.D), Dp, Vp};
@@ -165,7 +165,7 @@ inline void pack_tile(const Array& x, int64_t at, int64_t count, int64_t size, P
 // Packs keys [from, until) of what ``keys_at`` then finds; the others are not read. What is behind the last key of a
 // tile is 0 up to a whole vector, and the second row of a pair.
 template <typename T>
-void pack_keys(const Call& c, const Array& key, int64_t key0, const Array& value, int64_t value0, int64_t n,
+void pack_keys(const Arguments& c, const Array& key, int64_t key0, const Array& value, int64_t value0, int64_t n,
                bool backward, float* to, int64_t from, int64_t until) {
     const Keys<T> x = keys_at<T>(c, key, key0, value, value0, n, to, backward);
     const auto tile = [&](const T* at, int64_t n0, int64_t size) {
@@ -189,11 +189,11 @@ struct Row {
 };
 
 // Valid keys of a bank entry.
-int64_t prefix_length(const Call& c, int64_t entry) {
+int64_t prefix_length(const Arguments& c, int64_t entry) {
     return c.prefix_lengths ? std::clamp<int64_t>(c.prefix_lengths[entry], 0, c.P) : c.P;
 }
 
-Row row_of(const Call& c, int64_t b) {
+Row row_of(const Arguments& c, int64_t b) {
     Row r{b, 0, 0, c.S, c.T, c.T, 0, 0, std::numeric_limits<int64_t>::min()};
     if (c.cu_q) {
         const auto at = [](const int64_t* cu, int64_t i, int64_t total) {
@@ -221,7 +221,7 @@ int64_t query_at(const Array& x, const Row& r, int64_t h, int64_t i) {
 int64_t key_at(const Array& x, const Row& r, int64_t kv, int64_t j) {
     return r.b * x.batch + kv * x.head + (r.k0 + j) * x.row;
 }
-int64_t place_of(const Call& c, const Row& r, int64_t h, int64_t i) {
+int64_t place_of(const Arguments& c, const Row& r, int64_t h, int64_t i) {
     return (r.b * c.HQ + h) * c.NQ + r.q0 + i;
 }
 
@@ -230,7 +230,7 @@ struct Range {
 };
 
 // Keys of the sequence that the query at ``position`` sees, but for key_mask.
-Range seen(const Call& c, const Row& r, int64_t position) {
+Range seen(const Arguments& c, const Row& r, int64_t position) {
     Range x{0, r.length};
     if (c.causal) x.hi = std::clamp<int64_t>(position + 1, 0, r.length);
     if (c.window && c.window <= position) x.lo = position - c.window + 1;

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from prefix_attn.backends import _native
-from prefix_attn.backends.sinks import grad_sinks
+from prefix_attn.backends.outputs import empty_like, grad_sinks
 from prefix_attn.call import Call
 
 NAME = "cpu"
@@ -45,7 +45,7 @@ def slow() -> str | None:
 
 def forward(call: Call) -> tuple[Tensor, Tensor]:
     """(out, lse) of the call."""
-    out = _like(call, call.query, call.value.shape[-1])
+    out = empty_like(call, call.query, call.value.shape[-1])
     lse = call.query.new_full(call.query.shape[:3], -torch.inf, dtype=torch.float32)
     if lse.numel():
         torch.ops.prefix_attn_cpu.forward.default(*_arguments(call), out, lse)
@@ -57,7 +57,7 @@ def backward(
 ) -> list[Tensor | None]:
     """Gradients of query, key, value, prefix_key, prefix_value and sinks, where needed."""
     wants = (needs[0], needs[1] or needs[2], needs[1] or needs[2])
-    sequence = [_like(call, t, t.shape[-1]) if w else None for t, w in zip(call[:3], wants)]
+    sequence = [empty_like(call, t, t.shape[-1]) if w else None for t, w in zip(call[:3], wants)]
     prefix = [t if t is not None and (needs[3] or needs[4]) else None for t in (call.prefix_key, call.prefix_value)]
     slots = _slots(call)
     partials = [None if t is None else _partials(t, slots) for t in prefix]
@@ -103,16 +103,6 @@ def _arguments(call: Call) -> tuple[Any, ...]:
 
 def _bank(prefix: Tensor | None) -> Tensor | None:
     return prefix[None] if prefix is not None and prefix.dim() == 3 else prefix
-
-
-def _like(call: Call, tensor: Tensor, size: int) -> Tensor:
-    """``tensor`` but for its last dimension, with the memory order (B, S, H, D), which models reshape for free.
-
-    Zeros where sequences are packed: nobody writes the tokens of a ``cu_seqlens`` that ends too early.
-    """
-    B, H, S, _ = tensor.shape
-    make = tensor.new_empty if call.cu_seqlens_q is None else tensor.new_zeros
-    return make(B, S, H, size).transpose(1, 2)
 
 
 def _slots(call: Call) -> int:

@@ -75,7 +75,7 @@ def prefix_rows(call: Call) -> Tensor | None:
 def prefix_entries(call: Call) -> Tensor:
     """(B,) int64: the bank entry of each row, -1 for none. An id out of range counts as -1."""
     assert call.prefix_key is not None
-    B, N = call.query.shape[0], call.prefix_key.shape[0]
+    B, N = call.batch, call.prefix_key.shape[0]
     device = call.query.device
     if call.prefix_ids is None:
         return torch.zeros(B, dtype=torch.int64, device=device) if N == 1 else torch.arange(B, device=device)

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from prefix_attn import prefix_attention
 from prefix_attn.backends.triton import launch
+from prefix_attn.backends.triton.primitives import _list_tiles
 from prefix_attn.backends.triton.table import table
-from prefix_attn.backends.triton.tiles import _list_tiles
 from prefix_attn.call import Call
 from tests import test_gpu
 from tests.backends.test_numerics import compare

@@ -16,7 +16,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from prefix_attn.backends.triton.tiles import (
+from prefix_attn.backends.triton.primitives import (
     LOG2E,
     SIZES,
     add_bias,

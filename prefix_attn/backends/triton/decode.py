@@ -24,7 +24,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from prefix_attn.backends.triton.tiles import (
+from prefix_attn.backends.triton.primitives import (
     LOG2E,
     SIZES,
     entry_of,

@@ -8,15 +8,16 @@ import torch
 import triton
 from torch import Tensor
 
-from prefix_attn.backends.sinks import grad_sinks
+from prefix_attn.backends import visibility
+from prefix_attn.backends.outputs import empty_like, grad_sinks
 from prefix_attn.backends.triton import interpreter
 from prefix_attn.backends.triton.attend import _forward
 from prefix_attn.backends.triton.decode import _fold_prefix, _split_keys
 from prefix_attn.backends.triton.prefix_grad import _grad_prefix, _sum_splits
+from prefix_attn.backends.triton.primitives import Array, Rows, Scores, _list_tiles
 from prefix_attn.backends.triton.query_grad import _delta, _grad_query
 from prefix_attn.backends.triton.sequence_grad import _grad_sequence
 from prefix_attn.backends.triton.table import architecture, processors, table, tile
-from prefix_attn.backends.triton.tiles import Array, Rows, Scores, _list_tiles
 from prefix_attn.call import Call
 
 if interpreter.ACTIVE:
@@ -34,7 +35,7 @@ def max_decode_rows(itemsize: int, size: int) -> int:
 
 def forward(call: Call) -> tuple[Tensor, Tensor]:
     """(out, lse) by ``_forward``, or by the decode kernels where each row has few queries."""
-    out = _empty(call, call.query, call.value.shape[-1])
+    out = empty_like(call, call.query, call.value.shape[-1])
     lse = torch.empty(call.query.shape[:3], dtype=torch.float32, device=out.device)
     if call.cu_seqlens_q is not None:
         lse.fill_(-torch.inf)  # of the tokens that belong to no sequence
@@ -65,69 +66,94 @@ def backward(
     call: Call, out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: Tensor | None, needs: list[bool]
 ) -> list[Tensor | None]:
     """The gradients that ``needs`` asks for, each by the kernels that make it and no other."""
-    B, Hkv, G, S, T, *_ = sizes = _sizes(call)
-    Dv = call.value.shape[-1]
-    if grad_out.stride(-1) != 1:
-        grad_out = grad_out.contiguous()
-    grads: list[Tensor | None] = [None] * 7
     if not lse.numel():
         return [torch.zeros_like(t) if isinstance(t, Tensor) and needed else None for t, needed in zip(call, needs)]
+    grads: list[Tensor | None] = [None] * 7
+    arrays, scores = _arrays(call), _scores(call)
+    saved = _saved(call, out, lse, grad_out if grad_out.stride(-1) == 1 else grad_out.contiguous(), grad_lse)
+    if needs[0] or needs[5]:
+        grads[0] = empty_like(call, call.query, call.query.shape[-1]) if needs[0] else None
+        share = torch.zeros_like(lse) if needs[5] else None
+        _launch_grad_query(call, arrays, scores, saved, grads[0], share)
+        if share is not None and call.sinks is not None:
+            grads[5] = grad_sinks(call.sinks, lse, share, grad_lse)
+    if needs[1] or needs[2]:
+        grads[1], grads[2] = (empty_like(call, t, t.shape[-1]) for t in (call.key, call.value))
+        _launch_grad_sequence(call, arrays, scores, saved, grads[1], grads[2])
+    if needs[3] or needs[4]:
+        grads[3], grads[4] = _grad_of_prefix(call, arrays, saved)
+    return [grad if needed else None for grad, needed in zip(grads, needs)]
+
+
+def _saved(call: Call, out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: Tensor | None) -> tuple[Any, ...]:
+    """(grad_out, lse in units of log 2, delta): what every backward kernel reads."""
     lse2, delta = torch.empty_like(lse), torch.empty_like(lse)
-    options = _blocks(call)
-    _delta[(lse.shape[0] * lse.shape[1] * triton.cdiv(lse.shape[2], 64),)](
+    B, Hq, S = lse.shape
+    _delta[(B * Hq * triton.cdiv(S, 64),)](
         _array(out),
         _array(grad_out),
         lse,
         None if grad_lse is None else grad_lse.float().contiguous(),
         lse2,
         delta,
-        lse.shape[1],
-        lse.shape[2],
-        DV=Dv,
+        Hq,
+        S,
+        DV=call.value.shape[-1],
         BLOCK_M=64,
-        BLOCK_DV=options["BLOCK_DV"],
+        BLOCK_DV=_blocks(call)["BLOCK_DV"],
         enable_fp_fusion=True,
     )
-    arrays, scores = _arrays(call), _scores(call)
-    saved = (_array(grad_out), lse2, delta)
-    if needs[0] or needs[5]:
-        grads[0] = _empty(call, call.query, call.query.shape[-1]) if needs[0] else None
-        share = torch.zeros_like(lse) if needs[5] else None
-        options = _options(call, "grad_query")
-        num = triton.cdiv(S, options["BLOCK_M"])
-        _grad_query[(B * Hkv * G * num,)](
-            *arrays,
-            _rows(call, options["BLOCK_N"]),
-            scores,
-            *saved,
-            _array(grads[0]),
-            share,
-            call.scale,
-            *sizes,
-            CAUSAL=call.is_causal,
-            **options,
-        )
-        if share is not None and call.sinks is not None:
-            grads[5] = grad_sinks(call.sinks, lse, share, grad_lse)
-    if needs[1] or needs[2]:
-        grads[1], grads[2] = (_empty(call, t, t.shape[-1]) for t in (call.key, call.value))
-        if T:
-            options = _options(call, "grad_sequence")
-            _grad_sequence[(triton.cdiv(T, options["BLOCK_N"]) * Hkv * B,)](
-                *arrays[:3],
-                _rows(call, None),
-                scores,
-                *saved,
-                _array(grads[1]),
-                _array(grads[2]),
-                call.scale,
-                *sizes[:-1],
-                CAUSAL=call.is_causal,
-                **options,
-            )
-    if needs[3] or needs[4]:
-        grads[3], grads[4] = _grad_of_prefix(call, arrays, saved)
-    return [grad if needed else None for grad, needed in zip(grads, needs)]
+    return _array(grad_out), lse2, delta
+
+
+def _launch_grad_query(
+    call: Call,
+    arrays: tuple[Array | None, ...],
+    scores: Scores,
+    saved: tuple[Any, ...],
+    grad: Tensor | None,
+    share: Tensor | None,
+) -> None:
+    B, Hkv, G, S, *_ = sizes = _sizes(call)
+    options = _options(call, "grad_query")
+    _grad_query[(B * Hkv * G * triton.cdiv(S, options["BLOCK_M"]),)](
+        *arrays,
+        _rows(call, options["BLOCK_N"]),
+        scores,
+        *saved,
+        _array(grad),
+        share,
+        call.scale,
+        *sizes,
+        CAUSAL=call.is_causal,
+        **options,
+    )
+
+
+def _launch_grad_sequence(
+    call: Call,
+    arrays: tuple[Array | None, ...],
+    scores: Scores,
+    saved: tuple[Any, ...],
+    grad_key: Tensor | None,
+    grad_value: Tensor | None,
+) -> None:
+    B, Hkv, _, _, T, *_ = sizes = _sizes(call)
+    if not T:
+        return
+    options = _options(call, "grad_sequence")
+    _grad_sequence[(triton.cdiv(T, options["BLOCK_N"]) * Hkv * B,)](
+        *arrays[:3],
+        _rows(call, None),
+        scores,
+        *saved,
+        _array(grad_key),
+        _array(grad_value),
+        call.scale,
+        *sizes[:-1],
+        CAUSAL=call.is_causal,
+        **options,
+    )
 
 
 def _decode(call: Call, out: Tensor, lse: Tensor) -> None:
@@ -256,14 +282,7 @@ def _grad_of_prefix(call: Call, arrays: tuple[Array | None, ...], saved: tuple[A
 
 def _order(call: Call) -> tuple[Tensor, Tensor]:
     """(bank entries in ascending order, the rows that have them), on the device; -1 for none."""
-    assert call.prefix_key is not None
-    B, N = call.batch, call.prefix_key.shape[0]
-    device = call.query.device
-    if call.prefix_ids is None:
-        entries = torch.zeros(B, dtype=torch.int64, device=device) if N == 1 else torch.arange(B, device=device)
-    else:
-        entries = torch.where((call.prefix_ids >= 0) & (call.prefix_ids < N), call.prefix_ids.long(), -1)
-    return torch.sort(entries, stable=True)
+    return torch.sort(visibility.prefix_entries(call), stable=True)
 
 
 def _grouped(call: Call) -> tuple[Tensor, Tensor]:
@@ -274,16 +293,6 @@ def _grouped(call: Call) -> tuple[Tensor, Tensor]:
 
 
 # What kernels take --------------------------------------------------------------------------------------------------
-
-
-def _empty(call: Call, like: Tensor, size: int) -> Tensor:
-    """``like`` but for its last dimension, with the memory order (B, S, H, D), which models reshape for free.
-
-    Zeros where sequences are packed: nobody writes the tokens of a ``cu_seqlens`` that ends too early.
-    """
-    B, H, S, _ = like.shape
-    make = like.new_empty if call.cu_seqlens_q is None else like.new_zeros
-    return make(B, S, H, size).transpose(1, 2)
 
 
 def _array(tensor: Tensor | None) -> Array | None:
@@ -338,9 +347,20 @@ def _scores(call: Call) -> Scores:
     if call.bias is not None and call.bias.shape[0] == 1:
         batch = 0
     dropout = None if call.seed is None else call.dropout_p
-    window = None if call.window is None else min(call.window, 1 << 30)  # positions plus a window stay in 32 bits
     late = 1 if call.softcap is None and call.bias is None and scale > 0 else None
-    return Scores(float(scale), late, call.softcap, window, call.bias, batch, head, row, column, dropout, call.seed)
+    return Scores(
+        float(scale),
+        late,
+        call.softcap,
+        None if call.window is None else min(call.window, 1 << 30),  # a position plus it stays in 32 bits
+        call.bias,
+        batch,
+        head,
+        row,
+        column,
+        dropout,
+        call.seed,
+    )
 
 
 def _sizes(call: Call) -> tuple[int, ...]:

@@ -16,9 +16,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from prefix_attn.backends.triton.primitives import SIZES, keys_of, load_rows, prefix_of, queries_of, store_rows
 from prefix_attn.backends.triton.query_grad import load_queries
 from prefix_attn.backends.triton.sequence_grad import key_tile
-from prefix_attn.backends.triton.tiles import SIZES, keys_of, load_rows, prefix_of, queries_of, store_rows
 
 
 @triton.jit(do_not_specialize=[*SIZES, "SPLITS"])

@@ -5,8 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from prefix_attn.backends.triton.query_grad import load_queries
-from prefix_attn.backends.triton.tiles import (
+from prefix_attn.backends.triton.primitives import (
     SIZES,
     add_bias,
     grad_product,
@@ -17,6 +16,7 @@ from prefix_attn.backends.triton.tiles import (
     queries_of,
     store_rows,
 )
+from prefix_attn.backends.triton.query_grad import load_queries
 
 
 @triton.jit

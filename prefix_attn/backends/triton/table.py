@@ -46,7 +46,6 @@ def tile(arch: str, kernel: str, dtype: torch.dtype, size: int, plus: bool) -> d
 
     ``plus``: the call has options that need more registers, and has an entry of its own.
     """
-    name = next(str(limit) for limit in (64, 128, 256) if size <= limit)
     head = next(limit for limit in (64, 128, 256) if size <= limit)
     name = f"{'half' if dtype.itemsize == 2 else 'float'}/{head}{'+' if plus else ''}"
     block_m, block_n, warps, stages = table()[arch][kernel][name]

@@ -1,0 +1,31 @@
+"""What fused backends return: tensors in the memory order of models, and the gradient of attention sinks."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from prefix_attn.call import Call
+
+
+def empty_like(call: Call, tensor: Tensor, size: int) -> Tensor:
+    """``tensor`` with a last dimension of ``size``, in the memory order (B, S, H, D), which models reshape for free.
+
+    Zeros where sequences are packed: nobody writes the tokens behind a ``cu_seqlens`` that ends too early.
+    """
+    B, H, S, _ = tensor.shape
+    make = tensor.new_empty if call.cu_seqlens_q is None else tensor.new_zeros
+    return make(B, S, H, size).transpose(1, 2)
+
+
+def grad_sinks(sinks: Tensor, lse: Tensor, share: Tensor, grad_lse: Tensor | None) -> Tensor:
+    """-sum over rows of exp(sink - lse) (share - dlse), (Hq,) in the dtype of ``sinks``.
+
+    It needs no kernel: a sink is one more key, whose value is 0.
+
+    share: (B, Hq, S), sum over keys of p dp. It equals the sum over Dv of out dout, but for the rounding of out, which
+    half precision cannot afford.
+    """
+    share = share if grad_lse is None else share - grad_lse.to(share.dtype)
+    weight = torch.exp(sinks.to(lse.dtype)[:, None] - torch.where(lse == -torch.inf, torch.inf, lse))
+    return -(weight * share).sum((0, 2)).to(sinks.dtype)
