@@ -51,7 +51,7 @@ def accelerate(model: Any, *, backend: str = "auto") -> Callable[[], None]:
     def ours(config: Any) -> PrefixConfig:
         # Of an encoder-decoder: in PEFT, too, the decoder's alone.
         sites, length = ("decoder",) if config.num_transformer_submodules > 1 else None, config.num_virtual_tokens
-        return attachment.resolve(
+        return attachment.resolver.resolve(
             PrefixConfig(num_virtual_tokens=length, sites=sites, position_mode="shift", backend=backend)
         )
 
@@ -60,8 +60,8 @@ def accelerate(model: Any, *, backend: str = "auto") -> Callable[[], None]:
         kv = _kv(model, config)
         if config.num_transformer_submodules > 1:
             pairs = kv.unflatten(0, (-1, 2))
-            kv = pairs[slots_of_peft(len(pairs), attachment.decoder_layers)].flatten(0, 1)
-        return attachment.running(kv, ours(config))
+            kv = pairs[slots_of_peft(len(pairs), attachment.resolver.decoder_layers)].flatten(0, 1)
+        return attachment.runner.running(kv, attachment.resolver.layout(ours(config)))
 
     try:
         ours(_check(model))

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from prefix_attn.hf.attach.attachment import some_ids
+from prefix_attn.hf.attach.probe import some_ids
 from prefix_attn.hf.attach.slots import Slot
 from prefix_attn.hf.config import PrefixConfig
 from prefix_attn.hf.model import PrefixModel
@@ -116,7 +116,7 @@ def move(model: PrefixModel, source: str, name: str, *, position_mode: str, is_t
         ValueError: unknown name. NotImplementedError: the model has no rotary embeddings, alone in which outputs stay.
     """
     _, config = model._find(source)
-    moved = model._attachment.resolve(replace(config, position_mode=position_mode))
+    moved = model._attachment.resolver.resolve(replace(config, position_mode=position_mode))
     by = moved.shift - config.shift
     kv = _kv(model, source)
     if by:
@@ -175,15 +175,15 @@ def _turns(model: PrefixModel, config: PrefixConfig, by: int, hint: str = "") ->
         NotImplementedError: nothing known does.
     """
     attachment, name = model._attachment, type(model.base_model).__name__
-    slots = attachment.layout(config).slots
+    slots = attachment.resolver.layout(config).slots
     refusal = f"the positions of {name} cannot be moved{hint}"
     for slot in slots:
         if changes := sorted(set(_CHANGES) & set(_rope_types(slot.stack))):
             raise NotImplementedError(f"{refusal} (its rotary embeddings are {changes[0]}: they depend on the length)")
-    some = [some_ids(embeddings, 3) for embeddings in attachment.embeddings()]
+    some = [some_ids(embeddings, 3) for embeddings in attachment.probe.embeddings()]
     try:
         here, there = (
-            {call.module: call.key for call in attachment.capture(*some, shift=shift)} for shift in (0, abs(by))
+            {call.module: call.key for call in attachment.probe.capture(*some, shift=shift)} for shift in (0, abs(by))
         )
     except (IndexError, RuntimeError) as error:
         raise NotImplementedError(f"{refusal} (it has no position {abs(by)})") from error

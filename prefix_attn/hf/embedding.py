@@ -57,7 +57,7 @@ class PrefixTuning(Wrapper):
         self._config = PrefixConfig(num_virtual_tokens=prefix_length, mode="embedding", position_mode="shift")
         self._attachment = _attach(model)
         if self._attachment is not None:
-            self._config = self._attachment.resolve(self._config)
+            self._config = self._attachment.resolver.resolve(self._config)
         self.base_model = model.requires_grad_(False)
         self.prefix = nn.Parameter(initial_embeddings(model, self._config, None))
 
@@ -140,9 +140,9 @@ class PrefixTuning(Wrapper):
     def _running(self) -> AbstractContextManager[None]:
         if self._attachment is None:
             return self._insertion.running(self.prefix)
-        slots = self._attachment.layout(self._config).slots
-        kv = self._attachment.kv(slots, self.prefix.to(self._insertion.embeddings.weight.dtype))
-        return self._attachment.running(kv, self._config)
+        layout = self._attachment.resolver.layout(self._config)
+        kv = self._attachment.probe.kv(layout.slots, self.prefix.to(self._insertion.embeddings.weight.dtype))
+        return self._attachment.runner.running(kv, layout)
 
 
 def _attach(model: PreTrainedModel) -> Attachment | None:

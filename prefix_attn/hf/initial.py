@@ -32,25 +32,26 @@ class FromEmbeddings(nn.Module):
     def forward(self, embeddings: Tensor) -> Tensor:
         """(P, hidden size) -> (P, 2 * slots * H * D) float32: the model's own keys and values for them."""
         dtype = self._attachment.base.get_input_embeddings().weight.dtype
-        kv = self._attachment.kv(self._slots, embeddings.to(dtype))
+        kv = self._attachment.probe.kv(self._slots, embeddings.to(dtype))
         return kv.permute(2, 0, 1, 3).flatten(1).float()
 
 
 def initial_kv(attachment: Attachment, config: PrefixConfig, tokenizer: PreTrainedTokenizerBase | None) -> Tensor:
     """(2 * slots, H, P, D) float32: the model's own keys and values of P tokens, or numbers."""
     base, P = attachment.base, config.num_virtual_tokens
-    slots, heads, size = attachment.layout(config)
+    _, slots, heads, size = attachment.resolver.layout(config)
     if config.init in ("zero", "uniform"):
         return _numbers(config.init, 2 * len(slots), heads, P, size)
     if (
         config.init in ("text", "document")
-        and not attachment.reads_text
+        and not attachment.probe.reads_text
         and any(slot.site != "decoder" for slot in slots)
     ):
         raise ValueError(f"init={config.init!r}: the encoder of {type(base).__name__} reads {base.main_input_name}")
     first = (getattr(base.config.get_text_config(), name, None) for name in ("bos_token_id", "decoder_start_token_id"))
-    ids = [_initial_ids(embeddings, i, config, tokenizer) for embeddings, i in zip(attachment.embeddings(), first)]
-    kv = attachment.kv(slots, *ids)
+    tables = attachment.probe.embeddings()
+    ids = [_initial_ids(embeddings, i, config, tokenizer) for embeddings, i in zip(tables, first)]
+    kv = attachment.probe.kv(slots, *ids)
     if (length := kv.shape[2]) < P:
         raise ValueError(f"num_virtual_tokens must be at most {length} for {type(base).__name__}, got {P}")
     return kv[:, :, :P].float().cpu()
@@ -87,7 +88,7 @@ def start_from_prefix(
             raise ValueError(f"init_prefix: {name} has keys and values, of which mode='embedding' cannot start")
         encoder.embedding.data = other.embedding[:P].detach().clone()
         return
-    wanted, there = ([(s.site, s.layer) for s in attachment.layout(c).slots] for c in (config, source))
+    wanted, there = ([(s.site, s.layer) for s in attachment.resolver.layout(c).slots] for c in (config, source))
     if missing := [f"{site} {layer}" for site, layer in wanted if (site, layer) not in there]:
         raise ValueError(f"init_prefix: {name} has nothing for layers {', '.join(missing)}")
     if short := [f"{site} {layer}" for site, layer in wanted if source.length(layer) < config.length(layer)]:

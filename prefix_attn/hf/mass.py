@@ -43,7 +43,7 @@ def prefix_mass(
         raise ValueError(
             f"{model.active_prefix} has a gate: its softmax is its own, and takes no mass of the sequence's"
         )
-    slots = attachment.layout(config).slots
+    slots = attachment.resolver.layout(config).slots
     sums = {slot.module: torch.zeros(slot.query_heads, dtype=torch.float64) for slot in slots}
     counts = dict.fromkeys(sums, 0)
     sites = {slot.module: slot.site for slot in slots}
@@ -55,7 +55,7 @@ def prefix_mass(
 
             def add(module: nn.Module, share: Tensor, batch: Any = batch, starts: Tensor | None = starts) -> None:
                 B, _, S = share.shape
-                tokens = _tokens(batch, sites[module], attachment.has_decoder)
+                tokens = _tokens(batch, sites[module], attachment.probe.has_decoder)
                 # A device_map may have this layer elsewhere.
                 tokens = torch.ones(B, S, device=share.device) if tokens is None else tokens.to(share.device)
                 if starts is not None:
@@ -64,7 +64,7 @@ def prefix_mass(
                 sums[module] += torch.einsum("bhs,bs->h", share.double(), tokens.double()).cpu()
                 counts[module] += int(tokens.sum())
 
-            with attachment.watching(add):
+            with attachment.runner.watching(add):
                 model(**batch)
             if progress is not None:
                 progress(len(next(iter(batch.values()))))
@@ -79,7 +79,7 @@ def prefix_mass(
 def layers_of(model: PrefixModel) -> dict[str, list[int]]:
     """For each site the numbers of the layers that the rows of ``prefix_mass`` are of."""
     assert model.active_prefix is not None
-    slots = model._attachment.layout(model.prefix_configs[model.active_prefix]).slots
+    slots = model._attachment.resolver.layout(model.prefix_configs[model.active_prefix]).slots
     return {site: [s.layer for s in slots if s.site == site] for site in dict.fromkeys(s.site for s in slots)}
 
 

@@ -80,7 +80,7 @@ class PrefixModel(Wrapper):
     def add_prefix(self, name: str, config: PrefixConfig, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
         """A new trainable prefix, initialised as ``config`` says; it becomes the active one."""
         self._check_new(name)
-        config = draw_pieces(self._attachment.resolve(config), tokenizer)
+        config = draw_pieces(self._attachment.resolver.resolve(config), tokenizer)
         encoder = self._encoder(config)
         if config.init == "prefix":
             start_from_prefix(encoder, config, *self._other(config), self._attachment)
@@ -231,23 +231,25 @@ class PrefixModel(Wrapper):
             starts = start()
         with ExitStack() as stack:
             if self._disabled or not found:
-                stack.enter_context(self._attachment.plain())
+                stack.enter_context(self._attachment.runner.plain())
             elif len(set(names)) == 1:
                 ((name, (encoder, config)),) = found.items()
                 kv = encoder()
                 stack.enter_context(heads_in_place(self.base_model, self._heads(name)))
-                stack.enter_context(self._attachment.running(kv, config, gates=encoder.gate, starts=starts))
+                layout = self._attachment.resolver.layout(config)
+                stack.enter_context(self._attachment.runner.running(kv, layout, gates=encoder.gate, starts=starts))
             else:
                 configs = {name: config for name, (_, config) in found.items()}
                 self._check_together(configs)
                 kvs = [encoder() for encoder, _ in found.values()]
                 rows = make_rows(names, configs, kvs)
                 gates: list[Tensor] = [encoder.gate for encoder, _ in found.values() if encoder.gate is not None]
-                bank = make_bank(kvs), next(iter(configs.values())), rows, torch.stack(gates) if gates else None
+                layout = self._attachment.resolver.layout(next(iter(configs.values())))
+                bank = make_bank(kvs), layout, rows, torch.stack(gates) if gates else None
                 if starts is not None:  # in rows with another prefix all columns see it
                     infix = [name is not None and configs[name].mode == "infix" for name in names]
                     starts = starts * torch.tensor(infix, device=starts.device)
-                stack.enter_context(self._attachment.running(*bank, starts))
+                stack.enter_context(self._attachment.runner.running(*bank, starts))
             yield
 
     def _check_together(self, configs: dict[str, PrefixConfig]) -> None:
@@ -312,7 +314,7 @@ class PrefixModel(Wrapper):
             raise ValueError(f"a prefix cannot be named {name!r}: its name becomes that of a module")
 
     def _encoder(self, config: PrefixConfig) -> PrefixEncoder:
-        slots, heads, size = self._attachment.layout(config)
+        _, slots, heads, size = self._attachment.resolver.layout(config)
         gated = None if config.gate is None else slots[0].query_heads
         hidden = (config.encoder_hidden_size or heads * size) if config.prefix_projection else None
         encoder = PrefixEncoder(

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from prefix_attn import PrefixConfig, PrefixModel
 from prefix_attn.hf import model as model_module
-from prefix_attn.hf.attach import attachment as attach
+from prefix_attn.hf.attach import running
 from prefix_attn.hf.attach.gradient_checkpointing import set_checkpointing
 from tests.hf import test_gradients  # noqa: F401  registers the attention "concatenating"
 from tests.hf.models import CACHE, VOCABULARY, tiny, tokens
@@ -324,13 +324,13 @@ def test_a_thousand_prefixes(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_bank_holds_what_the_call_names_once(monkeypatch: pytest.MonkeyPatch) -> None:
     model, states = prefixed(), []
-    real = attach.PrefixState
+    real = running.PrefixState
 
     def state(kv: Tensor, slots: Any, **rest: Any) -> Any:
         states.append((kv, rest["rows"]))
         return real(kv, slots, **rest)
 
-    monkeypatch.setattr(attach, "PrefixState", state)
+    monkeypatch.setattr(running, "PrefixState", state)
     model.generate(tokens(4, 5), prefix_names=["still", None, "short", "still"], num_beams=2, **QUIET)
     ((kv, rows),) = states
     assert kv.shape == (2, 6, 2, 4, 8)

@@ -196,8 +196,8 @@ def test_virtual_tokens_run_without_the_dropout_of_the_model() -> None:
     model = PrefixTuning(tiny("gpt2", resid_pdrop=0.5, embd_pdrop=0.5), P, WIDTH).train()
     model.base_model.transformer.h[0].eval()
     modes = [m.training for m in model.modules()]
-    slots = model._attachment.layout(model._config).slots
-    assert torch.equal(*(model._attachment.kv(slots, model.prefix) for _ in range(2)))
+    slots = model._attachment.resolver.layout(model._config).slots
+    assert torch.equal(*(model._attachment.probe.kv(slots, model.prefix) for _ in range(2)))
     assert [m.training for m in model.modules()] == modes
     assert not torch.equal(model(tokens()).logits, model(tokens()).logits)
 

@@ -68,7 +68,7 @@ def save_prefix(
         layers=encoder.num_layers,
         heads=encoder.num_heads,
         width=encoder.num_heads * encoder.head_dim,
-        submodules=2 if attachment.has_decoder else 1,
+        submodules=2 if attachment.probe.has_decoder else 1,
     )
     contents[ADAPTER_CONFIG] = json.dumps(fields, indent=2).encode()
     contents[ADAPTER] = save(prefix | _on_cpu(heads.state_dict(prefix=HEAD)), metadata)
@@ -89,15 +89,15 @@ def load_prefix(
     Raises:
         ValueError: missing, damaged, or made for another model.
     """
-    stored = formats.read(path, decoder_layers=attachment.decoder_layers)
+    stored = formats.read(path, decoder_layers=attachment.resolver.decoder_layers)
     config = stored.config
-    if stored.peft_slots is not None and not attachment.has_decoder:
+    if stored.peft_slots is not None and not attachment.probe.has_decoder:
         name = type(attachment.base).__name__
         raise ValueError(f"{stored.path}: a prefix of an encoder-decoder model, and {name} is none")
     _check_base(stored.path, config, stored.metadata, attachment.base)
     try:
-        config = attachment.resolve(config)
-        slots, heads, head_dim = attachment.layout(config)
+        config = attachment.resolver.resolve(config)
+        _, slots, heads, head_dim = attachment.resolver.layout(config)
     except (ValueError, NotImplementedError) as error:
         raise ValueError(f"{stored.path}: {error}") from None
     sizes = len(slots), heads, head_dim
@@ -266,9 +266,10 @@ def peft_fields(
 
 def _kind(config: PrefixConfig, attachment: Attachment) -> str:
     """PEFT's name of such a prefix, where it has one."""
-    in_place = config.position_mode == "shift" or attachment.fixed(config)  # PEFT moves all tokens that it can
+    # PEFT shifts the tokens of every model whose tokens can be shifted.
+    in_place = config.position_mode == "shift" or attachment.resolver.unshiftable(config)
     known = config.layers == "all" and config.gate is None and config.mode != "infix"
-    if known and in_place and not attachment.has_decoder:
+    if known and in_place and not attachment.probe.has_decoder:
         return FROZEN if config.num_frozen_tokens else PEFT
     return OURS
 

@@ -1,0 +1,196 @@
+"""Run a model with a prefix: hooks on its stacks hand them the prefix of the current context."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+from transformers import PreTrainedModel
+
+from prefix_attn.hf.attach.attention import FIRST, STATE, Capture, PrefixState, Watch
+from prefix_attn.hf.attach.banks import Rows
+from prefix_attn.hf.attach.gradient_checkpointing import Bridge, bridge_next
+from prefix_attn.hf.attach.layout import Layout
+from prefix_attn.hf.attach.positions import Positions, is_packed, past, shifted
+from prefix_attn.hf.attach.slots import Slot, find_stacks
+
+
+class Runner:
+    """Contexts in which the forwards of ``base`` see a prefix.
+
+    ``positions`` says how each stack of ``base`` numbers its tokens.
+    """
+
+    def __init__(self, base: PreTrainedModel) -> None:
+        """Put hooks on every stack of ``base``; outside of contexts they do nothing."""
+        self._name = type(base).__name__
+        self._now = _Now()
+        self._hooks: list[RemovableHandle] = []
+        self._checkpointed = [m for m in base.modules() if hasattr(m, "gradient_checkpointing")]
+        self.positions = {stack: Positions(stack) for stack in find_stacks(base)}
+        self._listen(self.positions)
+
+    def keep(self, slots: Iterable[Slot]) -> None:
+        """Leave hooks only on the stacks of ``slots``, which are all that a prefix can enter."""
+        slots = list(slots)
+        for slot in slots:
+            if slot.site != "cross":
+                self.positions[slot.stack].add(slot.module)
+        self._listen(dict.fromkeys(slot.stack for slot in slots))
+
+    def remove(self) -> None:
+        """Take all hooks off."""
+        self._listen([])
+
+    @contextmanager
+    def running(
+        self,
+        kv: Tensor,
+        layout: Layout,
+        rows: Rows | None = None,
+        gates: Tensor | None = None,
+        starts: Tensor | None = None,
+    ) -> Iterator[None]:
+        """Forwards within the context attend to a prefix, or each row to its own of a bank.
+
+        Args:
+            kv: a prefix (2 * slots, H, P, D), or a bank (N, 2 * slots, H, P, D).
+            layout: of the prefix, or of any prefix in the bank.
+            rows: which row has which prefix of the bank.
+            gates: (slots, Hq), or for a bank (N, slots, Hq).
+            starts: (B,) int64, the first column of each row that sees an infix.
+
+        Raises:
+            RuntimeError: on leaving, if a slot of a stack that ran did not ask for its prefix.
+        """
+        bridge = None
+        made = [kv] if gates is None else [kv, gates]
+        if torch.is_grad_enabled() and any(t.requires_grad for t in made) and self._is_reentrant():
+            leaves = [t.detach().requires_grad_() for t in made]
+            (kv, *rest), bridge = leaves, (leaves, *made)
+            gates = rest[0] if rest else None
+        config = layout.config
+        shift = config.shift if rows is None else rows.shifts
+        state = PrefixState(
+            kv,
+            {slot.module: number for number, slot in enumerate(layout.slots)},
+            shifts=dict.fromkeys(layout.shifted, shift),
+            backend=config.backend,
+            lengths=[config.length(slot.layer) for slot in layout.slots] if config.has_lengths else None,
+            rows=rows,
+            gates=gates,
+            starts=starts,
+            watch=self._now.watch,
+        )
+        with self.context(state, bridge):
+            yield
+        self._check_served(state, layout.slots)
+
+    @contextmanager
+    def plain(self) -> Iterator[None]:
+        """Forwards within the context are those of the frozen model."""
+        with self.context(None):
+            yield
+
+    @contextmanager
+    def watching(self, watch: Watch) -> Iterator[None]:
+        """``running`` contexts that are entered within this one tell ``watch`` the prefix's share of the softmax."""
+        self._now.watch = watch
+        try:
+            yield
+        finally:
+            self._now.watch = None
+
+    @contextmanager
+    def context(self, state: PrefixState | Capture | None, bridge: tuple[Any, ...] | None = None) -> Iterator[None]:
+        """Forwards of this thread within the context have ``state``."""
+        before = self._now.state, self._now.bridge
+        self._now.state, self._now.bridge = state, bridge
+        try:
+            yield
+        finally:
+            self._now.state, self._now.bridge = before
+
+    def _check_served(self, state: PrefixState, slots: list[Slot]) -> None:
+        # Not every slot has to ask: an encoder runs once for many steps of its decoder, and layerdrop skips layers.
+        ran = [slot for slot in slots if slot.stack in state.entered] or slots
+        left = [slot for slot in ran if slot.module not in state.served and not _drops_layers(slot.stack)]
+        if left:
+            names = ", ".join(f"{slot.site} {slot.layer}" for slot in left)
+            raise RuntimeError(f"{self._name} did not hand the prefix to layers {names}")
+
+    def _listen(self, stacks: Iterable[PreTrainedModel]) -> None:
+        """Have hooks on these stacks and on no others."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()
+        for stack in stacks:
+            self._hooks.append(stack.register_forward_pre_hook(self._inject, with_kwargs=True))
+            if (positions := self.positions[stack].embedding) is not None:
+                hook = partial(self._shifted, stack)
+                self._hooks.append(positions.register_forward_pre_hook(hook, with_kwargs=True))
+
+    def _inject(self, stack: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Before ``stack`` runs: add the state, the positions of its tokens and the bridge to its arguments."""
+        state, bridge = self._now.state, self._now.bridge
+        weights = kwargs.get("output_attentions", getattr(stack.config, "output_attentions", False))
+        if state is None:
+            if not weights:
+                return None
+            state = Capture()
+            state.weights = True
+            return args, kwargs | {STATE: state}
+        state.weights = bool(weights)
+        state.entered.add(stack)
+        positions = self.positions[stack]
+        kwargs = dict(zip(positions.names, args)) | kwargs | {STATE: state}
+        kwargs |= positions.arguments(kwargs, state.shifts.get(stack, 0))
+        if is_packed(kwargs):  # with a cache transformers would not see where a sequence ends
+            if kwargs.get("use_cache"):
+                raise ValueError("packed sequences (position_ids that start again) need use_cache=False, got True")
+            kwargs["use_cache"] = False
+        if state.starts is not None:
+            kwargs[FIRST] = past(kwargs)
+        if bridge is not None:
+            if kwargs.get("inputs_embeds") is not None:
+                kwargs["inputs_embeds"] = Bridge.apply(kwargs["inputs_embeds"], *bridge)
+            else:
+                bridge_next(stack.get_input_embeddings(), bridge)
+        return (), kwargs
+
+    def _shifted(self, stack: PreTrainedModel, embedding: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+        """Before ``stack`` embeds positions: shift them."""
+        state = self._now.state
+        shift = 0 if state is None else state.shifts.get(stack, 0)
+        moves = isinstance(shift, Tensor) or shift != 0
+        return (args, shifted(embedding, args, kwargs, shift)) if moves else None
+
+    def _is_reentrant(self) -> bool:
+        """Whether the next forward checkpoints with ``use_reentrant=True``."""
+        for module in self._checkpointed:
+            if module.gradient_checkpointing and module.training:
+                function = getattr(module, "_gradient_checkpointing_func", None)
+                return bool(getattr(function, "keywords", {}).get("use_reentrant", True))
+        return False
+
+
+class _Now(threading.local):
+    """What the forwards of this thread run with. Other threads may run the same model with other prefixes."""
+
+    state: PrefixState | Capture | None = None
+    bridge: tuple[Any, ...] | None = None
+    watch: Watch | None = None
+
+    def __reduce__(self) -> tuple[type[_Now], tuple[()]]:
+        """A copy of the model runs nothing yet."""
+        return type(self), ()
+
+
+def _drops_layers(stack: PreTrainedModel) -> bool:
+    return stack.training and bool(getattr(stack, "layerdrop", 0))
