@@ -31,6 +31,7 @@ ORDER = (
     ("prefix_attn.hf.attach",),
     ("prefix_attn.hf.io",),
     ("prefix_attn.hf.initial", "prefix_attn.hf.accelerate", "prefix_attn.hf.load"),
+    ("prefix_attn.hf.prefixes",),
     ("prefix_attn.hf.model", "prefix_attn.hf.embedding"),
     ("prefix_attn.hf.edit", "prefix_attn.hf.mass", "prefix_attn.hf.check"),
     ("prefix_attn.training",),
@@ -269,3 +270,47 @@ def test_no_machine_paths_or_index_addresses() -> None:
 )
 def test_what_is_forbidden(line: str, bad: bool) -> None:
     assert bool(FORBIDDEN.search(line)) is bad
+
+
+# Names with an underscore that a module may use of objects that are not its own, and why.
+PRIVATE = {
+    # The public interface of a NamedTuple, which cannot collide with the names of fields.
+    *("_asdict", "_fields", "_replace"),
+    # torch offers no other way to dispatch an op below autograd, or to tell what runs it.
+    *("_C", "_AutoDispatchBelowAutograd", "_are_functorch_transforms_active", "_current_level"),
+    # torch's own CPU kernel, and the folder of a build: neither has a public name.
+    *("_scaled_dot_product_flash_attention_for_cpu", "_scaled_dot_product_flash_attention_for_cpu_backward"),
+    "_get_build_directory",
+    # Which units the processor has: torch.cpu says it under these names alone.
+    *("_is_avx512_bf16_supported", "_is_amx_tile_supported"),
+    # Triton's interpreter is repaired in place, and marked as repaired.
+    *("_patch_lang_tensor", "_prefix_attn_repaired"),
+    # transformers has setters, but nothing public that reads these back.
+    *("_attn_implementation", "_can_set_attn_implementation", "_name_or_path"),
+    # Resuming as a Trainer does, and the tokenizer that transformers wraps.
+    *("_load_from_checkpoint", "_tokenizer"),
+}
+
+
+def private_uses(tree: ast.AST) -> list[str]:
+    """Attributes that start with one underscore, of anything else than self and cls."""
+    return [
+        f"{node.lineno}: {ast.unparse(node)}"
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Attribute)
+        and node.attr.startswith("_")
+        and not node.attr.startswith("__")
+        and node.attr not in PRIVATE
+        and not (isinstance(node.value, ast.Name) and node.value.id in ("self", "cls"))
+    ]
+
+
+@pytest.mark.parametrize("path", MODULES, ids=str)
+def test_no_module_uses_private_members_of_others(path: Path) -> None:
+    assert private_uses(ast.parse((ROOT / path).read_text())) == []
+
+
+def test_private_uses_sees_other_objects_alone() -> None:
+    source = "self._a\ncls._b\nx.__len__\nx._replace()\nmodel._find(1)\nself.model._c\nx._d._e\n"
+    found = sorted(private_uses(ast.parse(source)))
+    assert found == ["5: model._find", "6: self.model._c", "7: x._d", "7: x._d._e"]

@@ -74,7 +74,7 @@ def test_migration_example(small: Any) -> None:
     peft_model = run([before], base=small)["model"]
     ours = run([after], base=small)["model"]
     assert ours.get_nb_trainable_parameters()[0] == peft_model.get_nb_trainable_parameters()[0]
-    ours._attachment.remove()
+    ours.attachment.remove()
     ids = torch.tensor([[5, 6, 7]])
     expected = peft_model(input_ids=ids).logits
     undo = run([keep], peft_model=peft_model)["undo"]

@@ -47,7 +47,7 @@ def concatenate(
     """
     if not sources:
         raise ValueError("sources must name at least one prefix")
-    configs = [model._find(source)[1] for source in sources]
+    configs = [model.find_prefix(source)[1] for source in sources]
     for field in ("sites", "layers", "position_mode", "backend"):
         values = {source: getattr(config, field) for source, config in zip(sources, configs)}
         if any(value != values[sources[0]] for value in values.values()):
@@ -88,7 +88,7 @@ def truncate(
     Raises:
         ValueError: unknown name, or nothing is left. NotImplementedError: as ``concatenate``.
     """
-    _, config = model._find(source)
+    _, config = model.find_prefix(source)
     _check_lengths({source: config})
     kv = _kv(model, source)
     first, last, _ = slice(start, stop).indices(kv.shape[2])
@@ -115,8 +115,8 @@ def move(model: PrefixModel, source: str, name: str, *, position_mode: str, is_t
     Raises:
         ValueError: unknown name. NotImplementedError: the model has no rotary embeddings, alone in which outputs stay.
     """
-    _, config = model._find(source)
-    moved = model._attachment.resolver.resolve(replace(config, position_mode=position_mode))
+    _, config = model.find_prefix(source)
+    moved = model.attachment.resolver.resolve(replace(config, position_mode=position_mode))
     by = moved.shift - config.shift
     kv = _kv(model, source)
     if by:
@@ -174,7 +174,7 @@ def _turns(model: PrefixModel, config: PrefixConfig, by: int, hint: str = "") ->
     Raises:
         NotImplementedError: nothing known does.
     """
-    attachment, name = model._attachment, type(model.base_model).__name__
+    attachment, name = model.attachment, type(model.base_model).__name__
     slots = attachment.resolver.layout(config).slots
     refusal = f"the positions of {name} cannot be moved{hint}"
     for slot in slots:
@@ -216,20 +216,20 @@ def _rope_types(stack: PreTrainedModel) -> Iterator[str]:
 @torch.no_grad()
 def _kv(model: PrefixModel, name: str) -> Tensor:
     """(2 * slots, H, P, D) float32, folded."""
-    encoder, _ = model._find(name)
+    encoder, _ = model.find_prefix(name)
     rows = encoder.prompt_embeddings().cpu()
     return rows.view(len(rows), -1, encoder.num_heads, encoder.head_dim).permute(1, 2, 0, 3)
 
 
 def _add(model: PrefixModel, name: str, config: PrefixConfig, kv: Tensor, source: str, is_trainable: bool) -> None:
     """Install ``kv`` as a prefix, with what else ``source`` has: a gate, heads."""
-    model._check_new(name)
+    model.check_new_name(name)
     mode = "infix" if config.mode == "infix" else "kv"
     config = replace(config, num_virtual_tokens=kv.shape[2], mode=mode, prefix_projection=False)
-    encoder, gate = model._encoder(config), model._find(source)[0].gate
+    encoder, gate = model.make_encoder(config), model.find_prefix(source)[0].gate
     encoder.set_kv(kv)
     if gate is not None and encoder.gate is not None:
         encoder.gate.data.copy_(gate)
-    heads = copy.deepcopy(model._heads(source))
+    heads = copy.deepcopy(model.task_heads(source))
     assert isinstance(heads, nn.ModuleDict)
-    model._install(name, config, encoder, heads, trainable=is_trainable)
+    model.install_prefix(name, config, encoder, heads, trainable=is_trainable)

@@ -38,7 +38,7 @@ def prefix_mass(
     """
     if model.active_prefix is None:
         raise ValueError("there is no active prefix to look at")
-    config, attachment = model.prefix_configs[model.active_prefix], model._attachment
+    config, attachment = model.prefix_configs[model.active_prefix], model.attachment
     if config.gate is not None:
         raise ValueError(
             f"{model.active_prefix} has a gate: its softmax is its own, and takes no mass of the sequence's"
@@ -79,7 +79,7 @@ def prefix_mass(
 def layers_of(model: PrefixModel) -> dict[str, list[int]]:
     """For each site the numbers of the layers that the rows of ``prefix_mass`` are of."""
     assert model.active_prefix is not None
-    slots = model._attachment.resolver.layout(model.prefix_configs[model.active_prefix]).slots
+    slots = model.attachment.resolver.layout(model.prefix_configs[model.active_prefix]).slots
     return {site: [s.layer for s in slots if s.site == site] for site in dict.fromkeys(s.site for s in slots)}
 
 

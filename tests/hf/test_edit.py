@@ -71,8 +71,8 @@ def test_keys_of_a_text_behind_another(case: str) -> None:
     got, whole = kv(model, "ab"), kv(model, "both")
     torch.testing.assert_close(got[:2], whole[:2], rtol=1e-5, atol=1e-5)
     assert torch.equal(got[:, :, : len(A)], kv(model, "a"))
-    calls = {call.module: call for call in model._attachment.probe.capture(torch.tensor(B), shift=len(A))}
-    slots = model._attachment.resolver.layout(model.prefix_configs["ab"]).slots
+    calls = {call.module: call for call in model.attachment.probe.capture(torch.tensor(B), shift=len(A))}
+    slots = model.attachment.resolver.layout(model.prefix_configs["ab"]).slots
     for number, slot in enumerate(slots):
         key, value = got[2 * number, :, len(A) :], got[2 * number + 1, :, len(A) :]
         assert relative(key, calls[slot.module].key[0]) <= 1e-5

@@ -235,7 +235,7 @@ def test_stacks_that_copy_their_configuration() -> None:
     before = [base.encoder.config._attn_implementation, base.decoder.config._attn_implementation]
     model = get_prefix_model(base, PrefixConfig(num_virtual_tokens=P))
     assert base.encoder.config._attn_implementation == base.decoder.config._attn_implementation == "prefix_attn"
-    model._attachment.remove()
+    model.attachment.remove()
     assert [base.encoder.config._attn_implementation, base.decoder.config._attn_implementation] == before
     base.encoder.set_attn_implementation("sdpa")
     model = get_prefix_model(base, PrefixConfig(num_virtual_tokens=P))

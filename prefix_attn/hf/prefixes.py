@@ -1,0 +1,146 @@
+"""The named prefixes of a frozen model: their modules, configurations and parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from prefix_attn.hf.attach.attachment import Attachment
+from prefix_attn.hf.attach.banks import NO_PREFIX
+from prefix_attn.hf.attach.wrapper import Wrapper, device_of
+from prefix_attn.hf.config import PrefixConfig
+from prefix_attn.hf.encoder import PrefixEncoder
+from prefix_attn.hf.initial import FromEmbeddings
+
+
+class NamedPrefixes(Wrapper):
+    """A frozen model and its prefixes by name; ``PrefixModel`` adds their starts, their files and running.
+
+    ``attachment`` is the way into the model. It and the methods under "For other modules" are for this package.
+    """
+
+    def __init__(self, base_model: PreTrainedModel) -> None:
+        """Attach to ``base_model``, without any prefix yet."""
+        super().__init__()
+        self.attachment = Attachment(base_model)
+        self.base_model = base_model
+        self.prefixes = nn.ModuleDict()
+        self.heads = nn.ModuleDict()  # of each prefix: nn.ModuleDict of task heads
+        self.prefix_configs: dict[str, PrefixConfig] = {}
+        self.active_prefix: str | None = None
+        self._disabled: list[None] = []  # one for each disable_prefix now open: to append and to pop is atomic
+
+    @property
+    def prefix_names(self) -> list[str]:
+        """Names of the prefixes, oldest first."""
+        return list(self.prefix_configs)
+
+    def set_prefix(self, name: str) -> None:
+        """Make ``name`` the active prefix: the one that forward, generate and training use."""
+        self.find_prefix(name)
+        self.active_prefix = name
+
+    def delete_prefix(self, name: str) -> None:
+        """Remove a prefix. If it was active, the oldest remaining one becomes active."""
+        self.find_prefix(name)
+        if self.active_prefix == name:  # first: another thread may ask for the active prefix at any moment
+            self.active_prefix = next((other for other in self.prefix_configs if other != name), None)
+        del self.prefix_configs[name], self.prefixes[name], self.heads[name]
+
+    @contextmanager
+    def disable_prefix(self) -> Iterator[None]:
+        """Within the context the model runs without any prefix, even if a call names some."""
+        self._disabled.append(None)
+        try:
+            yield
+        finally:
+            self._disabled.pop()
+
+    disable_adapter = disable_prefix  # PEFT's name
+
+    def fold(self) -> None:
+        """Replace the MLP, or the embeddings, of every prefix by the keys and values that they make."""
+        for name in self.prefix_configs:
+            encoder, config = self.find_prefix(name)
+            encoder.fold()
+            config.fold()
+
+    def state_dict(self, *args: Any, destination: Any = None, prefix: str = "", keep_vars: bool = False) -> Any:
+        """The parameters of the prefixes and their task heads, without the frozen base model."""
+        return self._own().state_dict(destination=destination, prefix=prefix, keep_vars=keep_vars)
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """The reverse of ``state_dict``."""
+        return self._own().load_state_dict(state_dict, strict=strict, assign=assign)
+
+    def _own(self) -> nn.ModuleDict:
+        return nn.ModuleDict({"prefixes": self.prefixes, "heads": self.heads})
+
+    # For other modules ------------------------------------------------------------------------------------------------
+
+    def find_prefix(self, name: str) -> tuple[PrefixEncoder, PrefixConfig]:
+        """The encoder of a prefix and its resolved configuration.
+
+        Raises:
+            ValueError: there is none of this name.
+        """
+        if name not in self.prefix_configs:
+            raise ValueError(f"no prefix named {name!r}; there are {self.prefix_names}")
+        encoder = self.prefixes[name]
+        assert isinstance(encoder, PrefixEncoder)
+        return encoder, self.prefix_configs[name]
+
+    def task_heads(self, name: str) -> nn.ModuleDict:
+        """The copies of the model's heads that are trained with the prefix ``name``."""
+        heads = self.heads[name]
+        assert isinstance(heads, nn.ModuleDict)
+        return heads
+
+    def check_new_name(self, name: str) -> None:
+        """Raise a ValueError if a new prefix cannot have this name."""
+        if name in self.prefix_configs:
+            raise ValueError(f"there is a prefix named {name!r} already")
+        if name == NO_PREFIX:
+            raise ValueError(f"a prefix cannot be named {name!r}: adapter_names means no prefix by it")
+        if not name or "." in name or hasattr(self.prefixes, name):
+            raise ValueError(f"a prefix cannot be named {name!r}: its name becomes that of a module")
+
+    def make_encoder(self, config: PrefixConfig) -> PrefixEncoder:
+        """An encoder with the shapes that the resolved ``config`` has on this model; its values are arbitrary."""
+        _, slots, heads, size = self.attachment.resolver.layout(config)
+        gated = None if config.gate is None else slots[0].query_heads
+        hidden = (config.encoder_hidden_size or heads * size) if config.prefix_projection else None
+        encoder = PrefixEncoder(
+            config.num_virtual_tokens,
+            len(slots),
+            heads,
+            size,
+            hidden_size=hidden,
+            depth=config.encoder_depth,
+            activation=config.encoder_activation,
+            dropout=config.dropout,
+            num_frozen_tokens=config.num_frozen_tokens,
+            gate_heads=gated,
+        )
+        if config.mode == "embedding":
+            width = self.base_model.get_input_embeddings().weight.shape[1]
+            encoder.embedding = nn.Parameter(torch.zeros(config.num_virtual_tokens, width))
+            encoder.mlp = FromEmbeddings(self.attachment, slots)
+        return encoder
+
+    def install_prefix(
+        self, name: str, config: PrefixConfig, encoder: PrefixEncoder, heads: nn.ModuleDict, *, trainable: bool
+    ) -> None:
+        """Add a finished prefix and make it the active one. ``heads`` are its task heads."""
+        for module in (encoder, heads):
+            module.requires_grad_(trainable)
+            module.train(self.training)
+        self.heads[name] = heads
+        self.prefixes[name] = encoder.to(device_of(self.base_model.get_input_embeddings()))
+        self.prefix_configs[name] = config
+        self.active_prefix = name
