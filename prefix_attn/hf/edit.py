@@ -222,7 +222,7 @@ def _kv(model: PrefixModel, name: str) -> Tensor:
 
 
 def _add(model: PrefixModel, name: str, config: PrefixConfig, kv: Tensor, source: str, is_trainable: bool) -> None:
-    """Install ``kv`` as a prefix, with what else ``source`` has: a gate, heads."""
+    """Install ``kv`` as a prefix, with what else ``source`` has: a gate, task heads."""
     model.check_new_name(name)
     mode = "infix" if config.mode == "infix" else "kv"
     config = replace(config, num_virtual_tokens=kv.shape[2], mode=mode, prefix_projection=False)
@@ -230,6 +230,6 @@ def _add(model: PrefixModel, name: str, config: PrefixConfig, kv: Tensor, source
     encoder.set_kv(kv)
     if gate is not None and encoder.gate is not None:
         encoder.gate.data.copy_(gate)
-    heads = copy.deepcopy(model.task_heads(source))
-    assert isinstance(heads, nn.ModuleDict)
-    model.install_prefix(name, config, encoder, heads, trainable=is_trainable)
+    task_heads = copy.deepcopy(model.task_heads(source))
+    assert isinstance(task_heads, nn.ModuleDict)
+    model.install_prefix(name, config, encoder, task_heads, trainable=is_trainable)

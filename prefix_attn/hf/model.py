@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from prefix_attn.hf.attach.banks import make_bank, make_rows, row_names
 from prefix_attn.hf.attach.infix import end_of_prompt, start_of_targets
-from prefix_attn.hf.attach.task_heads import copy_heads, heads_in_place
+from prefix_attn.hf.attach.task_heads import copy_task_heads, task_heads_in_place
 from prefix_attn.hf.config import PrefixConfig
 from prefix_attn.hf.encoder import PrefixEncoder
 from prefix_attn.hf.initial import draw_pieces, initial_embeddings, initial_kv, start_from_prefix
@@ -70,14 +70,14 @@ class PrefixModel(NamedPrefixes):
             encoder.embedding.data = initial_embeddings(self.base_model, config, tokenizer)
         else:
             encoder.set_kv(initial_kv(self.attachment, config, tokenizer))
-        heads = copy_heads(self.base_model, config.modules_to_save or ())
-        self.install_prefix(name, config, encoder, heads, trainable=True)
+        task_heads = copy_task_heads(self.base_model, config.modules_to_save or ())
+        self.install_prefix(name, config, encoder, task_heads, trainable=True)
 
     def load_prefix(self, path: str | Path, name: str, *, is_trainable: bool = False) -> None:
         """Add a prefix from a folder, a file or a Hub id, of any library in ``formats``. It becomes the active one."""
         self.check_new_name(name)
-        config, encoder, heads = self._load(path, is_trainable=is_trainable)
-        self.install_prefix(name, config, encoder, heads, trainable=is_trainable)
+        config, encoder, task_heads = self._load(path, is_trainable=is_trainable)
+        self.install_prefix(name, config, encoder, task_heads, trainable=is_trainable)
 
     def save_pretrained(self, path: str | Path, *, training_state: bool = False) -> None:
         """Write the active prefix, folded, in PEFT's format where PEFT has such prefixes.
@@ -89,8 +89,8 @@ class PrefixModel(NamedPrefixes):
         if self.active_prefix is None:
             raise ValueError("there is no active prefix to save")
         encoder, config = self.find_prefix(self.active_prefix)
-        heads = self.task_heads(self.active_prefix)
-        checkpoint.save_prefix(Path(path), encoder, heads, config, self.attachment, training_state=training_state)
+        task_heads = self.task_heads(self.active_prefix)
+        checkpoint.save_prefix(Path(path), encoder, task_heads, config, self.attachment, training_state=training_state)
 
     @classmethod
     def from_pretrained(
@@ -204,7 +204,7 @@ class PrefixModel(NamedPrefixes):
             elif len(set(names)) == 1:
                 ((name, (encoder, config)),) = found.items()
                 kv = encoder()
-                stack.enter_context(heads_in_place(self.base_model, self.task_heads(name)))
+                stack.enter_context(task_heads_in_place(self.base_model, self.task_heads(name)))
                 stack.enter_context(runner.running(kv, resolver.layout(config), gates=encoder.gate, starts=starts))
             else:
                 configs = {name: config for name, (_, config) in found.items()}
@@ -225,8 +225,8 @@ class PrefixModel(NamedPrefixes):
             values = {name: getattr(config, field) for name, config in configs.items()}
             if any(value != next(iter(values.values())) for value in values.values()):
                 raise ValueError(f"the prefixes of one batch must have one {field}, got {values}")
-        if heads := [name for name in configs if len(self.task_heads(name))]:
-            raise ValueError(f"prefixes with heads cannot share a batch with others, got {heads}")
+        if own := [name for name in configs if len(self.task_heads(name))]:
+            raise ValueError(f"prefixes with heads cannot share a batch with others, got {own}")
 
     def _load(self, path: str | Path, *, is_trainable: bool) -> tuple[PrefixConfig, PrefixEncoder, nn.ModuleDict]:
         config, parameters, saved = checkpoint.load_prefix(path, self.attachment, is_trainable=is_trainable)
@@ -235,9 +235,9 @@ class PrefixModel(NamedPrefixes):
             encoder.load_state_dict(parameters)
         except RuntimeError as error:
             raise ValueError(f"{path}: the saved MLP does not fit its configuration ({error})") from None
-        heads = copy_heads(self.base_model, config.modules_to_save or ())
-        heads.load_state_dict(saved)
-        return config, encoder, heads
+        task_heads = copy_task_heads(self.base_model, config.modules_to_save or ())
+        task_heads.load_state_dict(saved)
+        return config, encoder, task_heads
 
     def _other(self, config: PrefixConfig) -> tuple[PrefixEncoder, PrefixConfig]:
         """The prefix that ``config.init_prefix`` names, here or in files."""

@@ -30,7 +30,7 @@ class NamedPrefixes(Wrapper):
         self.attachment = Attachment(base_model)
         self.base_model = base_model
         self.prefixes = nn.ModuleDict()
-        self.heads = nn.ModuleDict()  # of each prefix: nn.ModuleDict of task heads
+        self.heads = nn.ModuleDict()  # its task heads, an nn.ModuleDict for each prefix
         self.prefix_configs: dict[str, PrefixConfig] = {}
         self.active_prefix: str | None = None
         self._disabled: list[None] = []  # one for each disable_prefix now open: to append and to pop is atomic
@@ -97,9 +97,9 @@ class NamedPrefixes(Wrapper):
 
     def task_heads(self, name: str) -> nn.ModuleDict:
         """The copies of the model's heads that are trained with the prefix ``name``."""
-        heads = self.heads[name]
-        assert isinstance(heads, nn.ModuleDict)
-        return heads
+        task_heads = self.heads[name]
+        assert isinstance(task_heads, nn.ModuleDict)
+        return task_heads
 
     def check_new_name(self, name: str) -> None:
         """Raise a ValueError if a new prefix cannot have this name."""
@@ -134,13 +134,13 @@ class NamedPrefixes(Wrapper):
         return encoder
 
     def install_prefix(
-        self, name: str, config: PrefixConfig, encoder: PrefixEncoder, heads: nn.ModuleDict, *, trainable: bool
+        self, name: str, config: PrefixConfig, encoder: PrefixEncoder, task_heads: nn.ModuleDict, *, trainable: bool
     ) -> None:
-        """Add a finished prefix and make it the active one. ``heads`` are its task heads."""
-        for module in (encoder, heads):
+        """Add a finished prefix and make it the active one."""
+        for module in (encoder, task_heads):
             module.requires_grad_(trainable)
             module.train(self.training)
-        self.heads[name] = heads
+        self.heads[name] = task_heads
         self.prefixes[name] = encoder.to(device_of(self.base_model.get_input_embeddings()))
         self.prefix_configs[name] = config
         self.active_prefix = name

@@ -20,8 +20,8 @@ from transformers import (
 )
 
 from prefix_attn import PrefixConfig, PrefixModel, PrefixTuning, get_prefix_model
-from prefix_attn.hf.attach.attention import Call, PrefixState
-from prefix_attn.hf.attach.banks import Rows
+from prefix_attn.hf.attach.attention import AttentionCall, PrefixState
+from prefix_attn.hf.attach.banks import BatchRows
 from tests.hf import test_gradients
 from tests.hf.models import CACHE, CONFIGS, ENCODER_DECODERS, tiny, tokens
 
@@ -247,12 +247,12 @@ def test_device_map(tmp_path: Path) -> None:
 def test_layers_on_another_device(bank: bool, beside: str) -> None:
     """The prefix, kept where the embeddings are, goes where its layer is; where an infix starts, from the caller's."""
     module, kv, gates = nn.Module(), torch.randn(2, 2, 2, P, 8), torch.ones(2, 1, 4)
-    rows = Rows(torch.tensor([1, -1]), 0, torch.tensor([P, P])) if bank else None
+    rows = BatchRows(torch.tensor([1, -1]), 0, torch.tensor([P, P])) if bank else None
     kv, gates = (t.to(beside) for t in ((kv, gates) if bank else (kv[0], gates[0])))
     starts = torch.tensor([3, 4])
     state = PrefixState(kv, {module: 0}, shifts={}, backend="auto", rows=rows, gates=gates, starts=starts)
     there = torch.empty(2, 4, 9, 8, device="meta")
-    prefix = state.take(Call(module, there, there[:, :2], there[:, :2], None))
+    prefix = state.take(AttentionCall(module, there, there[:, :2], there[:, :2], None))
     assert {t.device.type for t in prefix if t is not None} == {"meta"}
     assert sum(t is not None for t in prefix) == (6 if bank else 4)
 

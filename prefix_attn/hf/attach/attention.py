@@ -18,7 +18,7 @@ from transformers.masking_utils import bidirectional_mask_function, causal_mask_
 
 from prefix_attn.call import MAX_HEAD_SIZE
 from prefix_attn.functional import prefix_attention
-from prefix_attn.hf.attach.banks import Rows, grow
+from prefix_attn.hf.attach.banks import BatchRows, grow
 
 # Names of attention function and mask function: without a mask function of its name, padding would be ignored.
 NAME = "prefix_attn"
@@ -58,7 +58,7 @@ class PrefixState:
         shifts: Mapping[nn.Module, int | Tensor],
         backend: str,
         lengths: Sequence[int] | None = None,
-        rows: Rows | None = None,
+        rows: BatchRows | None = None,
         gates: Tensor | None = None,
         starts: Tensor | None = None,
         watch: Watch | None = None,
@@ -91,7 +91,7 @@ class PrefixState:
         self.entered: set[nn.Module] = set()
         self.served: set[nn.Module] = set()
 
-    def take(self, call: Call) -> Prefix:
+    def take(self, call: AttentionCall) -> Prefix:
         """The prefix of the module, for the rows of the call."""
         slot = self.slots.get(call.module)
         if slot is None:
@@ -109,14 +109,14 @@ class PrefixState:
         # A device_map may have this layer elsewhere, and starts are where the caller's labels or prompt are.
         return Prefix(*(None if t is None else t.to(call.query.device) for t in prefix))
 
-    def _start(self, starts: Tensor, call: Call) -> Tensor:
+    def _start(self, starts: Tensor, call: AttentionCall) -> Tensor:
         """``starts`` where the operator has the last query at the last key: caches are larger, or hold a window."""
         B, _, S, _ = call.query.shape
         first = call.first.to(starts.device) if isinstance(call.first, Tensor) else call.first
         return grow(starts, B) + (call.key.shape[2] - S - first)
 
 
-class Call(NamedTuple):
+class AttentionCall(NamedTuple):
     """What an attention module asks a prefix for."""
 
     module: nn.Module
@@ -146,9 +146,9 @@ class Capture:
     def __init__(self) -> None:
         """Empty."""
         self.entered: set[nn.Module] = set()
-        self.calls: list[Call] = []
+        self.calls: list[AttentionCall] = []
 
-    def take(self, call: Call) -> Prefix:
+    def take(self, call: AttentionCall) -> Prefix:
         """Keep it; there is no prefix."""
         self.calls.append(call)
         return Prefix()
@@ -187,7 +187,7 @@ def prefix_attention_forward(
     options: dict[str, Any] = {"scale": scaling, "softcap": softcap, "dropout_p": dropout}
     prefix = Prefix()
     if prefix_state is not None:
-        prefix = prefix_state.take(Call(module, query, key, value, attention_mask, prefix_first))
+        prefix = prefix_state.take(AttentionCall(module, query, key, value, attention_mask, prefix_first))
         options["backend"] = prefix_state.backend
     function = None if prefix_distances is None else prefix_distances.functions.get(module)
     if prefix_distances is not None and function is not None and prefix.key is not None and prefix.value is not None:

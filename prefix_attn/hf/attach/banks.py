@@ -14,7 +14,7 @@ from prefix_attn.hf.config import PrefixConfig
 NO_PREFIX = "__base__"  # among PEFT's adapter_names
 
 
-class Rows(NamedTuple):
+class BatchRows(NamedTuple):
     """The prefixes of a batch's rows, as numbers of their places in a bank of N."""
 
     ids: Tensor  # (B,) int64, -1 = no prefix
@@ -45,12 +45,12 @@ def make_bank(kvs: Sequence[Tensor]) -> Tensor:
     return torch.stack([F.pad(kv, (0, 0, 0, longest - kv.shape[2])) for kv in kvs])
 
 
-def make_rows(names: Sequence[str | None], configs: dict[str, PrefixConfig], kvs: Sequence[Tensor]) -> Rows:
+def make_rows(names: Sequence[str | None], configs: dict[str, PrefixConfig], kvs: Sequence[Tensor]) -> BatchRows:
     """The rows ``names`` of a batch, in the bank of ``kvs``, which are the prefixes of ``configs`` in this order."""
     places = dict(zip(configs, range(len(configs))))
     rows = [(-1, 0) if name is None else (places[name], configs[name].shift) for name in names]
     ids, shifts = torch.tensor(rows, device=kvs[0].device).split(1, dim=1)
-    return Rows(
+    return BatchRows(
         ids[:, 0],
         shifts if any(shift for _, shift in rows) else 0,
         torch.tensor([kv.shape[2] for kv in kvs], device=kvs[0].device),

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from prefix_attn.hf.attach.positions import Positions
 from prefix_attn.hf.attach.slots import Slot
-from prefix_attn.hf.attach.task_heads import find_heads, task_of
+from prefix_attn.hf.attach.task_heads import find_task_heads, task_of
 from prefix_attn.hf.config import SITES, PrefixConfig
 
 
@@ -112,11 +112,11 @@ class Resolver:
         return SITES if self._has_decoder else [s for s in SITES if any(s == slot.site for slot in self._slots)]
 
     def _modules_to_save(self, config: PrefixConfig, task: str) -> tuple[str, ...]:
-        heads, chosen = find_heads(self._base), config.modules_to_save
+        task_heads, chosen = find_task_heads(self._base), config.modules_to_save
         if chosen is None:
-            chosen = heads if task in ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS") else ()
-        if unknown := sorted(set(chosen) - set(heads)):
-            raise ValueError(f"modules_to_save: {self._name} has no head {unknown}; its heads are {list(heads)}")
+            chosen = task_heads if task in ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS") else ()
+        if unknown := sorted(set(chosen) - set(task_heads)):
+            raise ValueError(f"modules_to_save: {self._name} has no head {unknown}; its heads are {list(task_heads)}")
         return tuple(chosen)
 
     def _check_shift(self, config: PrefixConfig) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from prefix_attn.hf.attach.attention import MASKED, NAME, Call, Capture
+from prefix_attn.hf.attach.attention import MASKED, NAME, AttentionCall, Capture
 from prefix_attn.hf.attach.running import Runner
 from prefix_attn.hf.attach.slots import Slot, find_slots, is_causal
 from prefix_attn.hf.attach.wrapper import device_of, evaluating
@@ -55,7 +55,7 @@ class Probe:
         self._check_same(got, expected)
         return slots
 
-    def capture(self, tokens: Tensor, decoder_ids: Tensor | None = None, *, shift: int = 0) -> list[Call]:
+    def capture(self, tokens: Tensor, decoder_ids: Tensor | None = None, *, shift: int = 0) -> list[AttentionCall]:
         """What each attention module is called with for ``tokens``.
 
         The model runs in eval mode: without dropout, and without checkpointing, whose reentrant kind cuts the graph.

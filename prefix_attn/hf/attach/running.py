@@ -14,7 +14,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from prefix_attn.hf.attach.attention import FIRST, STATE, Capture, PrefixState, Watch
-from prefix_attn.hf.attach.banks import Rows
+from prefix_attn.hf.attach.banks import BatchRows
 from prefix_attn.hf.attach.gradient_checkpointing import Bridge, bridge_next
 from prefix_attn.hf.attach.layout import Layout
 from prefix_attn.hf.attach.positions import Positions, is_packed, past, shifted
@@ -53,7 +53,7 @@ class Runner:
         self,
         kv: Tensor,
         layout: Layout,
-        rows: Rows | None = None,
+        rows: BatchRows | None = None,
         gates: Tensor | None = None,
         starts: Tensor | None = None,
     ) -> Iterator[None]:

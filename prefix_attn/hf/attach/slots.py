@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from prefix_attn.hf.attach.attention import Call
+from prefix_attn.hf.attach.attention import AttentionCall
 from prefix_attn.hf.config import SITES
 
 
@@ -43,7 +43,7 @@ def find_stacks(base: PreTrainedModel) -> list[PreTrainedModel]:
     return [model for model in dict.fromkeys(owners.values()) if _takes_keywords(model)]
 
 
-def find_slots(base: PreTrainedModel, calls: Sequence[Call]) -> list[Slot]:
+def find_slots(base: PreTrainedModel, calls: Sequence[AttentionCall]) -> list[Slot]:
     """The slots of ``base``, by site, then by layer.
 
     Args:
@@ -75,7 +75,7 @@ def find_slots(base: PreTrainedModel, calls: Sequence[Call]) -> list[Slot]:
     return sorted(slots, key=lambda slot: (SITES.index(slot.site), slot.layer))
 
 
-def is_causal(call: Call) -> bool:
+def is_causal(call: AttentionCall) -> bool:
     """Whether a query of ``call`` sees no key behind it: what its mask says, and without one its module."""
     if call.mask is None:
         return getattr(call.module, "is_causal", True)
@@ -83,7 +83,7 @@ def is_causal(call: Call) -> bool:
     return not bool(last) if call.mask.dtype == torch.bool else bool(last < 0)
 
 
-def _slot(call: Call, layer: int, stack: PreTrainedModel) -> Slot:
+def _slot(call: AttentionCall, layer: int, stack: PreTrainedModel) -> Slot:
     heads, size, value_size = call.key.shape[1], call.key.shape[3], call.value.shape[3]
     if size != value_size:
         raise NotImplementedError(

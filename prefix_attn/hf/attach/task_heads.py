@@ -1,4 +1,8 @@
-"""Heads that are trained and saved with a prefix: copies that take the place of the base model's while it runs."""
+"""Task heads, such as classifiers, that are trained and saved with a prefix.
+
+Each prefix has copies of its own, which replace the base model's heads while the prefix runs. Without the word "task",
+heads are attention heads everywhere in this package.
+"""
 
 from __future__ import annotations
 
@@ -10,8 +14,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 
-def find_heads(base: PreTrainedModel) -> tuple[str, ...]:
-    """What ``base`` has on top of its stacks and embeddings, by name."""
+def find_task_heads(base: PreTrainedModel) -> tuple[str, ...]:
+    """The names of the children of ``base`` that have parameters and are neither stacks nor input embeddings."""
     embeddings = base.get_input_embeddings()
     return tuple(
         name
@@ -20,17 +24,17 @@ def find_heads(base: PreTrainedModel) -> tuple[str, ...]:
     )
 
 
-def copy_heads(base: PreTrainedModel, names: Iterable[str]) -> nn.ModuleDict:
+def copy_task_heads(base: PreTrainedModel, names: Iterable[str]) -> nn.ModuleDict:
     """Copies of these children of ``base``."""
     return nn.ModuleDict({name: copy.deepcopy(base.get_submodule(name)) for name in names})
 
 
 @contextmanager
-def heads_in_place(base: PreTrainedModel, heads: nn.ModuleDict) -> Iterator[None]:
-    """Within the context, ``base`` has these children."""
-    own = {name: base.get_submodule(name) for name in heads}
+def task_heads_in_place(base: PreTrainedModel, task_heads: nn.ModuleDict) -> Iterator[None]:
+    """Within the context, ``task_heads`` replace the children of ``base`` that have their names."""
+    own = {name: base.get_submodule(name) for name in task_heads}
     try:
-        for name, head in heads.items():
+        for name, head in task_heads.items():
             setattr(base, name, head)
         yield
     finally:
@@ -39,13 +43,13 @@ def heads_in_place(base: PreTrainedModel, heads: nn.ModuleDict) -> Iterator[None
 
 
 def task_of(base: PreTrainedModel, has_decoder: bool) -> str:
-    """PEFT's name of what ``base`` is for."""
-    heads = {
+    """PEFT's name of the task of ``base``."""
+    tasks = {
         "SequenceClassification": "SEQ_CLS",
         "TokenClassification": "TOKEN_CLS",
         "QuestionAnswering": "QUESTION_ANS",
     }
-    for ending, task in heads.items():
+    for ending, task in tasks.items():
         if type(base).__name__.endswith(ending):
             return task
     if not base.can_generate():

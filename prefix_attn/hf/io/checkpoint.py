@@ -2,7 +2,7 @@
 
     adapter_config.json          what PEFT reads
     adapter_model.safetensors    prompt_embeddings (P, 2 * slots * H * D) float32, the folded prefix; if it has them,
-                                 prefix_gate (slots, Hq) float32, and heads
+                                 prefix_gate (slots, Hq) float32, and task heads
     training_state.safetensors   the MLP, if asked for
 
 A slot is a layer at a site. PEFT has a prefix for each layer of one stack, and calls it a CARTRIDGE where the first
@@ -33,7 +33,7 @@ from prefix_attn.hf.attach.slots import Slot
 from prefix_attn.hf.config import PrefixConfig
 from prefix_attn.hf.encoder import PrefixEncoder
 from prefix_attn.hf.io import files, formats
-from prefix_attn.hf.io.stored import ADAPTER, ADAPTER_CONFIG, FROZEN, GATE, HEAD, KEY, OURS, PEFT, TRAINING, Stored
+from prefix_attn.hf.io.stored import ADAPTER, ADAPTER_CONFIG, FROZEN, GATE, KEY, OURS, PEFT, TASK_HEAD, TRAINING, Stored
 
 _log = logging.getLogger(__name__)
 
@@ -41,7 +41,7 @@ _log = logging.getLogger(__name__)
 def save_prefix(
     folder: Path,
     encoder: PrefixEncoder,
-    heads: nn.ModuleDict,
+    task_heads: nn.ModuleDict,
     config: PrefixConfig,
     attachment: Attachment,
     *,
@@ -71,7 +71,7 @@ def save_prefix(
         submodules=2 if attachment.probe.has_decoder else 1,
     )
     contents[ADAPTER_CONFIG] = json.dumps(fields, indent=2).encode()
-    contents[ADAPTER] = save(prefix | _on_cpu(heads.state_dict(prefix=HEAD)), metadata)
+    contents[ADAPTER] = save(prefix | _on_cpu(task_heads.state_dict(prefix=TASK_HEAD)), metadata)
     folder.mkdir(parents=True, exist_ok=True)
     for name, content in contents.items():
         files.replace(folder / name, content)
@@ -82,7 +82,7 @@ def save_prefix(
 def load_prefix(
     path: str | Path, attachment: Attachment, *, is_trainable: bool
 ) -> tuple[PrefixConfig, dict[str, Tensor], dict[str, Tensor]]:
-    """(resolved configuration, parameters of the encoder, those of the heads) from a folder, a file or a Hub id.
+    """(resolved configuration, parameters of the encoder, those of the task heads) from a folder, a file or a Hub id.
 
     With ``is_trainable`` the MLP, where it was saved; otherwise the folded prefix.
 
@@ -106,13 +106,13 @@ def load_prefix(
     if config.gate is not None:
         wanted[GATE] = len(slots), slots[0].query_heads
     for name in config.modules_to_save or ():
-        head = attachment.base.get_submodule(name).state_dict(prefix=f"{HEAD}{name}.")
+        head = attachment.base.get_submodule(name).state_dict(prefix=f"{TASK_HEAD}{name}.")
         wanted |= {n: tuple(t.shape) for n, t in head.items()}
     tensors = files.checked(stored.path, stored.tensors, wanted)
     for note in stored.notes:
         _log.warning("%s: %s", stored.path, note)
     prefix = {name: tensors.pop(name).float() for name in (KEY, GATE) if name in wanted}
-    saved = {n.removeprefix(HEAD): t for n, t in tensors.items()}
+    saved = {n.removeprefix(TASK_HEAD): t for n, t in tensors.items()}
     training = stored.path.parent / TRAINING
     if is_trainable and (config.prefix_projection or config.mode == "embedding") and training.exists():
         state = files.read_tensors(training)

@@ -18,10 +18,10 @@ from prefix_attn.hf.io.stored import (
     ADAPTER_CONFIG,
     FROZEN,
     GATE,
-    HEAD,
     KEY,
     OURS,
     PEFT,
+    TASK_HEAD,
     TRAINING,
     Stored,
     slots_of_peft,
@@ -133,7 +133,9 @@ def _checked(stored: Stored, base: PreTrainedConfig | None) -> tuple[dict[str, T
         sizes["num_layers"] = width // (2 * sizes["token_dim"])
     if None not in (sizes["token_dim"], sizes["num_layers"]):
         width = 2 * sizes["num_layers"] * sizes["token_dim"]
-    others = {name: tuple(tensor.shape) for name, tensor in stored.tensors.items() if name.startswith((HEAD, GATE))}
+    others = {
+        name: tuple(tensor.shape) for name, tensor in stored.tensors.items() if name.startswith((TASK_HEAD, GATE))
+    }
     tensors = files.checked(stored.path, stored.tensors, {KEY: (P, width), **others})
     return {name: tensor.contiguous() for name, tensor in tensors.items()} | {
         KEY: tensors[KEY].float().contiguous()

@@ -28,21 +28,21 @@ from prefix_attn.hf.io.stored import (
     ADAPTER,
     ADAPTER_CONFIG,
     FROZEN,
-    HEAD,
     KEY,
     OLD_ADAPTER,
     OURS,
     PEFT,
+    TASK_HEAD,
     TRAINING,
     Stored,
-    heads_of,
     read_peft,
+    task_heads_of,
 )
 
 _ADAPTERS = ("adapter.safetensors", "pytorch_adapter.bin")
-_ADAPTERS_HEADS = ("model_head.safetensors", "pytorch_model_head.bin")
+_ADAPTERS_TASK_HEADS = ("model_head.safetensors", "pytorch_model_head.bin")
 _ORIGINAL = "pytorch_model.bin"
-_ON_HUB = (ADAPTER_CONFIG, ADAPTER, TRAINING, OLD_ADAPTER, *_ADAPTERS, *_ADAPTERS_HEADS)
+_ON_HUB = (ADAPTER_CONFIG, ADAPTER, TRAINING, OLD_ADAPTER, *_ADAPTERS, *_ADAPTERS_TASK_HEADS)
 _LARGEST = 2**28  # numbers that an MLP may make: a hostile one of a few megabytes could ask for any
 
 
@@ -143,27 +143,29 @@ def _adapters(folder: Path, known: dict[str, Any]) -> Stored:
     if "t5" in str(model_type).lower():
         notes.append("adapters counts the distances of T5's tokens P too far, which nothing here does: outputs differ")
     task = next((task for task, ends in _CLASSES.items() if str(known.get("model_class")).endswith(ends)), None)
-    heads, head_notes = _adapters_heads(folder, task)
+    task_heads, head_notes = _adapters_task_heads(folder, task)
     config = PrefixConfig(
         num_virtual_tokens=next(iter(rows.values())).shape[0] if rows else 0,
         sites=sorted(rows, key=SITES.index) if _has_decoder(model_type) else None,
         task_type=task,
         position_mode="none",
-        modules_to_save=heads_of(heads),
+        modules_to_save=task_heads_of(task_heads),
         base_model_name_or_path=known.get("model_name") or None,
     )
     base = {"model_type": model_type, "hidden_size": known.get("hidden_size")}
-    return _joined("adapters", path, config, rows, {"base": json.dumps(base)}, [*notes, *head_notes], heads=heads)
+    return _joined(
+        "adapters", path, config, rows, {"base": json.dumps(base)}, [*notes, *head_notes], task_heads=task_heads
+    )
 
 
-def _adapters_heads(folder: Path, task: str | None) -> tuple[dict[str, Tensor], list[str]]:
+def _adapters_task_heads(folder: Path, task: str | None) -> tuple[dict[str, Tensor], list[str]]:
     """The head of a classifier, which is trained with the prefix; that of a language model is the base model's own."""
-    path = next((folder / name for name in _ADAPTERS_HEADS if (folder / name).exists()), None)
+    path = next((folder / name for name in _ADAPTERS_TASK_HEADS if (folder / name).exists()), None)
     if path is None or task in ("CAUSAL_LM", "SEQ_2_SEQ_LM"):
         return {}, []
     if task is None:
         return {}, [f"{path.name} is not read: it is the head of a class of adapters' own"]
-    return {f"{HEAD}{name}": tensor for name, tensor in files.read_tensors(path).items()}, []
+    return {f"{TASK_HEAD}{name}": tensor for name, tensor in files.read_tensors(path).items()}, []
 
 
 # Cartridges' ----------------------------------------------------------------------------------------------------------
@@ -294,13 +296,13 @@ def _joined(
     notes: Sequence[str],
     *,
     sizes: Mapping[str, Any] | None = None,
-    heads: Mapping[str, Tensor] | None = None,
+    task_heads: Mapping[str, Tensor] | None = None,
 ) -> Stored:
     """One prefix from those of several sites."""
     order = sorted(rows, key=SITES.index)
     if len({r.shape[0] for r in rows.values()}) != 1:
         raise ValueError(f"{path}: its sites have prefixes of different lengths, {[len(r) for r in rows.values()]}")
-    tensors = {KEY: torch.cat([rows[site] for site in order], dim=1), **(heads or {})}
+    tensors = {KEY: torch.cat([rows[site] for site in order], dim=1), **(task_heads or {})}
     widths = {site: rows[site].shape[1] for site in order} if config.sites else {}
     kind = OURS if config.sites or config.position_mode == "none" else PEFT
     return Stored(name, path, config, tensors, sizes or {}, widths, metadata, notes, kind, config.sites is not None)

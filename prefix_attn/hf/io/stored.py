@@ -13,8 +13,8 @@ from prefix_attn.hf.config import PrefixConfig
 from prefix_attn.hf.io import files
 
 ADAPTER_CONFIG, ADAPTER, TRAINING = "adapter_config.json", "adapter_model.safetensors", "training_state.safetensors"
-# Tensors: the prefix, its gate, and the beginning of those of heads.
-KEY, GATE, HEAD = "prompt_embeddings", "prefix_gate", "base_model."
+# Tensors: the prefix, its gate, and the beginning of those of task heads.
+KEY, GATE, TASK_HEAD = "prompt_embeddings", "prefix_gate", "base_model."
 PEFT, FROZEN, OURS = "PREFIX_TUNING", "CARTRIDGE", "PREFIX_ATTN"  # peft_type
 OLD_ADAPTER = "adapter_model.bin"  # PEFT's, before safetensors
 
@@ -23,7 +23,7 @@ class Stored(NamedTuple):
     """A prefix as it is stored: all that is known of it without its base model.
 
     ``tensors`` has the prefix under ``KEY``, (P, 2 * slots * H * D), with slots by site in the order of ``SITES``, then
-    by layer; under ``GATE`` its gate, if ours has one; and the parameters of heads under ``HEAD``.
+    by layer; under ``GATE`` its gate, if ours has one; and the parameters of task heads under ``TASK_HEAD``.
     """
 
     format: str
@@ -95,7 +95,7 @@ def _peft_config(
                 num_frozen_tokens=peft.get("num_frozen_tokens", 1) if peft["peft_type"] == FROZEN else 0,
                 task_type=peft.get("task_type"),
                 position_mode="shift",
-                modules_to_save=heads_of(tensors),
+                modules_to_save=task_heads_of(tensors),
             )
     except (ValueError, TypeError, AttributeError, RecursionError, NotImplementedError) as error:
         raise ValueError(f"{folder}: {error}") from None
@@ -132,6 +132,6 @@ def _of_decoder(stored: Stored, decoder_layers: int | None) -> Stored:
     return stored._replace(notes=notes)
 
 
-def heads_of(names: Iterable[str]) -> tuple[str, ...]:
-    """The heads of which there are parameters among ``names``."""
-    return tuple(dict.fromkeys(n.removeprefix(HEAD).split(".")[0] for n in names if n.startswith(HEAD)))
+def task_heads_of(names: Iterable[str]) -> tuple[str, ...]:
+    """The task heads of which there are parameters among ``names``."""
+    return tuple(dict.fromkeys(n.removeprefix(TASK_HEAD).split(".")[0] for n in names if n.startswith(TASK_HEAD)))
