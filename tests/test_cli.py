@@ -71,7 +71,7 @@ WAYS: dict[str, tuple[tuple[object, ...], dict[str, object]]] = {
     ),
     "gate": (("--gate", "zero", "--init-document", "data.jsonl"), {"gate": "zero", "init": "document"}),
     "embedding": (("--mode", "embedding", "--init", "uniform"), {"mode": "embedding", "init": "uniform"}),
-    "from another": (("--init-prefix", "other", "--position-mode", "none"), {"init": "prefix", "init_prefix": "other"}),
+    "from another": (("--init-prefix", "other", "--position-mode", "none"), {"init": "prefix", "init_path": "other"}),
 }
 
 

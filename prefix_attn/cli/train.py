@@ -176,7 +176,7 @@ def _start(init: str | None, text: str | None, document: Path | None, prefix: st
         raise ValueError(f"a prefix has one start, got --init {init} and --init-{named[0]}")
     if document is not None:
         text = _document(document)
-    return {"init": named[0] if named else init or "random", "init_text": text, "init_prefix": prefix}
+    return {"init": named[0] if named else init or "random", "init_text": text, "init_path": prefix}
 
 
 def _document(path: Path) -> str:

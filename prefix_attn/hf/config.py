@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal
@@ -43,8 +44,9 @@ class PrefixConfig:
             and Liang 2021, section 7.4). An MLP is fitted to each of them.
         init_text: for "text", cut or repeated to P tokens; for "document" of any length. Needs the tokenizer.
         init_token_ids: the same as ids.
-        init_prefix: for "prefix": the name of one in the model, a folder or a Hub id; with at least P tokens, of which
-            the first P are taken.
+        init_prefix: for "prefix": the name of a prefix in the same model. It has at least P tokens, of which the first
+            P are taken.
+        init_path: for "prefix", instead of a name: the folder, file or Hub id of a saved prefix.
         num_frozen_tokens: so many tokens at the beginning of the prefix keep the keys and values that they start with
             (PEFT's CARTRIDGE): they are no parameters, and an MLP makes the others only. 1 keeps the token on which
             models leave attention that they have no use for; all of them make a hard prompt.
@@ -78,6 +80,7 @@ class PrefixConfig:
     init_text: str | None = None
     init_token_ids: Sequence[int] | None = None
     init_prefix: str | None = None
+    init_path: str | os.PathLike[str] | None = None
     num_frozen_tokens: int = 0
     gate: str | None = None
     position_mode: str | None = None
@@ -130,10 +133,16 @@ class PrefixConfig:
             raise ValueError(f"init={self.init!r} needs either init_text or init_token_ids")
         if self.init not in ("text", "document") and texts:
             raise ValueError(f"init={self.init!r} reads no init_text or init_token_ids: 'text' and 'document' do")
-        if self.init == "prefix" and not self.init_prefix:
-            raise ValueError("init='prefix' needs init_prefix, a name, a folder or a Hub id")
-        if self.init != "prefix" and self.init_prefix is not None:
-            raise ValueError(f"init={self.init!r} reads no init_prefix: 'prefix' does")
+        if self.init_path is not None:
+            self.init_path = os.fspath(self.init_path)  # as JSON can hold it
+        sources = bool(self.init_prefix) + bool(self.init_path)
+        if self.init == "prefix" and sources != 1:
+            raise ValueError(
+                "init='prefix' needs either init_prefix, a name in the model, or init_path, a folder, file or Hub id"
+            )
+        for name in ("init_prefix", "init_path"):
+            if self.init != "prefix" and getattr(self, name) is not None:
+                raise ValueError(f"init={self.init!r} reads no {name}: 'prefix' does")
 
     def _check_frozen(self) -> None:
         frozen = self.num_frozen_tokens

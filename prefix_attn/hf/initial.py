@@ -73,26 +73,25 @@ def initial_embeddings(
 def start_from_prefix(
     encoder: PrefixEncoder, config: PrefixConfig, other: PrefixEncoder, source: PrefixConfig, attachment: Attachment
 ) -> None:
-    """Let ``encoder`` start from the first tokens of ``other``, in the slots that it has; not from its gate.
+    """Initialise ``encoder`` with the first tokens of ``other``, in the slots of ``encoder``. The gate is not copied.
 
     Raises:
-        ValueError: the other has fewer tokens, not all of the slots, or no embeddings where these are wanted.
+        ValueError: ``other`` has too few tokens or slots, or no embeddings where ``mode="embedding"`` needs them.
     """
-    P, name = config.num_virtual_tokens, config.init_prefix
+    P = config.num_virtual_tokens
+    name = f"init_path: {config.init_path}" if config.init_prefix is None else f"init_prefix: {config.init_prefix}"
     if other.num_virtual_tokens < P:
-        raise ValueError(
-            f"init_prefix: {name} has {other.num_virtual_tokens} tokens, num_virtual_tokens={P} needs more"
-        )
+        raise ValueError(f"{name} has {other.num_virtual_tokens} tokens, num_virtual_tokens={P} needs more")
     if config.mode == "embedding":
         if source.mode != "embedding":
-            raise ValueError(f"init_prefix: {name} has keys and values, of which mode='embedding' cannot start")
+            raise ValueError(f"{name} has keys and values, of which mode='embedding' cannot start")
         encoder.embedding.data = other.embedding[:P].detach().clone()
         return
     wanted, there = ([(s.site, s.layer) for s in attachment.resolver.layout(c).slots] for c in (config, source))
     if missing := [f"{site} {layer}" for site, layer in wanted if (site, layer) not in there]:
-        raise ValueError(f"init_prefix: {name} has nothing for layers {', '.join(missing)}")
+        raise ValueError(f"{name} has nothing for layers {', '.join(missing)}")
     if short := [f"{site} {layer}" for site, layer in wanted if source.length(layer) < config.length(layer)]:
-        raise ValueError(f"init_prefix: {name} has too few tokens in layers {', '.join(short)}")
+        raise ValueError(f"{name} has too few tokens in layers {', '.join(short)}")
     rows = other.prompt_embeddings()[:P].view(P, len(there), 2, other.num_heads, other.head_dim)
     rows = rows[:, [there.index(slot) for slot in wanted]]
     encoder.set_kv(rows.flatten(1, 2).permute(1, 2, 0, 3))

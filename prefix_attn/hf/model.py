@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -65,7 +66,7 @@ class PrefixModel(NamedPrefixes):
         config = draw_pieces(self.attachment.resolver.resolve(config), tokenizer)
         encoder = self.make_encoder(config)
         if config.init == "prefix":
-            start_from_prefix(encoder, config, *self._other(config), self.attachment)
+            start_from_prefix(encoder, config, *self._init_prefix(config), self.attachment)
         elif config.mode == "embedding":
             encoder.embedding.data = initial_embeddings(self.base_model, config, tokenizer)
         else:
@@ -239,10 +240,13 @@ class PrefixModel(NamedPrefixes):
         task_heads.load_state_dict(saved)
         return config, encoder, task_heads
 
-    def _other(self, config: PrefixConfig) -> tuple[PrefixEncoder, PrefixConfig]:
-        """The prefix that ``config.init_prefix`` names, here or in files."""
+    def _init_prefix(self, config: PrefixConfig) -> tuple[PrefixEncoder, PrefixConfig]:
+        """The prefix that a new one starts from: one of this model, or one from files."""
+        if config.init_path is not None:
+            source, encoder, _ = self._load(os.fspath(config.init_path), is_trainable=config.mode == "embedding")
+            return encoder, source
         assert config.init_prefix is not None
-        if config.init_prefix in self.prefix_configs:
+        try:
             return self.find_prefix(config.init_prefix)
-        other, encoder, _ = self._load(config.init_prefix, is_trainable=config.mode == "embedding")
-        return encoder, other
+        except ValueError as error:
+            raise ValueError(f"init_prefix: {error}; a folder, a file or a Hub id is given as init_path") from None

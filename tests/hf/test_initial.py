@@ -99,15 +99,15 @@ def test_another_prefix(place: str, form: str, tmp_path: Path) -> None:
     """By its name or from its files; the first tokens of a longer one."""
     options = {"num_virtual_tokens": 8} | ({"mode": "embedding"} if form == "embedding" else {})
     model = get_prefix_model(tiny("llama"), PrefixConfig(**options)).eval()
-    source = "default"
+    source: dict[str, Any] = {"init_prefix": "default"}
     if place == "folder":
         model.save_pretrained(tmp_path, training_state=True)
-        source = str(tmp_path)
+        source = {"init_path": tmp_path}
     expected = model(tokens()).logits
-    model.add_prefix("same", PrefixConfig(init="prefix", init_prefix=source, num_virtual_tokens=8, **FORMS[form]))
+    model.add_prefix("same", PrefixConfig(init="prefix", **source, num_virtual_tokens=8, **FORMS[form]))
     tolerance = {"rtol": 0, "atol": 0 if form == "flat" else 5e-5}  # of six embeddings the model makes other last bits
     torch.testing.assert_close(model(tokens()).logits, expected, **tolerance)
-    model.add_prefix("cut", config(init="prefix", init_prefix=source, **FORMS[form]))
+    model.add_prefix("cut", config(init="prefix", **source, **FORMS[form]))
     first, whole = (model.prefixes[name].eval().prompt_embeddings() for name in ("cut", "default"))
     torch.testing.assert_close(first, whole[:P], **tolerance)
     assert model.prefixes["same"].embedding.data_ptr() != model.prefixes["default"].embedding.data_ptr()
@@ -124,7 +124,9 @@ def test_another_prefix_of_more_layers_and_with_frozen_tokens() -> None:
     with pytest.raises(ValueError, match="has keys and values, of which mode='embedding' cannot start"):
         model.add_prefix("words", config(init="prefix", init_prefix="two", mode="embedding"))
     with pytest.raises(ValueError, match="nowhere"):
-        model.add_prefix("none", config(init="prefix", init_prefix="/nowhere/at/all"))
+        model.add_prefix("none", config(init="prefix", init_path="/nowhere/at/all"))
+    with pytest.raises(ValueError, match=r"init_prefix: no prefix named 'a/b'; .* a Hub id is given as init_path"):
+        model.add_prefix("none", config(init="prefix", init_prefix="a/b"))
     assert model.prefix_names == ["default", "two"]
 
 
@@ -173,7 +175,9 @@ def test_generation_from_a_start_is_that_in_context() -> None:
 ERRORS: dict[str, tuple[dict[str, Any], str]] = {
     "no document": ({"init": "document"}, "init='document' needs either init_text or init_token_ids"),
     "two": ({"init": "document", "init_text": "a", "init_token_ids": [1]}, "needs either"),
-    "no prefix": ({"init": "prefix"}, "init='prefix' needs init_prefix, a name, a folder or a Hub id"),
+    "no prefix": ({"init": "prefix"}, "init='prefix' needs either init_prefix, a name in the model, or init_path"),
+    "two prefixes": ({"init": "prefix", "init_prefix": "a", "init_path": "b"}, "needs either init_prefix"),
+    "path for nothing": ({"init_path": "b"}, "init='random' reads no init_path"),
     "text for nothing": ({"init_text": "a"}, "init='random' reads no init_text"),
     "prefix for nothing": ({"init": "zero", "init_prefix": "a"}, "init='zero' reads no init_prefix"),
     "activation": ({"encoder_activation": "prelu"}, r"encoder_activation must be one of \('elu', .* got 'prelu'"),
