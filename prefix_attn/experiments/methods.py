@@ -6,9 +6,8 @@ import importlib.util
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
-from torch import nn
-
 from prefix_attn.experiments.plan import Run
+from prefix_attn.hf.attach.slots import find_layers
 from prefix_attn.hf.config import PrefixConfig
 from prefix_attn.hf.load import is_encoder_decoder
 from prefix_attn.hf.model import get_prefix_model
@@ -48,7 +47,7 @@ def wrap(base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, run: Run) ->
     if run.method in ("frozen", "full"):
         return base
     if run.method == "top2":
-        for layer in _decoder_layers(base)[-2:]:
+        for layer in find_layers(base)[1][-2:]:
             layer.requires_grad_(True)
         return base
     if run.method in ("peft", "lora"):
@@ -84,20 +83,6 @@ def _peft(base: PreTrainedModel, run: Run) -> Any:
         return get_peft_model(base, PrefixTuningConfig(task_type=task, num_virtual_tokens=run.virtual_tokens))
     assert run.rank is not None
     return get_peft_model(base, LoraConfig(task_type=task, r=run.rank, lora_alpha=2 * run.rank))
-
-
-def _decoder_layers(base: PreTrainedModel) -> nn.ModuleList:
-    """The stack of decoder layers: the first list of as many modules as the configuration has of them."""
-    config, stack = base.config.get_text_config(), base
-    names = ("num_hidden_layers",)
-    if base.config.is_encoder_decoder:
-        stack, names = base.get_decoder(), ("decoder_layers", "num_decoder_layers", "num_hidden_layers")
-    count = next(getattr(config, name) for name in names if hasattr(config, name))
-    lists = (module for module in stack.modules() if isinstance(module, nn.ModuleList) and len(module) == count)
-    layers = next(lists, None)
-    if layers is None:
-        raise NotImplementedError(f"top2: {type(base).__name__} has no list of {count} layers")
-    return layers
 
 
 def sizes(model: Any, run: Run, base: int) -> dict[str, float]:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from prefix_attn.hf.attach.infix import IGNORED
 from prefix_attn.training.data import Example
 
 if TYPE_CHECKING:
@@ -17,7 +18,6 @@ if TYPE_CHECKING:
 # The space after the arrow belongs to the target's first token, " The": such words are what models have learnt, a space
 # by itself is rare. Without any training that is worth 0.2 nats a token on E2E.
 PROMPT = "{source}\n=>"
-IGNORED = -100  # label of a token that has no loss
 
 
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, source: str) -> list[int]:

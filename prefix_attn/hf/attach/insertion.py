@@ -20,6 +20,7 @@ from transformers import Cache, DynamicCache, PreTrainedModel, StaticCache
 from transformers.utils import ModelOutput
 
 from prefix_attn.hf.attach.positions import cache_of, from_mask
+from prefix_attn.hf.attach.slots import find_layers
 from prefix_attn.hf.attach.wrapper import device_of, evaluating
 
 
@@ -37,7 +38,7 @@ class Insertion:
         """
         self._name = type(base).__name__
         self._decoder = base.get_decoder() if base.config.is_encoder_decoder else None
-        self._layers = base.get_encoder() if self._decoder else _backbone(base)
+        self._layers = base.get_encoder() if self._decoder else find_layers(base)[0]
         self._entrance = _entrance(base, self._layers)
         self._names = list(inspect.signature(self._entrance.forward).parameters)
         if base.can_generate() and self._decoder is None and not self._counts_tokens(base):
@@ -133,20 +134,6 @@ class Insertion:
         elif self._is_causal and "position_ids" in self._names:
             new["position_ids"] = from_mask(new)
         return kwargs | new, None if past else places
-
-
-def _backbone(base: PreTrainedModel) -> nn.Module:
-    """The module that holds the list of layers and runs them.
-
-    Raises:
-        NotImplementedError: there is none.
-    """
-    layers = base.config.get_text_config().num_hidden_layers
-    for module in base.modules():
-        for child in module.children():
-            if isinstance(child, nn.ModuleList) and len(child) == layers:
-                return module
-    raise NotImplementedError(f"{type(base).__name__} has no list of {layers} layers")
 
 
 class _Places:

@@ -43,6 +43,23 @@ def find_stacks(base: PreTrainedModel) -> list[PreTrainedModel]:
     return [model for model in dict.fromkeys(owners.values()) if _takes_keywords(model)]
 
 
+def find_layers(base: PreTrainedModel) -> tuple[nn.Module, nn.ModuleList]:
+    """The list of the model's layers, after the module that runs them. Of an encoder-decoder, its decoder's.
+
+    Raises:
+        NotImplementedError: no list has as many modules as the configuration has layers.
+    """
+    config, stack, names = base.config.get_text_config(), base, ["num_hidden_layers"]
+    if base.config.is_encoder_decoder:
+        stack, names = base.get_decoder(), ["decoder_layers", "num_decoder_layers", *names]
+    count = getattr(config, next((name for name in names if hasattr(config, name)), names[-1]))
+    for module in stack.modules():
+        for child in module.children():
+            if isinstance(child, nn.ModuleList) and len(child) == count:
+                return module, child
+    raise NotImplementedError(f"{type(base).__name__} has no list of {count} layers")
+
+
 def find_slots(base: PreTrainedModel, calls: Sequence[AttentionCall]) -> list[Slot]:
     """The slots of ``base``, by site, then by layer.
 

@@ -24,7 +24,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
@@ -33,7 +32,19 @@ from prefix_attn.hf.attach.slots import Slot
 from prefix_attn.hf.config import PrefixConfig
 from prefix_attn.hf.encoder import PrefixEncoder
 from prefix_attn.hf.io import files, formats
-from prefix_attn.hf.io.stored import ADAPTER, ADAPTER_CONFIG, FROZEN, GATE, KEY, OURS, PEFT, TASK_HEAD, TRAINING, Stored
+from prefix_attn.hf.io.stored import (
+    ADAPTER,
+    ADAPTER_CONFIG,
+    FROZEN,
+    GATE,
+    KEY,
+    OURS,
+    PEFT,
+    TASK_HEAD,
+    TRAINING,
+    Stored,
+    write_adapter,
+)
 
 _log = logging.getLogger(__name__)
 
@@ -47,21 +58,17 @@ def save_prefix(
     *,
     training_state: bool,
 ) -> None:
-    """Write a prefix into ``folder``. A kill at any moment leaves each file as it was or as it is to be."""
+    """Write a prefix into ``folder``, with ``training_state`` also its MLP."""
     with torch.no_grad():
         prefix = {KEY: encoder.prompt_embeddings().float()}
     if encoder.gate is not None:
         prefix[GATE] = encoder.gate.float()
-    prefix = _on_cpu(prefix)
     metadata = {
         "format": "pt",
         "prefix_config": json.dumps(config.to_dict()),
         "base": json.dumps(fingerprint(attachment.base.config)),
         "prefix_sha256": _digest(prefix),  # says to which prefix a training state belongs
     }
-    contents: dict[str, bytes] = {}
-    if training_state and encoder.mlp is not None:
-        contents[TRAINING] = save(_on_cpu(encoder.state_dict()), metadata)
     fields = peft_fields(
         _kind(config, attachment),
         config,
@@ -70,13 +77,8 @@ def save_prefix(
         width=encoder.num_heads * encoder.head_dim,
         submodules=2 if attachment.probe.has_decoder else 1,
     )
-    contents[ADAPTER_CONFIG] = json.dumps(fields, indent=2).encode()
-    contents[ADAPTER] = save(prefix | _on_cpu(task_heads.state_dict(prefix=TASK_HEAD)), metadata)
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, content in contents.items():
-        files.replace(folder / name, content)
-    if TRAINING not in contents:
-        (folder / TRAINING).unlink(missing_ok=True)
+    training = encoder.state_dict() if training_state and encoder.mlp is not None else None
+    write_adapter(folder, fields, prefix | task_heads.state_dict(prefix=TASK_HEAD), metadata, training)
 
 
 def load_prefix(
@@ -149,10 +151,8 @@ def save_table(folder: Path, table: Tensor, base: PreTrainedModel) -> None:
         "num_attention_heads": config.num_attention_heads,
         "num_layers": config.num_hidden_layers,
     }
-    tensors = {KEY: table.detach().float().cpu().contiguous()}
-    folder.mkdir(parents=True, exist_ok=True)
-    files.replace(folder / ADAPTER_CONFIG, json.dumps(peft, indent=2).encode())
-    files.replace(folder / ADAPTER, save(tensors, {"format": "pt", "base": json.dumps(fingerprint(base.config))}))
+    metadata = {"format": "pt", "base": json.dumps(fingerprint(base.config))}
+    write_adapter(folder, peft, {KEY: table.float()}, metadata)
 
 
 def load_table(path: str | Path, base: PreTrainedModel) -> Tensor:
@@ -274,9 +274,5 @@ def _kind(config: PrefixConfig, attachment: Attachment) -> str:
     return OURS
 
 
-def _on_cpu(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-
-
 def _digest(prefix: Mapping[str, Tensor]) -> str:
-    return hashlib.sha256(b"".join(tensor.numpy().tobytes() for tensor in prefix.values())).hexdigest()
+    return hashlib.sha256(b"".join(tensor.detach().cpu().numpy().tobytes() for tensor in prefix.values())).hexdigest()

@@ -7,14 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedConfig
 
 from prefix_attn.hf.io import files, formats
 from prefix_attn.hf.io.checkpoint import fingerprint, peft_fields
 from prefix_attn.hf.io.stored import (
-    ADAPTER,
     ADAPTER_CONFIG,
     FROZEN,
     GATE,
@@ -25,6 +23,7 @@ from prefix_attn.hf.io.stored import (
     TRAINING,
     Stored,
     slots_of_peft,
+    write_adapter,
 )
 
 TARGETS = ("prefix-attn", "peft")
@@ -79,10 +78,7 @@ def convert(
         width=sizes["token_dim"],
         submodules=2 if stored.encoder_decoder else 1,
     )
-    folder.mkdir(parents=True, exist_ok=True)
-    files.replace(folder / ADAPTER_CONFIG, json.dumps(fields, indent=2).encode())
-    files.replace(folder / ADAPTER, save(tensors, metadata))
-    (folder / TRAINING).unlink(missing_ok=True)
+    write_adapter(folder, fields, tensors, metadata)
     return {
         "source": str(stored.path),
         "format": stored.format,

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from safetensors.torch import save
 from torch import Tensor
 
 from prefix_attn.hf.config import PrefixConfig
@@ -50,6 +51,38 @@ class Stored(NamedTuple):
             "dead_slots": sorted(set(range(self.sizes["peft_layers"])) - set(used)),
             "layers_that_share": [them for them in layers.values() if len(them) > 1],
         }
+
+
+def write_adapter(
+    folder: Path,
+    fields: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
+    metadata: dict[str, str],
+    training: Mapping[str, Tensor] | None = None,
+) -> None:
+    """Write an adapter into ``folder``. A kill at any moment leaves each file as it was or as it is to be.
+
+    Args:
+        folder: made if it does not exist.
+        fields: of ``adapter_config.json``.
+        tensors: of the adapter.
+        metadata: of the safetensors files.
+        training: tensors of the training state. Without them, the state of an earlier adapter is removed.
+    """
+    contents = {} if training is None else {TRAINING: save(_on_cpu(training), metadata)}
+    contents |= {
+        ADAPTER_CONFIG: json.dumps(fields, indent=2).encode(),
+        ADAPTER: save(_on_cpu(tensors), metadata),
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, content in contents.items():
+        files.replace(folder / name, content)
+    if training is None:
+        (folder / TRAINING).unlink(missing_ok=True)
+
+
+def _on_cpu(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
 
 
 def slots_of_peft(layers: int, decoder_layers: int) -> list[int]:
