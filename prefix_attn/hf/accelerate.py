@@ -12,6 +12,7 @@ from torch import Tensor
 
 from prefix_attn.hf.attach import attention
 from prefix_attn.hf.attach.attachment import Attachment
+from prefix_attn.hf.attach.layout import Layout
 from prefix_attn.hf.config import PrefixConfig
 from prefix_attn.hf.io.stored import slots_of_peft
 
@@ -40,45 +41,18 @@ def accelerate(model: Any, *, backend: str = "auto") -> Callable[[], None]:
         TypeError: not a PEFT model. ValueError: its active adapter has no prefix, or it is accelerated already.
         NotImplementedError: a model whose attention cannot be served.
     """
-    if not hasattr(model, "active_peft_config"):
-        raise TypeError(f"accelerate needs a peft.PeftModel, got {type(model).__name__}")
-    _check(model)
-    if model.get_base_model().config._attn_implementation == attention.NAME:
-        raise ValueError("a prefix of ours is attached to this model already")
-    attachment = Attachment(model.get_base_model())
+    attachment = _attach(model, backend)
     theirs = model.forward, model.generate
-
-    def ours(config: Any) -> PrefixConfig:
-        # Of an encoder-decoder: in PEFT, too, the decoder's alone.
-        sites, length = ("decoder",) if config.num_transformer_submodules > 1 else None, config.num_virtual_tokens
-        return attachment.resolver.resolve(
-            PrefixConfig(num_virtual_tokens=length, sites=sites, position_mode="shift", backend=backend)
-        )
-
-    def running() -> AbstractContextManager[None]:
-        config = _check(model)
-        kv = _kv(model, config)
-        if config.num_transformer_submodules > 1:
-            pairs = kv.unflatten(0, (-1, 2))
-            kv = pairs[slots_of_peft(len(pairs), attachment.resolver.decoder_layers)].flatten(0, 1)
-        return attachment.runner.running(kv, attachment.resolver.layout(ours(config)))
-
-    try:
-        ours(_check(model))
-    except NotImplementedError as error:
-        attachment.remove()
-        name = type(attachment.base).__name__
-        raise NotImplementedError(f"{name}: its tokens cannot start behind the prefix, as PEFT's do") from error
 
     @functools.wraps(theirs[0])
     def forward(*args: Any, **kwargs: Any) -> Any:
-        with running():
+        with _running(model, attachment, backend):
             return attachment.base(*args, **kwargs)
 
     @functools.wraps(theirs[1])
     @torch.no_grad()
     def generate(*args: Any, **kwargs: Any) -> Any:
-        with running():
+        with _running(model, attachment, backend):
             return attachment.base.generate(*args, **kwargs)
 
     def undo() -> None:
@@ -90,6 +64,40 @@ def accelerate(model: Any, *, backend: str = "auto") -> Callable[[], None]:
 
     model.forward, model.generate = forward, generate
     return undo
+
+
+def _attach(model: Any, backend: str) -> Attachment:
+    """Attach to the base model of ``model``, whose active adapter must be one that can be served."""
+    if not hasattr(model, "active_peft_config"):
+        raise TypeError(f"accelerate needs a peft.PeftModel, got {type(model).__name__}")
+    config = _check(model)
+    if model.get_base_model().config._attn_implementation == attention.NAME:
+        raise ValueError("a prefix of ours is attached to this model already")
+    attachment = Attachment(model.get_base_model())
+    try:
+        _layout(attachment, config, backend)
+    except NotImplementedError as error:
+        attachment.remove()
+        name = type(attachment.base).__name__
+        raise NotImplementedError(f"{name}: its tokens cannot start behind the prefix, as PEFT's do") from error
+    return attachment
+
+
+def _running(model: Any, attachment: Attachment, backend: str) -> AbstractContextManager[None]:
+    """The context in which forwards of the base model see the active adapter's prefix."""
+    config = _check(model)
+    kv = _kv(model, config)
+    if config.num_transformer_submodules > 1:
+        pairs = kv.unflatten(0, (-1, 2))
+        kv = pairs[slots_of_peft(len(pairs), attachment.resolver.decoder_layers)].flatten(0, 1)
+    return attachment.runner.running(kv, _layout(attachment, config, backend))
+
+
+def _layout(attachment: Attachment, config: Any, backend: str) -> Layout:
+    """The slots that PEFT's ``config`` fills: of an encoder-decoder those of the decoder alone, as in PEFT."""
+    sites, length = ("decoder",) if config.num_transformer_submodules > 1 else None, config.num_virtual_tokens
+    ours = PrefixConfig(num_virtual_tokens=length, sites=sites, position_mode="shift", backend=backend)
+    return attachment.resolver.layout(attachment.resolver.resolve(ours))
 
 
 def _check(model: Any) -> Any:

@@ -57,19 +57,12 @@ def convert(
     tensors, sizes = _checked(stored, base)
     config = stored.config
     config.fold()
-    notes = list(stored.notes)
-    if (stored.path.parent / TRAINING).exists():
-        notes.append(f"{TRAINING} is left behind: the prefix is folded, and goes on training without its MLP")
     kind, layers = stored.peft_type, sizes["num_layers"]
     metadata = {"format": "pt"}
     if to == "peft":
         kind, layers, tensors[KEY] = _for_peft(stored, tensors[KEY], sizes)
-        if config.task_type is None:
-            notes.append(f"task_type is not known, and PEFT runs no prefix without: set it in {ADAPTER_CONFIG}")
     else:
-        metadata |= {"prefix_config": json.dumps(config.to_dict())}
-        known = {"base": stored.metadata["base"]} if "base" in stored.metadata else {}
-        metadata |= known if base is None else {"base": json.dumps(fingerprint(base))}
+        metadata |= _our_metadata(stored, base)
     fields = peft_fields(
         kind,
         config,
@@ -79,6 +72,31 @@ def convert(
         submodules=2 if stored.encoder_decoder else 1,
     )
     write_adapter(folder, fields, tensors, metadata)
+    notes = [*stored.notes, *_losses(stored, to)]
+    return _report(stored, folder, kind, sizes["num_layers"], tensors) | stored.of_peft_s_decoder | {"notes": notes}
+
+
+def _our_metadata(stored: Stored, base: PreTrainedConfig | None) -> dict[str, str]:
+    """What our files say besides PEFT's fields: our configuration and, where known, the base model."""
+    metadata = {"prefix_config": json.dumps(stored.config.to_dict())}
+    if base is not None:
+        return metadata | {"base": json.dumps(fingerprint(base))}
+    return metadata | ({"base": stored.metadata["base"]} if "base" in stored.metadata else {})
+
+
+def _losses(stored: Stored, to: str) -> list[str]:
+    """In words, what the target lacks."""
+    notes = []
+    if (stored.path.parent / TRAINING).exists():
+        notes.append(f"{TRAINING} is left behind: the prefix is folded, and goes on training without its MLP")
+    if to == "peft" and stored.config.task_type is None:
+        notes.append(f"task_type is not known, and PEFT runs no prefix without: set it in {ADAPTER_CONFIG}")
+    return notes
+
+
+def _report(stored: Stored, folder: Path, kind: str, slots: int, tensors: dict[str, Tensor]) -> dict[str, Any]:
+    """What was read and written, as JSON can hold it."""
+    config = stored.config
     return {
         "source": str(stored.path),
         "format": stored.format,
@@ -87,13 +105,11 @@ def convert(
         "num_virtual_tokens": config.num_virtual_tokens,
         "num_frozen_tokens": config.num_frozen_tokens,
         "sites": list(config.sites or ()) or None,
-        "slots": sizes["num_layers"],
+        "slots": slots,
         "position_mode": config.position_mode,
         "base_model_name_or_path": config.base_model_name_or_path,
         "heads": list(config.modules_to_save or ()),
         "parameters": sum(tensor.numel() for tensor in tensors.values()),
-        **stored.of_peft_s_decoder,
-        "notes": notes,
     }
 
 

@@ -172,40 +172,47 @@ def _adapters_task_heads(folder: Path, task: str | None) -> tuple[dict[str, Tens
 
 
 def _cartridge(path: Path, content: Mapping[str, Any]) -> Stored:
-    def layers(name: str) -> list[Tensor]:
-        tensors = [files.backed(path, f"{name}.{i}", t) for i, t in enumerate(content.get(name) or [])]
-        if any(t.dim() != 4 or t.shape[0] != 1 for t in tensors):
-            raise ValueError(f"{path}: {name} must be (1, heads, tokens, head size)")
-        return [t[0].float() for t in tensors]
-
-    keys, values = layers("trainable_keys"), layers("trainable_values")
     old = "fixed" if "fixed_keys" in content else "frozen"
-    first_keys, first_values = layers(f"{old}_keys"), layers(f"{old}_values")
-    frozen = first_keys[0].shape[1] if first_keys else 0
-    shapes = [{tuple(t.shape) for t in (*k, *v)} for k, v in ((keys, values), (first_keys, first_values))]
-    if len(shapes[0]) != 1 or len(shapes[1]) > 1 or len(keys) != len(values) or len(first_keys) != len(first_values):
-        raise ValueError(f"{path}: keys and values of all layers must have one shape, got {shapes}")
-    if first_keys:
-        if len(first_keys) != len(keys) or first_keys[0].shape[::2] != keys[0].shape[::2]:
-            raise ValueError(f"{path}: {old}_keys {shapes[1]} do not fit trainable_keys {shapes[0]}")
-        keys = [torch.cat(pair, dim=1) for pair in zip(first_keys, keys)]
-        values = [torch.cat(pair, dim=1) for pair in zip(first_values, values)]
-    heads, P, head_dim = keys[0].shape
-    kv = torch.stack([t for pair in zip(keys, values) for t in pair])  # (2 * L, H, P, D)
+    trained, frozen = (_cartridge_kv(path, content, name) for name in ("trainable", old))
+    if trained is None:
+        raise ValueError(f"{path}: trainable_keys and trainable_values must have one shape in all layers, got none")
+    kv, num_frozen = trained, 0
+    if frozen is not None:
+        shapes = tuple(frozen.shape), tuple(trained.shape)
+        if (*frozen.shape[:2], frozen.shape[3]) != (*trained.shape[:2], trained.shape[3]):
+            raise ValueError(f"{path}: {old}_keys do not fit trainable_keys: (2 * L, H, tokens, D) are {shapes}")
+        kv, num_frozen = torch.cat([frozen, trained], dim=2), frozen.shape[2]
+    slots, heads, P, head_dim = kv.shape
     return Stored(
         "Cartridges",
         path,
         PrefixConfig(
             num_virtual_tokens=P,
-            num_frozen_tokens=frozen,
+            num_frozen_tokens=num_frozen,
             task_type="CAUSAL_LM",
             position_mode="shift",
             modules_to_save=(),
         ),
         {KEY: kv.permute(2, 0, 1, 3).flatten(1)},
-        {"num_layers": len(keys), "num_attention_heads": heads, "token_dim": heads * head_dim},
-        peft_type=FROZEN if frozen else PEFT,
+        {"num_layers": slots // 2, "num_attention_heads": heads, "token_dim": heads * head_dim},
+        peft_type=FROZEN if num_frozen else PEFT,
     )
+
+
+def _cartridge_kv(path: Path, content: Mapping[str, Any], name: str) -> Tensor | None:
+    """(2 * L, H, tokens, D) float32 from the lists ``name``_keys and ``name``_values, or None if both are empty."""
+    keys, values = (_cartridge_layers(path, content, f"{name}_{kind}") for kind in ("keys", "values"))
+    shapes = {tuple(t.shape) for t in (*keys, *values)}
+    if len(keys) != len(values) or len(shapes) > 1:
+        raise ValueError(f"{path}: {name}_keys and {name}_values must have one shape in all layers, got {shapes}")
+    return torch.stack([t for pair in zip(keys, values) for t in pair]) if keys else None
+
+
+def _cartridge_layers(path: Path, content: Mapping[str, Any], name: str) -> list[Tensor]:
+    tensors = [files.backed(path, f"{name}.{i}", t) for i, t in enumerate(content.get(name) or [])]
+    if any(t.dim() != 4 or t.shape[0] != 1 for t in tensors):
+        raise ValueError(f"{path}: {name} must be (1, heads, tokens, head size)")
+    return [t[0].float() for t in tensors]
 
 
 # PrefixTuning's -------------------------------------------------------------------------------------------------------
@@ -263,17 +270,21 @@ def fold(path: Path, part: Mapping[str, Tensor], length: Any, activation: Any) -
         activation: between the MLP's layers.
     """
     flat = part.get("control_trans")
-    if flat is not None and flat.dim() == 5 and flat.shape[1] == 1:
+    return _mlp_rows(path, part, activation) if flat is None else _flat_rows(path, flat, length)
+
+
+def _flat_rows(path: Path, flat: Tensor, length: Any) -> Tensor:
+    """The rows of a prefix without MLP."""
+    if flat.dim() == 5 and flat.shape[1] == 1:
         return flat[:, 0].permute(2, 0, 1, 3).flatten(1).float()
-    if flat is not None:
-        if flat.dim() != 1 or type(length) is not int or length < 1 or flat.numel() % length:
-            raise ValueError(f"{path}: {tuple(flat.shape)} numbers are no prefix of length {length!r}")
-        return flat.view(length, -1).float()
-    names = sorted({int(n.split(".")[1]) for n in part if re.fullmatch(r"control_trans\.\d{1,3}\.(weight|bias)", n)})
-    needed = {f"control_trans.{i}.{kind}" for i in names for kind in ("weight", "bias")}
-    if not names or set(part) != {"wte.weight"} | needed:
-        raise ValueError(f"{path}: an MLP must have wte and layers of weight and bias, got {sorted(part)[:8]}")
-    layers = [(part[f"control_trans.{i}.weight"].float(), part[f"control_trans.{i}.bias"].float()) for i in names]
+    if flat.dim() != 1 or type(length) is not int or length < 1 or flat.numel() % length:
+        raise ValueError(f"{path}: {tuple(flat.shape)} numbers are no prefix of length {length!r}")
+    return flat.view(length, -1).float()
+
+
+def _mlp_rows(path: Path, part: Mapping[str, Tensor], activation: Any) -> Tensor:
+    """What the MLP makes of the table ``wte``."""
+    layers = _mlp_layers(path, part)
     hidden = part["wte.weight"].float()
     if hidden.dim() != 2 or any(w.dim() != 2 or b.shape != w.shape[:1] for w, b in layers):
         raise ValueError(f"{path}: an MLP must have matrices, got { {n: tuple(t.shape) for n, t in part.items()} }")
@@ -285,6 +296,15 @@ def fold(path: Path, part: Mapping[str, Tensor], length: Any, activation: Any) -
     for number, (weight, bias) in enumerate(layers):
         hidden = torch.nn.functional.linear(activation(hidden) if number else hidden, weight, bias)
     return hidden
+
+
+def _mlp_layers(path: Path, part: Mapping[str, Tensor]) -> list[tuple[Tensor, Tensor]]:
+    """Weight and bias of each layer, in the order of their numbers."""
+    numbers = sorted({int(n.split(".")[1]) for n in part if re.fullmatch(r"control_trans\.\d{1,3}\.(weight|bias)", n)})
+    needed = {f"control_trans.{i}.{kind}" for i in numbers for kind in ("weight", "bias")}
+    if not numbers or set(part) != {"wte.weight"} | needed:
+        raise ValueError(f"{path}: an MLP must have wte and layers of weight and bias, got {sorted(part)[:8]}")
+    return [(part[f"control_trans.{i}.weight"].float(), part[f"control_trans.{i}.bias"].float()) for i in numbers]
 
 
 def _joined(
