@@ -1,7 +1,7 @@
 """Prefix tuning of Hugging Face models.
 
-Public are the names below, and the modules ``load`` (base models) and ``edit`` (prefixes made of others). Each is
-imported at its first use.
+The names below are public, and so are the modules ``load`` (base models) and ``edit`` (prefixes made of others). Each
+name is imported when it is first used.
 """
 
 from __future__ import annotations

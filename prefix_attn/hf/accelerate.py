@@ -1,4 +1,4 @@
-"""PEFT models that run through the operator: one line, nothing else changes."""
+"""Run the prefix of a PEFT model through ``prefix_attention``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What must hold for a prefix on a model, tried on that model: ``prefix-attn check``."""
+"""Self-tests behind ``prefix-attn check``: properties that a prefix must have on a given model."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ LOGITS, GRADIENTS = 1e-3, 1e-3  # relative to the largest: float32 through many 
 
 
 class Finding(NamedTuple):
-    """One property: what was measured, and what is allowed."""
+    """One tested property: the measured error and the largest that is allowed."""
 
     name: str
     value: float
@@ -28,12 +28,12 @@ class Finding(NamedTuple):
 
     @property
     def holds(self) -> bool:
-        """Whether it holds; nan does not."""
+        """Whether the property holds. It does not if the value is nan."""
         return self.value <= self.bound
 
 
 def examine(base: PreTrainedModel, adapter: str | None = None) -> Iterator[Finding]:
-    """Attach a prefix to a causal language model and try what must hold, one finding at a time.
+    """Attach a prefix to a causal language model and test it, one property at a time.
 
     Args:
         base: a model in float32, whose weights come back as they were.

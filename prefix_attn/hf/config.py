@@ -1,4 +1,4 @@
-"""What a prefix is: the fields that PEFT users know, and ours."""
+"""``PrefixConfig``: PEFT's fields of a prefix, and ours."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ TASK_TYPES = ("CAUSAL_LM", "SEQ_2_SEQ_LM", "SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS
 
 @dataclass
 class PrefixConfig:
-    """Configuration of one prefix. The prefix itself keeps a copy in which no default is left open.
+    """Configuration of one prefix. A model keeps a copy in which the model's defaults replace None.
 
     Args:
         num_virtual_tokens: P, the length of the prefix.
@@ -90,7 +90,7 @@ class PrefixConfig:
     backend: str = "auto"
 
     def __post_init__(self) -> None:
-        """Refuse what cannot be meant."""
+        """Validate."""
         for name in ("num_virtual_tokens", "encoder_depth"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
@@ -178,7 +178,7 @@ class PrefixConfig:
 
     @property
     def shift(self) -> int:
-        """What the prefix adds to the positions of the tokens after it."""
+        """How much the prefix adds to the positions of the tokens after it."""
         return self.num_virtual_tokens if self.position_mode == "shift" else 0
 
     @property
@@ -191,7 +191,7 @@ class PrefixConfig:
         return self.layers[layer] if isinstance(self.layers, Mapping) else self.num_virtual_tokens
 
     def fold(self) -> None:
-        """Say that the prefix itself is left of an MLP or embeddings."""
+        """Change the fields to those of a folded prefix, whose MLP or embeddings are replaced by keys and values."""
         self.mode = "kv" if self.mode == "embedding" else self.mode
         self.prefix_projection = False
 

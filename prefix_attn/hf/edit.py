@@ -1,10 +1,10 @@
-"""Prefixes made of others: put one behind the other, cut, and moved. Keys turn where positions change.
+"""Make prefixes from others: concatenate, truncate, and move them to other positions.
 
-A key holds the position that it was made at. Rotary embeddings turn each pair of its coordinates by an angle that
-grows with the position (Su et al. 2021), so a key moves when its pairs turn further. Which coordinates are pairs, and
-how fast they turn, differs from model to model and from layer to layer: it is found by running the model on a few
-tokens at both positions, and a layer where no known way gives the moved keys is refused. Learned positions cannot be
-moved: they have gone through the layers' weights.
+A key encodes the position that it was made at. Rotary embeddings turn each pair of its coordinates by an angle that
+grows with the position (Su et al. 2021), so turning the pairs further moves the key. Models and layers differ in which
+coordinates are pairs and how fast they turn. To find out, the model runs on a few tokens at both positions. If no known
+rotation reproduces the moved keys of a layer, the edit is refused. Learned positions cannot be moved, because they have
+gone through the layers' weights.
 """
 
 from __future__ import annotations
@@ -136,7 +136,7 @@ def _check_lengths(configs: dict[str, PrefixConfig]) -> None:
 
 
 class Turn(NamedTuple):
-    """How the keys of a layer move: pairs of the first coordinates turn, the others stay."""
+    """The rotation that moves the keys of a layer: pairs of the first coordinates turn, the others stay."""
 
     speeds: tuple[float, ...]  # of each pair, in radians per position
     interleaved: bool  # pairs are (0, 1), (2, 3)...; otherwise the first half and the second

@@ -1,4 +1,4 @@
-"""Embedding-only prefix tuning: virtual tokens are trained as input embeddings, and the frozen model does the rest."""
+"""``PrefixTuning``: embedding-only prefix tuning, which trains the input embeddings of virtual tokens."""
 
 from __future__ import annotations
 
@@ -20,19 +20,20 @@ from prefix_attn.hf.io import checkpoint
 
 
 class PrefixTuning(Wrapper):
-    """``model``, frozen, with a trainable table of input embeddings in front (Li and Liang 2021, section 7.2).
+    """A frozen model with trainable virtual tokens before its input (Li and Liang 2021, section 7.2).
 
-    The table, ``prefix`` (prefix_length, hidden_size) float32, starts from the model's embeddings of random tokens. In
-    causal models the positions of real tokens follow it and are counted from the attention mask, so that padding
-    changes nothing. Logits and losses are those of the real tokens: labels are what the model alone would take.
+    The virtual tokens are a table of input embeddings: ``prefix`` (prefix_length, hidden_size) float32. It starts from
+    the model's embeddings of random tokens. In causal models the real tokens are numbered after the table, and counted
+    from the attention mask, so that padding changes nothing. Logits and losses are those of the real tokens, and labels
+    are those that the model alone would take.
 
-    Where every layer lets each token see all before it and none after it, virtual tokens do not depend on the samples:
-    they run through the model once per forward, without its dropout, and its layers attend to them as one shared
-    prefix; ``shared`` is then True. In other models (encoders, encoder-decoders, sliding windows narrower than the
-    context, recurrent layers, attention outside transformers' AttentionInterface) they run in every row. An
-    encoder-decoder has them in front of its encoder's input.
+    If every layer lets each token see all tokens before it and none after it, the virtual tokens do not depend on the
+    samples. They then run through the model once per forward, without its dropout, and all rows attend to them as one
+    prefix; ``shared`` is True. In other models they run in every row: encoders, encoder-decoders, sliding windows
+    narrower than the context, recurrent layers, attention outside transformers' AttentionInterface. In an
+    encoder-decoder they stand before the encoder's input.
 
-    ``state_dict`` holds ``prefix`` alone. Attributes that are not ours are the model's.
+    ``state_dict`` holds ``prefix`` alone. Attributes that this class lacks are the model's.
     """
 
     def __init__(self, model: PreTrainedModel, prefix_length: int = 10, hidden_size: int = 768) -> None:

@@ -1,8 +1,8 @@
-"""The trained prefix of one task: P virtual key/value pairs for each of L layers.
+"""The parameters of one prefix: P virtual key/value pairs for each of L layers.
 
-Two parametrisations (Li and Liang 2021, section 4.3): *flat* trains the keys and values themselves; *mlp* trains a
-small table and the MLP that turns it into keys and values, and is folded into flat after training. Either runs once per
-forward of the model, never once per sample.
+There are two parametrisations (Li and Liang 2021, section 4.3). *flat* trains the keys and values themselves. *mlp*
+trains a small table and an MLP that turns it into keys and values, and is folded into *flat* after training. Both run
+once per forward of the model, not once per sample.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ ACTIVATIONS: dict[str, type[nn.Module]] = {
 
 
 class PrefixEncoder(nn.Module):
-    """Makes the keys and values of all layers.
+    """Makes the keys and values of all layers from its parameters, which are float32 whatever the model's dtype.
 
-    Parameters are float32 whatever the model's dtype is. ``embedding`` is PEFT's layout: flat (P, 2 * L * H * D), where
-    a row viewed as (2 * L, H, D) holds layer l's key at 2 * l and its value at 2 * l + 1; with an MLP (P, H * D). The
-    place of the MLP may be taken by any module, and ``embedding`` is then what that module turns into the layout.
+    ``embedding`` has PEFT's layout. Flat it is (P, 2 * L * H * D): a row viewed as (2 * L, H, D) holds the key of layer
+    l at 2 * l and its value at 2 * l + 1. With an MLP it is (P, H * D). Any module can stand in for the MLP; it then
+    turns ``embedding`` into the flat layout.
 
-    The first tokens can be ``frozen``: F rows in PEFT's layout that are no parameter, which no MLP makes and no dropout
-    touches. ``embedding`` then has rows for the other P - F. A ``gate`` (L, query heads) is the factor of each query
+    The first tokens can be ``frozen``: F rows in the flat layout that are not trained, bypass the MLP and get no
+    dropout. ``embedding`` then has rows for the other P - F. A ``gate`` (L, query heads) is the factor of each query
     head's attention to the prefix, and starts at 0.
     """
 

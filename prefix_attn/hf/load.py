@@ -1,4 +1,4 @@
-"""Frozen base models: from the Hub, a folder or a GGUF file, with end-of-text and padding that are right."""
+"""Load a base model from the Hub, a folder or a GGUF file, and set its end-of-text and padding tokens."""
 
 from __future__ import annotations
 

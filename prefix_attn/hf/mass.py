@@ -1,4 +1,4 @@
-"""How much of the attention goes to a prefix: the share of softmax mass, of each layer and head."""
+"""Measure how much attention a prefix gets: its share of the softmax's mass in each layer and head."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ def prefix_mass(
 ) -> dict[str, Tensor]:
     """The mean share of the softmax's mass that the active prefix gets, in [0, 1].
 
-    From log-sum-exps: 1 - exp(lse of the sequence - lse of both), a sink counted in both. The mean is over the tokens
-    that are not padding and see the prefix.
+    The share is 1 - exp(lse of the sequence - lse of both); a sink counts in both log-sum-exps. The mean is over the
+    tokens that are not padding and see the prefix.
 
     Args:
         model: with a prefix that shares the softmax with the sequence.
@@ -77,7 +77,7 @@ def prefix_mass(
 
 
 def layers_of(model: PrefixModel) -> dict[str, list[int]]:
-    """For each site the numbers of the layers that the rows of ``prefix_mass`` are of."""
+    """For each site, the layer numbers of the rows of ``prefix_mass``."""
     assert model.active_prefix is not None
     slots = model.attachment.resolver.layout(model.prefix_configs[model.active_prefix]).slots
     return {site: [s.layer for s in slots if s.site == site] for site in dict.fromkeys(s.site for s in slots)}

@@ -1,1 +1,1 @@
-"""Letting a prefix into a frozen transformers model: which modules, where tokens stand, what runs."""
+"""Attach prefixes to the attention of a frozen transformers model."""

@@ -1,8 +1,8 @@
-"""Where a prefix meets a transformers model: one attention function, one mask function, one state.
+"""The attention function and the mask function that transformers calls, and the state that brings them the prefix.
 
-The state of a forward (its prefix) travels as a keyword argument from each stack of layers to the attention function.
-Nothing global, nothing on the modules: recomputation under gradient checkpointing, two forwards before one backward and
-a change of prefix in between see the state that they started with. The KV cache holds the sequence alone.
+The state travels as a keyword argument from each stack of layers to the attention function. It is neither global nor an
+attribute of modules. So recomputation under gradient checkpointing sees the state of its forward, even if another
+forward or a change of prefix came in between. The KV cache holds the sequence alone.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ Watch = Callable[[nn.Module, Tensor], None]  # of a module: shares (B, Hq, S)
 
 
 class Prefix(NamedTuple):
-    """What an attention module hands to ``prefix_attention``."""
+    """The prefix of one attention module, as arguments of ``prefix_attention``."""
 
     key: Tensor | None = None  # (H, P, D) or (N, H, P, D)
     value: Tensor | None = None
@@ -43,9 +43,10 @@ class Prefix(NamedTuple):
 
 
 class PrefixState:
-    """The prefixes of one forward: what each attention module attends to before its sequence.
+    """The prefixes of one forward, by attention module.
 
-    ``weights``: whether each module returns its attention weights.
+    ``weights`` says whether each module returns its attention weights. ``entered`` are the stacks that ran, ``served``
+    the modules that took their prefix.
     """
 
     weights = False
@@ -117,7 +118,7 @@ class PrefixState:
 
 
 class AttentionCall(NamedTuple):
-    """What an attention module asks a prefix for."""
+    """The tensors that an attention module was called with."""
 
     module: nn.Module
     query: Tensor  # (B, Hq, S, D)
@@ -128,14 +129,14 @@ class AttentionCall(NamedTuple):
 
 
 class Distances(NamedTuple):
-    """What the prefix's bias by distance takes: the position of the first query, and the function of each module."""
+    """How to bias the prefix by distance: the position of the first query, and the bias function of each module."""
 
     first: int | Tensor
     functions: Mapping[nn.Module, Callable[..., Tensor]]
 
 
 class Capture:
-    """A state without a prefix that keeps what each attention module was called with."""
+    """A state without a prefix that records the calls of all attention modules."""
 
     backend = "auto"
     shifts: Mapping[nn.Module, int | Tensor] = {}
@@ -149,7 +150,7 @@ class Capture:
         self.calls: list[AttentionCall] = []
 
     def take(self, call: AttentionCall) -> Prefix:
-        """Keep it; there is no prefix."""
+        """Record the call. There is no prefix."""
         self.calls.append(call)
         return Prefix()
 
@@ -176,9 +177,9 @@ def prefix_attention_forward(
 ) -> tuple[Tensor, Tensor | None]:
     """transformers' attention interface: (B, H, S, D) in, (B, S, H, D) out.
 
-    If the state asks for them, also the weights (B, Hq, S, P + T), over the prefix and then the sequence, as PEFT has
-    them, but undropped; P is the layer's own where layers differ. Columns of a bank's longest prefix are 0 in rows of a
-    shorter one.
+    If the state asks for weights, they are returned too: (B, Hq, S, P + T), first the prefix and then the sequence, as
+    in PEFT but without dropout. P is the layer's own if layers differ. In a bank, rows with a shorter prefix have 0 in
+    the columns that only the longest one fills.
     """
     if indices is not None or block_indices is not None:
         raise NotImplementedError(f"{type(module).__name__} chooses the keys of each query (sparse attention)")
@@ -227,10 +228,10 @@ def prefix_attention_mask(
     attention_mask: Tensor | None = None,
     **rest: Any,
 ) -> Tensor | None:
-    """The sequence's mask, in the smallest form that says it: the prefix is not in it, and so is always visible.
+    """The sequence's mask in its smallest form. The prefix is not part of it, and is therefore always visible.
 
-    None: plain. (B, T) bool: plain with padding; causal or not, the module knows. (B, 1, S, T) bool: anything else
-    (windows, packing, static caches).
+    None: no padding. (B, T) bool: padding. In both cases the module knows whether it is causal. (B, 1, S, T) bool:
+    anything else (windows, packing, static caches).
     """
     causal = mask_function is causal_mask_function and isinstance(q_offset, int) and q_offset + q_length == kv_length
     if (causal or mask_function is bidirectional_mask_function) and kv_offset == 0:
@@ -273,14 +274,14 @@ def _visible(query: Tensor, mask: Tensor | None, position_bias: Tensor | None, i
 
 
 def _bias(mask: Tensor, query: Tensor) -> Tensor:
-    """A 4-D mask, boolean or additive, as a bias for every query head; a view where it has one for all."""
+    """A 4-D mask, boolean or additive, as a bias for every query head. It is a view if all heads share the mask."""
     if mask.dtype == torch.bool:
         mask = query.new_zeros(mask.shape).masked_fill_(~mask, -torch.inf)
     return mask.to(query.dtype).expand(-1, query.shape[1], query.shape[2], -1)
 
 
 def _weights(attend: Callable[..., Any], query: Tensor, key: Tensor, prefix_key: Tensor | None) -> Tensor:
-    """The weights (B, Hq, S, P + T) of ``attend``: what it makes of values that are 1 in a column of their own each."""
+    """The weights (B, Hq, S, P + T) of ``attend``: its output for values that form an identity matrix."""
     P, T = 0 if prefix_key is None else prefix_key.shape[-2], key.shape[2]
     parts = []
     for columns in torch.eye(P + T, dtype=query.dtype, device=query.device).split(MAX_HEAD_SIZE, dim=1):
@@ -301,9 +302,9 @@ def _at_a_distance(
     sequence: dict[str, Any],
     **options: Any,
 ) -> tuple[Tensor, Tensor]:
-    """Attention where the prefix has a bias too: over the sequence, over the prefix, and merged by log-sum-exp.
+    """Attention with a bias on the prefix: over sequence and prefix separately, merged by their log-sum-exps.
 
-    Also (B, Hq, S), the prefix's share.
+    Also returns the prefix's share (B, Hq, S).
     """
     out, lse = prefix_attention(query, key, value, None, None, return_lse=True, **sequence, **options)
     # Expanded before the cast: the gradient's sum over the batch is taken in the prefix's dtype.

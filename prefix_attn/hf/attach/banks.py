@@ -1,4 +1,4 @@
-"""Many prefixes in one batch: a bank that holds each of them once, and which row has which."""
+"""Batches whose rows have different prefixes: a bank holds each prefix once, and each row has a number in it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ NO_PREFIX = "__base__"  # among PEFT's adapter_names
 
 
 class BatchRows(NamedTuple):
-    """The prefixes of a batch's rows, as numbers of their places in a bank of N."""
+    """Which prefix of a bank of N each row of a batch has."""
 
     ids: Tensor  # (B,) int64, -1 = no prefix
     shifts: Tensor | int  # (B, 1) int64: what is added to the positions of the row's tokens; or 0 for all
@@ -25,7 +25,7 @@ class BatchRows(NamedTuple):
 def row_names(
     names: Sequence[str | None] | None, peft_names: Sequence[str | None] | None, *prompts: Tensor | None
 ) -> Sequence[str | None] | None:
-    """The names that a call gives, of which there must be one for each row of its prompts."""
+    """The prefix names that a call gives, checked: one for each row of its prompts. None if it gives no names."""
     if names is not None and peft_names is not None:
         raise ValueError("prefix_names and adapter_names say the same: give one of them")
     given = names if peft_names is None else peft_names
@@ -46,7 +46,7 @@ def make_bank(kvs: Sequence[Tensor]) -> Tensor:
 
 
 def make_rows(names: Sequence[str | None], configs: dict[str, PrefixConfig], kvs: Sequence[Tensor]) -> BatchRows:
-    """The rows ``names`` of a batch, in the bank of ``kvs``, which are the prefixes of ``configs`` in this order."""
+    """The rows of a batch with prefixes ``names``; ``configs`` and ``kvs`` have the bank's prefixes in its order."""
     places = dict(zip(configs, range(len(configs))))
     rows = [(-1, 0) if name is None else (places[name], configs[name].shift) for name in names]
     ids, shifts = torch.tensor(rows, device=kvs[0].device).split(1, dim=1)
@@ -58,9 +58,9 @@ def make_rows(names: Sequence[str | None], configs: dict[str, PrefixConfig], kvs
 
 
 def grow(per_row: Tensor, batch: int) -> Tensor:
-    """One value per row of a batch -> one per row of what transformers makes of it.
+    """Repeat values per row of a batch for the larger batch that transformers may run.
 
-    Beams and returned sequences repeat each row in place: row r of the grown batch is row r // factor of the batch.
+    Beams and returned sequences repeat each row in place: row r of the larger batch is row r // factor of the batch.
     """
     rows = per_row.shape[0]
     if batch % rows:

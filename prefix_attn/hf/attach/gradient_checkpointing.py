@@ -1,4 +1,4 @@
-"""Gradient checkpointing: its switch, and the way of a prefix's gradient through the reentrant kind."""
+"""Switch gradient checkpointing on and off, and carry a prefix's gradient through the reentrant kind."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from torch import Tensor, nn
 
 
 class Bridge(torch.autograd.Function):
-    """Hands the gradients that gathered on leaves to the graphs that made the leaves' values.
+    """Passes the gradients of detached leaves on to the graph that the leaves' values came from.
 
-    Reentrant checkpointing runs a backward inside the backward for each layer. Through a shared graph (the MLP, the
-    view per layer) the first would free what the second needs; so layers see detached leaves, and this node, whose
-    place below all layers makes it run last, passes the leaves' gradients on. It also makes the hidden states require a
-    gradient, without which reentrant checkpointing drops the prefix's.
+    Reentrant checkpointing runs a backward of its own for each layer. If layers shared a graph (the MLP, the view per
+    layer), the first of these would free what the second needs. So the layers see detached leaves. This node sits below
+    all layers and therefore runs last, when the leaves have all of their gradients. It also makes the hidden states
+    require a gradient, because reentrant checkpointing drops the prefix's gradient otherwise.
     """
 
     @staticmethod
     def forward(ctx: Any, embeddings: Tensor, leaves: list[Tensor], *made: Tensor) -> Tensor:
-        """The embeddings, unchanged. ``made`` are what the ``leaves`` are copies of."""
+        """The embeddings, unchanged. ``leaves`` are detached copies of ``made``."""
         ctx.leaves = leaves
         return embeddings.view_as(embeddings)
 
@@ -43,9 +43,9 @@ def bridge_next(embeddings: nn.Module, bridge: tuple[Any, ...]) -> None:
 
 
 def set_checkpointing(model: Any, *, use_reentrant: bool | None) -> None:
-    """Switch gradient checkpointing of a model on, of one kind or the other, or off (None).
+    """Switch gradient checkpointing of a model on, reentrant or not, or off (None).
 
-    transformers 5.24 gave its methods other names, and warns of the old ones.
+    transformers 5.24 renamed its methods, and warns about the old names.
     """
     kind = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
     if use_reentrant is None:

@@ -1,8 +1,9 @@
 """Infix tuning: [x ; INFIX ; y], where only y attends to what is trained (Li and Liang 2021, section 7.3).
 
-One stored key serves rows of any length: the infix keeps its own positions, from 0 on, and the tokens theirs, so that
-where y starts is a matter of visibility alone. y starts with the token whose logits predict the first target, the last
-of the prompt (in the original code a separator): were it not to see the infix, no training could reach that target.
+The infix has positions of its own, which start at 0, and the tokens keep theirs. So one stored key serves rows of any
+length, and where y starts decides only which tokens see the infix. y starts with the last token of the prompt (in the
+original code a separator), because its logits predict the first target. If it did not see the infix, no training could
+reach that target.
 """
 
 from __future__ import annotations
@@ -22,8 +23,8 @@ def start_of_targets(start: Tensor | None, given: Mapping[str, Any]) -> Tensor:
     """(B,) int64: the first column of each row of a forward that sees the infix; padding and the cache count.
 
     Args:
-        start: it, if the caller knows; otherwise the column before the first target in ``labels``. Rows without a
-            target do not see the infix.
+        start: these columns, if the caller gives them. Default: the column before the first target in ``labels``. Rows
+            without a target do not see the infix.
         given: the arguments of the forward.
 
     Raises:
@@ -43,7 +44,7 @@ def start_of_targets(start: Tensor | None, given: Mapping[str, Any]) -> Tensor:
 
 
 def end_of_prompt(start: Tensor | None, *prompts: Tensor | None) -> Tensor:
-    """(B,) int64: the same for a generate: ``start``, or the last column of the prompt.
+    """(B,) int64: the first column that sees the infix in generate: ``start``, or the last column of the prompt.
 
     Raises:
         ValueError: not one for each row.

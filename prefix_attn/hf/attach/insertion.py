@@ -1,8 +1,9 @@
-"""Virtual tokens in every row of a batch: embedding-only prefix tuning for any transformers model.
+"""Insert virtual tokens into every row of a batch: embedding-only prefix tuning for any transformers model.
 
-They enter where the model takes its input embeddings, after a row's left padding and right before its first token: so
-padding changes nothing, not under sliding windows either. Behind the last layer they are cut out again, so that heads,
-poolers and losses see the sequence alone. Those of an encoder with a decoder stay in: the decoder attends to them.
+Virtual tokens enter with the input embeddings. They stand between a row's left padding and its first token, so padding
+changes nothing, not even under sliding windows. After the last layer they are cut out again, so that task heads,
+poolers and losses see the sequence alone. In an encoder-decoder they stay in the encoder's output, because the decoder
+attends to them.
 """
 
 from __future__ import annotations
@@ -25,13 +26,13 @@ from prefix_attn.hf.attach.wrapper import device_of, evaluating
 
 
 class Insertion:
-    """The ways for virtual tokens into the rows of ``base`` and out again.
+    """Inserts virtual tokens into the rows of ``base`` and cuts them out again.
 
     ``embeddings`` is the module that makes the input embeddings.
     """
 
     def __init__(self, base: PreTrainedModel) -> None:
-        """Find them.
+        """Find where in ``base`` tokens enter and leave.
 
         Raises:
             NotImplementedError: the model takes no input embeddings, or does something else with them than with ids.
@@ -55,7 +56,7 @@ class Insertion:
         """Forwards of the model within the context have the virtual tokens ``table`` (P, hidden size) in every row.
 
         Raises:
-            RuntimeError: on leaving, if none had. There is no silent "no prefix".
+            RuntimeError: on leaving, if no forward inserted them: a prefix is never lost silently.
         """
         last: deque[_Places | None] = deque(maxlen=1)  # what the last forward inserted, None if its cache holds it
 
@@ -86,7 +87,7 @@ class Insertion:
             raise RuntimeError(f"{self._name} did not run {type(self._entrance).__name__}: no virtual token entered it")
 
     def _counts_tokens(self, base: PreTrainedModel) -> bool:
-        """Whether a cache of the model says how many tokens it holds; one of recurrent layers alone does not."""
+        """Whether the model's cache knows how many tokens it holds. With recurrent layers alone it does not."""
         if not {"past_key_values", "cache"} & set(self._names):
             return False
         try:
@@ -95,7 +96,7 @@ class Insertion:
             return False
 
     def _rehearse(self, padding: int | None) -> None:
-        """Three forwards of four tokens, none of which is padding: models tell it by its id."""
+        """Test insertion in three forwards of four tokens. None is the padding token, which models know by its id."""
         ids = torch.tensor([[i for i in range(5) if i != padding][:4]], device=device_of(self.embeddings))
         expected = self._entrance(input_ids=ids)[0]
         if not torch.allclose(self._entrance(inputs_embeds=self.embeddings(ids))[0], expected):
@@ -108,7 +109,7 @@ class Insertion:
             )
 
     def _insert(self, table: Tensor, kwargs: dict[str, Any]) -> tuple[dict[str, Any], _Places | None]:
-        """The entrance's arguments with the virtual tokens, and where they are if it is their first forward."""
+        """Add the virtual tokens to the entrance's arguments. Also return their places if the cache lacks them yet."""
         tokens, mask, cache = kwargs.get("inputs_embeds"), kwargs.get("attention_mask"), cache_of(kwargs)
         tokens = self.embeddings(kwargs["input_ids"]) if tokens is None else tokens
         (B, S), P = tokens.shape[:2], len(table)
@@ -169,7 +170,7 @@ def _entrance(base: PreTrainedModel, layers: nn.Module) -> nn.Module:
 
 
 def _check(kwargs: dict[str, Any], length: int) -> None:
-    """Refuse arguments of the entrance in which virtual tokens would be lost; ``length`` is that of a whole mask."""
+    """Refuse arguments with which virtual tokens would be lost. A complete mask has ``length`` columns."""
     mask, cache, position_ids = kwargs.get("attention_mask"), cache_of(kwargs), kwargs.get("position_ids")
     if isinstance(cache, StaticCache):
         raise NotImplementedError("a static cache has no room for virtual tokens in every row; take a dynamic one")
@@ -185,7 +186,7 @@ def _check(kwargs: dict[str, Any], length: int) -> None:
 
 
 def _cut(output: Any, places: _Places) -> Any:
-    """``output`` with virtual tokens cut out of all hidden states in it, (B, P + T, hidden size)."""
+    """Cut the virtual tokens out of all hidden states (B, P + T, hidden size) in ``output``."""
     if isinstance(output, Tensor):
         return places.cut(output) if output.dim() == 3 and output.shape[1] == places.length else output
     if isinstance(output, ModelOutput):

@@ -1,7 +1,7 @@
-"""Where the tokens of a stack stand: after its prefix under ``position_mode="shift"``, and where its mask says.
+"""The positions of a stack's tokens: counted from its mask, and after the prefix with ``position_mode="shift"``.
 
-Stacks number their tokens in one of three ways. Most take ``position_ids``. T5 and its kin add to the scores a bias
-that depends on the distance between query and key. BART and its kin ask a module ``embed_positions``.
+Stacks number their tokens in one of three ways. Most take ``position_ids``. Models like T5 add a bias to the scores
+that depends on the distance between query and key. Models like BART call a module ``embed_positions``.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from prefix_attn.hf.attach.wrapper import device_of
 class Positions:
     """How ``stack`` numbers its tokens.
 
-    ``names`` are those of its arguments. ``embedding`` is the module that takes positions in its place, if any.
-    ``can_shift``: the tokens can be moved behind a prefix.
+    ``names`` are the names of its arguments. ``embedding`` is its module ``embed_positions``, if that takes the
+    positions. ``can_shift`` says whether the tokens can be moved behind a prefix.
     """
 
     def __init__(self, stack: PreTrainedModel) -> None:
-        """Find out."""
+        """Inspect ``stack``; it is not run."""
         self.names = list(inspect.signature(stack.forward).parameters)
         self._takes_ids = "position_ids" in self.names
         # RoBERTa and its kin number from padding_idx + 1 on.
@@ -47,7 +47,7 @@ class Positions:
             self._distances[module] = cast(Any, table).compute_bias
 
     def arguments(self, kwargs: dict[str, Any], shift: int | Tensor) -> dict[str, Any]:
-        """What a call of the stack needs besides ``kwargs`` for its tokens to start at ``shift``."""
+        """Arguments to add to the stack's ``kwargs``, so that its tokens start at position ``shift``."""
         if self._takes_ids:
             given = kwargs.get("position_ids")
             if isinstance(shift, Tensor):
@@ -77,7 +77,7 @@ def _has_table(module: Any) -> bool:
 
 
 def from_mask(kwargs: dict[str, Any]) -> Tensor:
-    """Positions of the new tokens: from a 2-D attention mask (padding takes none), else after those in the cache."""
+    """Positions of the new tokens, counted from a 2-D attention mask without its padding, or else from the cache."""
     tokens = _tokens(kwargs)
     length, mask = tokens.shape[1], kwargs.get("attention_mask")
     if isinstance(mask, Tensor) and mask.dim() == 2:
@@ -105,9 +105,9 @@ def cache_of(kwargs: Mapping[str, Any]) -> Any:
 
 
 def is_packed(kwargs: Mapping[str, Any]) -> bool:
-    """Whether rows hold several sequences, told apart by positions that start again.
+    """Whether rows hold several sequences, which shows in positions that start again.
 
-    A mask says that they do not, as transformers has it: positions of padding are anything.
+    Rows with a mask are not packed, as in transformers: padding may have any positions.
     """
     positions = kwargs.get("position_ids")
     if positions is None or kwargs.get("attention_mask") is not None or cache_of(kwargs) is not None:

@@ -67,7 +67,8 @@ class Runner:
             starts: (B,) int64, the first column of each row that sees an infix.
 
         Raises:
-            RuntimeError: on leaving, if a slot of a stack that ran did not ask for its prefix.
+            RuntimeError: on leaving, if a stack ran and one of its slots did not take its prefix: a prefix is never
+                lost silently.
         """
         bridge = None
         made = [kv] if gates is None else [kv, gates]

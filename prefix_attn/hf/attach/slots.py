@@ -1,7 +1,7 @@
-"""Which attention modules of a model a prefix can enter: found by running the model once, not by their names.
+"""Find the attention modules that a prefix can enter, from the calls of one forward rather than from names.
 
-A slot is the attention of one layer at one site. Sites are self-attention that is not causal ("encoder"), attention to
-another sequence ("cross") and causal self-attention ("decoder").
+A slot is the attention of one layer at one site. The sites are "encoder" (self-attention that is not causal), "cross"
+(attention to another sequence) and "decoder" (causal self-attention).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from prefix_attn.hf.config import SITES
 
 
 class Slot(NamedTuple):
-    """An attention module that a prefix can enter. ``heads`` and ``head_dim`` are those of its keys and values."""
+    """An attention module that a prefix can enter. ``heads`` and ``head_dim`` belong to its keys and values."""
 
     site: str
     layer: int
@@ -31,10 +31,10 @@ class Slot(NamedTuple):
 
 
 def find_stacks(base: PreTrainedModel) -> list[PreTrainedModel]:
-    """The models within ``base`` that run a list of layers themselves and hand keyword arguments on to them.
+    """The models within ``base`` that run a list of layers themselves and pass keyword arguments on to them.
 
-    State enters there because this is above the checkpointed layers: what is recomputed in backward was captured
-    together with its arguments.
+    The state enters here, above the checkpointed layers. So a layer that is recomputed in backward gets the arguments
+    of its forward, and the state is among them.
     """
     owners: dict[nn.Module, PreTrainedModel] = {}
     for model in base.modules():
@@ -65,11 +65,11 @@ def find_slots(base: PreTrainedModel, calls: Sequence[AttentionCall]) -> list[Sl
 
     Args:
         base: the model.
-        calls: what its attention modules asked in one forward whose encoder had another length than its decoder, with
-            every mask in full.
+        calls: the calls of its attention modules in one forward, in which encoder and decoder had different lengths
+            and every mask was 4-D.
 
     Raises:
-        NotImplementedError: a layer did not ask, or has keys and values that no prefix can join.
+        NotImplementedError: a layer made no call, or has keys and values that no prefix can join.
     """
     name = type(base).__name__
     modules = {call.module for call in calls}
@@ -93,7 +93,7 @@ def find_slots(base: PreTrainedModel, calls: Sequence[AttentionCall]) -> list[Sl
 
 
 def is_causal(call: AttentionCall) -> bool:
-    """Whether a query of ``call`` sees no key behind it: what its mask says, and without one its module."""
+    """Whether the queries of ``call`` see no later keys: by its mask, or by its module if there is no mask."""
     if call.mask is None:
         return getattr(call.module, "is_causal", True)
     last = call.mask[0, 0, 0, -1]

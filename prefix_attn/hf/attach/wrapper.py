@@ -1,4 +1,4 @@
-"""What is around a frozen model: its counts, and the way through to the model's own attributes."""
+"""Wrapper base class: parameter counts, attribute forwarding, upload to the Hub."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 
 class Wrapper(nn.Module):
-    """``base_model``, frozen, and around it what is trained. Other attributes are the model's own."""
+    """A module with a frozen ``base_model`` and trained parameters. Attributes it lacks are looked up on the model."""
 
     base_model: PreTrainedModel
 
@@ -44,7 +44,7 @@ class Wrapper(nn.Module):
             return upload_folder(repo_id=repo_id, folder_path=folder, **kwargs)
 
     def __getattr__(self, name: str) -> Any:
-        """What is not ours is the base model's."""
+        """Look up on the base model what this module does not have."""
         try:
             return super().__getattr__(name)
         except AttributeError:
@@ -54,14 +54,14 @@ class Wrapper(nn.Module):
 
 
 def device_of(module: nn.Module) -> torch.device:
-    """Where ``module`` runs; accelerate leaves an offloaded one without its weights in between."""
+    """The device that ``module`` runs on. Between runs, accelerate keeps the weights of an offloaded one elsewhere."""
     device = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
     return next(module.parameters()).device if device is None else torch.device(device)
 
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """``model`` is in eval mode within the context, and each of its modules as it was after it."""
+    """Puts ``model`` in eval mode within the context, and each of its modules back in its mode afterwards."""
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:

@@ -1,16 +1,17 @@
-"""Prefixes on disk, in the format of PEFT's prefix tuning.
+"""Save and load prefixes in the file format of PEFT's prefix tuning.
 
     adapter_config.json          what PEFT reads
     adapter_model.safetensors    prompt_embeddings (P, 2 * slots * H * D) float32, the folded prefix; if it has them,
                                  prefix_gate (slots, Hq) float32, and task heads
     training_state.safetensors   the MLP, if asked for
 
-A slot is a layer at a site. PEFT has a prefix for each layer of one stack, and calls it a CARTRIDGE where the first
-tokens are frozen; others (encoder-decoder models, a choice of layers, gates, an infix, position_mode="none") have the
-same files and fields under a ``peft_type`` that PEFT does not know and so refuses. ``formats`` reads these and other
-libraries'.
-Both safetensors files carry our configuration in their metadata, so that each is whole by itself: a kill between the
-renames leaves the old prefix or the new one, never half of each. Read without pickle; headers are checked before
+A slot is a layer at a site. PEFT's prefixes have all layers of one stack, and are called CARTRIDGE if their first
+tokens are frozen. Other prefixes (encoder-decoder models, a choice of layers, gates, an infix, position_mode="none")
+have the same files and fields, but a ``peft_type`` that PEFT does not know and so refuses. ``formats`` reads all of
+these, and the files of other libraries.
+
+Both safetensors files carry our configuration in their metadata, so that each is complete by itself. A kill between two
+writes leaves the old prefix or the new one, never half of each. Nothing is unpickled. Headers are checked before
 anything is allocated, and values before anything in memory changes.
 """
 
@@ -172,7 +173,7 @@ def load_table(path: str | Path, base: PreTrainedModel) -> Tensor:
 
 
 def describe(path: str | Path) -> dict[str, Any]:
-    """What a prefix on disk holds, as far as that is known without its base model: our configuration, PEFT's sizes."""
+    """What a prefix on disk holds, as far as it is known without its base model: our configuration and PEFT's sizes."""
     stored = formats.read(path)
     known = {name: value for name, value in stored.config.to_dict().items() if value is not None}
     sizes = {name: stored.sizes.get(name) for name in ("num_layers", "num_attention_heads", "token_dim")}
@@ -214,7 +215,7 @@ def _check_base(folder: Path, config: PrefixConfig, metadata: Mapping[str, str],
 def _check_sizes(
     stored: Stored, slots: list[Slot], width: int, sizes: tuple[int, int, int], base: PreTrainedModel
 ) -> None:
-    """Compare by name what the file says of itself; the shape of the tensor says the same as one number."""
+    """Check the sizes in the file one by one: the tensor's shape has only their product, which names no culprit."""
     layers, heads, head_dim = sizes
     for name, size in {"num_layers": layers, "num_attention_heads": heads, "token_dim": width}.items():
         if stored.sizes.get(name) not in (None, size):
@@ -231,7 +232,7 @@ def _check_sizes(
 
 
 def fingerprint(base: PreTrainedConfig) -> dict[str, Any]:
-    """What the weights that a prefix was trained for cannot change. The vocabulary can: people add tokens."""
+    """What identifies the base model of a prefix. The vocabulary size does not, because people add tokens."""
     config = base.get_text_config()
     return {name: getattr(config, name) for name in ("model_type", "hidden_size")}
 

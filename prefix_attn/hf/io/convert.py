@@ -1,4 +1,4 @@
-"""From any format that can be read to ours or PEFT's, without the weights of the base model."""
+"""Convert a prefix from any readable format to ours or PEFT's, without the weights of its base model."""
 
 from __future__ import annotations
 

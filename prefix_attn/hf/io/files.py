@@ -1,7 +1,7 @@
-"""Files: read without trust, written without halves.
+"""Untrusted reads, atomic writes.
 
-Nothing is unpickled but tensors and the containers that hold them, nothing is believed that a file says of its own
-size, and whatever is wrong with one is a ValueError that names it.
+Only tensors and plain containers of tensors are unpickled. A file's claims about its own size are checked. Whatever is
+wrong with a file raises a ValueError that names it.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 
 def find(path: str | Path, *names: str) -> Path:
-    """A file or folder that exists, or what has ``names`` in a repository of the Hub.
+    """An existing file or folder, or the download of a Hub repository, of which only ``names`` are fetched.
 
     Raises:
-        ValueError: neither.
+        ValueError: ``path`` is neither.
     """
     if Path(path).exists():
         return Path(path)
@@ -42,7 +42,7 @@ def find(path: str | Path, *names: str) -> Path:
 
 
 def is_hub_id(name: str) -> bool:
-    """Whether ``name`` could be that of a repository on the Hub, and is not a path here."""
+    """Whether ``name`` is not an existing path and could name a repository on the Hub."""
     return re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", name) is not None and not Path(name).exists()
 
 
@@ -60,7 +60,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_metadata(path: Path) -> dict[str, str]:
-    """What a safetensors file says besides its tensors; nothing for what torch.save wrote."""
+    """The metadata of a safetensors file. Empty for a file of torch.save."""
     if path.suffix != ".safetensors":
         return {}
     with _opened(path) as f:
@@ -68,7 +68,7 @@ def read_metadata(path: Path) -> dict[str, str]:
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file, whose header is checked first, or of what torch.save wrote."""
+    """The tensors of a safetensors file, whose header is checked first, or of a file of torch.save."""
     if path.suffix == ".safetensors":
         with _opened(path) as f:
             return {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118
@@ -79,7 +79,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def checked(path: Path, tensors: Mapping[str, Tensor], wanted: Shapes) -> dict[str, Tensor]:
-    """``tensors``, if they have the shapes ``wanted`` and finite values. ``path`` is theirs, for messages."""
+    """``tensors``, checked to have the shapes ``wanted`` and finite values. ``path`` is for messages."""
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     if shapes != dict(wanted):
         raise ValueError(f"{path}: base model and configuration need {dict(wanted)}, the file has {shapes}")
@@ -90,7 +90,7 @@ def checked(path: Path, tensors: Mapping[str, Tensor], wanted: Shapes) -> dict[s
 
 
 def read_pickle(path: Path) -> Any:
-    """What torch.save wrote: tensors and containers. Nothing else is unpickled, no code of the file runs."""
+    """The content of a file of torch.save: tensors and containers. Nothing else is unpickled, and no code is run."""
     try:
         with warnings.catch_warnings(), torch.serialization.safe_globals([nn.ParameterList]):
             warnings.simplefilter("ignore")  # of pickle protocols: what follows says more
@@ -110,7 +110,7 @@ def read_pickle(path: Path) -> Any:
 
 
 def backed(path: Path, name: str, tensor: Any) -> Tensor:
-    """``tensor``, if it is one of floating-point numbers that the file really holds."""
+    """``tensor``, checked to be a floating-point tensor no larger than the file that claims to hold it."""
     if not isinstance(tensor, Tensor) or tensor.layout != torch.strided or tensor.device.type != "cpu":
         raise ValueError(f"{path}: {name} must be a tensor, got {type(tensor).__name__!r}")
     if not tensor.is_floating_point():

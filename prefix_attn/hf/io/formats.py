@@ -1,11 +1,11 @@
-"""Prefixes as they lie on disk: ours, and those of other libraries, which are recognised by their files.
+"""Read prefixes of any library; each format is recognised by its files.
 
     ours, and PEFT's    adapter_config.json with peft_type, adapter_model.safetensors (or .bin): prompt_embeddings
     adapters'           adapter_config.json with architecture, pytorch_adapter.bin or adapter.safetensors
     Cartridges'         a .pt file: trainable_keys and trainable_values, frozen_keys and frozen_values
     PrefixTuning's      pytorch_model.bin beside config.json: wte and control_trans (Li and Liang 2021, their code)
 
-MLPs are folded on reading: their authors' code keeps them for training alone.
+MLPs are folded on reading, because the code that wrote them needs them only in training.
 """
 
 from __future__ import annotations
@@ -47,14 +47,14 @@ _LARGEST = 2**28  # numbers that an MLP may make: a hostile one of a few megabyt
 
 
 def read(path: str | Path, *, decoder_layers: int | None = None) -> Stored:
-    """The prefix in a folder, a file or a repository of the Hub (of which ours, PEFT's and adapters' are read).
+    """The prefix in a folder, a file or a Hub repository. On the Hub, only ours, PEFT's and adapters' are read.
 
     Args:
         path: where it is.
-        decoder_layers: of the base model, which PEFT's files of encoder-decoder models leave open.
+        decoder_layers: of the base model. PEFT's files of encoder-decoder models do not tell it.
 
     Raises:
-        ValueError: not a prefix of a known format, damaged, or without meaning here.
+        ValueError: not a prefix of a known format, damaged, or not supported.
     """
     place = files.find(path, *_ON_HUB)
     try:

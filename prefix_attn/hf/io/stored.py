@@ -1,4 +1,4 @@
-"""Prefixes as they lie on disk, and the two that have PEFT's files: ours and PEFT's own."""
+"""``Stored``, a prefix as read from disk, and PEFT's files, which are read and written here."""
 
 from __future__ import annotations
 
@@ -21,10 +21,11 @@ OLD_ADAPTER = "adapter_model.bin"  # PEFT's, before safetensors
 
 
 class Stored(NamedTuple):
-    """A prefix as it is stored: all that is known of it without its base model.
+    """A prefix on disk, as far as it is known without its base model.
 
-    ``tensors`` has the prefix under ``KEY``, (P, 2 * slots * H * D), with slots by site in the order of ``SITES``, then
-    by layer; under ``GATE`` its gate, if ours has one; and the parameters of task heads under ``TASK_HEAD``.
+    ``tensors`` has the prefix under ``KEY``: (P, 2 * slots * H * D), with slots by site in the order of ``SITES``, then
+    by layer. It has the gate under ``GATE``, if there is one, and parameters of task heads under names that start with
+    ``TASK_HEAD``.
     """
 
     format: str
@@ -41,7 +42,7 @@ class Stored(NamedTuple):
 
     @property
     def of_peft_s_decoder(self) -> dict[str, Any]:
-        """What became of the slots in PEFT's file of an encoder-decoder model; empty for others."""
+        """How the slots in PEFT's file of an encoder-decoder model were used. Empty for other files."""
         if self.peft_slots is None:
             return {}
         used = list(self.peft_slots)
@@ -137,7 +138,7 @@ def _peft_config(
 
 
 def _of_decoder(stored: Stored, decoder_layers: int | None) -> Stored:
-    """PEFT's file of an encoder-decoder model: what its decoder really attends to, one prefix for each layer."""
+    """Reduce PEFT's file of an encoder-decoder model to what its decoder attends to: one slot for each layer."""
     layers, rows = stored.sizes["num_layers"], stored.tensors.get(KEY)
     if type(layers) is not int or layers < 1 or rows is None or rows.dim() != 2 or rows.shape[1] % (2 * layers):
         raise ValueError(f"{stored.path}: {KEY} must be (P, 2 * {layers} layers * width)")
