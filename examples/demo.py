@@ -45,7 +45,8 @@ def run(steps: int, out: Path, model: str) -> dict[str, Any]:
     from prefix_attn.hf.model import PrefixModel, get_prefix_model
     from prefix_attn.training.data import aws_records
     from prefix_attn.training.metrics import score
-    from prefix_attn.training.train import Settings, train
+    from prefix_attn.training.settings import TrainingSettings
+    from prefix_attn.training.train import train
 
     logging.getLogger("prefix_attn.training.metrics").setLevel(logging.ERROR)
     console, start = Console(emoji=False), time.perf_counter()
@@ -62,7 +63,7 @@ def run(steps: int, out: Path, model: str) -> dict[str, Any]:
         before = _texts(prefixed, tokenizer, test, "before")
     for earlier in out.glob("checkpoint-*"):
         shutil.rmtree(earlier)  # the demo begins anew each time
-    settings = Settings(out, steps, validate_every=max(steps // 2, 1), max_length=96)
+    settings = TrainingSettings(out, steps, validate_every=max(steps // 2, 1), max_length=96)
     metrics = train(prefixed, tokenizer, records["train"], _spread(records["dev"], VALIDATED), settings)
     after = _texts(prefixed, tokenizer, test, "after")
 

@@ -116,7 +116,7 @@ def train(
     from prefix_attn.hf.model import get_prefix_model
     from prefix_attn.training.data import AWS_TASKS, read_examples
     from prefix_attn.training.distill import TOP_K, distill
-    from prefix_attn.training.train import Settings
+    from prefix_attn.training.settings import TrainingSettings
     from prefix_attn.training.train import train as run
 
     if distill_from is not None and data is not None:
@@ -151,7 +151,7 @@ def train(
     torch.manual_seed(seed)
     base, tokenizer = load(model)
     prefixed = get_prefix_model(base, config, tokenizer)
-    settings = Settings(
+    settings = TrainingSettings(
         output, steps, batch_size, learning_rate, max_length, validate_every, seed, resume, gradient_checkpointing
     )
     if document is None:

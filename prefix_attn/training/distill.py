@@ -17,8 +17,9 @@ from torch import Tensor
 from prefix_attn.hf.attach.wrapper import evaluating
 from prefix_attn.hf.config import PrefixConfig
 from prefix_attn.hf.model import PrefixModel, get_prefix_model
+from prefix_attn.training.settings import TrainingSettings
 from prefix_attn.training.tokens import collate
-from prefix_attn.training.train import VALIDATION_BATCH, Settings, fit
+from prefix_attn.training.train import VALIDATION_BATCH, fit
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -34,7 +35,7 @@ def distill(
     model: PrefixModel,
     tokenizer: PreTrainedTokenizerBase,
     document: str,
-    settings: Settings,
+    settings: TrainingSettings,
     *,
     validation: str | None = None,
     top_k: int = TOP_K,

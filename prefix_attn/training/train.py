@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +19,7 @@ from prefix_attn.hf.io.files import replace
 from prefix_attn.hf.model import PrefixModel
 from prefix_attn.training.data import Example
 from prefix_attn.training.evaluate import target_loss, validation_loss
+from prefix_attn.training.settings import TrainingSettings
 from prefix_attn.training.tokens import Collator, collate, encode
 
 if TYPE_CHECKING:
@@ -32,31 +32,12 @@ Objective = Callable[[Any, dict[str, Tensor]], Tensor]  # of a model and a batch
 _log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class Settings:
-    """How to train.
-
-    ``learning_rate`` defaults to 3e-2 for a flat prefix and 1e-3 for an MLP. ``validate_every`` steps the validation
-    loss is measured and a checkpoint written; ``resume`` goes on, bit for bit, from the last whole one in ``output``.
-    """
-
-    output: Path
-    steps: int = 200
-    batch_size: int = 8
-    learning_rate: float | None = None
-    max_length: int = 96
-    validate_every: int = 50
-    seed: int = 0
-    resume: bool = False
-    gradient_checkpointing: bool = False
-
-
 def train(
     model: PrefixModel,
     tokenizer: PreTrainedTokenizerBase,
     examples: Sequence[Example],
     validation: Sequence[Example],
-    settings: Settings,
+    settings: TrainingSettings,
 ) -> dict[str, Any]:
     """Train the active prefix of ``model`` and save it into ``settings.output``.
 
@@ -89,7 +70,7 @@ def fit(
     rows: Sequence[dict[str, list[int]]],
     collator: Callable[..., dict[str, Tensor]],
     measure: Callable[[], float | None],
-    settings: Settings,
+    settings: TrainingSettings,
     *,
     objective: Objective | None = None,
     extra: Mapping[str, Any],
@@ -142,7 +123,7 @@ def fit(
     return metrics
 
 
-def _arguments(model: PrefixModel, settings: Settings) -> TrainingArguments:
+def _arguments(model: PrefixModel, settings: TrainingSettings) -> TrainingArguments:
     config = model.prefix_configs[model.active_prefix or "default"]
     default = MLP_LEARNING_RATE if config.prefix_projection else FLAT_LEARNING_RATE
     return TrainingArguments(
@@ -172,7 +153,7 @@ def has_bfloat16(device: torch.device) -> bool:
     return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 
-def _checkpoint(settings: Settings) -> str | None:
+def _checkpoint(settings: TrainingSettings) -> str | None:
     """The checkpoint to go on from; None to begin."""
     complete = {path: step for path in settings.output.glob("checkpoint-*") if (step := _step(path)) is not None}
     if settings.resume and not complete:

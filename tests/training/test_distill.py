@@ -11,8 +11,8 @@ import torch
 
 from prefix_attn import PrefixConfig, PrefixModel, get_prefix_model
 from prefix_attn.training.distill import Target, Teacher, distill, divergence, mean_divergence, pieces
+from prefix_attn.training.settings import TrainingSettings
 from prefix_attn.training.tokens import collate
-from prefix_attn.training.train import Settings
 from tests.hf.models import tiny
 from tests.test_cli import run as prefix_attn
 from tests.tokens import END, byte_tokenizer
@@ -101,7 +101,7 @@ def test_distils_on_other_texts_too(tmp_path: Path) -> None:
     with model.disable_prefix():
         nothing = mean_divergence(model, teacher, unseen)
     before = mean_divergence(model, teacher, unseen)
-    settings = Settings(tmp_path, steps=60, batch_size=4, max_length=24, validate_every=20, learning_rate=3e-2)
+    settings = TrainingSettings(tmp_path, steps=60, batch_size=4, max_length=24, validate_every=20, learning_rate=3e-2)
     metrics = distill(model, tokenizer, DOCUMENT, settings)
     after = mean_divergence(model, teacher, unseen)
     assert after < 0.6 * min(before, nothing)
@@ -146,4 +146,4 @@ def test_refuses(length: int, row: int, top_k: int, message: str) -> None:
 def test_refuses_an_infix(tmp_path: Path) -> None:
     model = get_prefix_model(base(), PrefixConfig(num_virtual_tokens=4, mode="infix"))
     with pytest.raises(ValueError, match="an infix stands within a row"):
-        distill(model, byte_tokenizer(), DOCUMENT, Settings(tmp_path, steps=1))
+        distill(model, byte_tokenizer(), DOCUMENT, TrainingSettings(tmp_path, steps=1))

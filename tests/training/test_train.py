@@ -12,7 +12,8 @@ import torch
 
 from prefix_attn import PrefixConfig, PrefixModel, get_prefix_model
 from prefix_attn.training.data import Example
-from prefix_attn.training.train import Settings, train
+from prefix_attn.training.settings import TrainingSettings
+from prefix_attn.training.train import train
 from tests.hf.models import tiny
 from tests.tokens import byte_tokenizer
 
@@ -25,8 +26,8 @@ def model(seed: int = 0, **options: Any) -> PrefixModel:
     return get_prefix_model(tiny("llama", vocab_size=257, max_position_embeddings=128), config)
 
 
-def settings(folder: Path, steps: int, **changes: object) -> Settings:
-    return Settings(folder, steps=steps, batch_size=2, validate_every=2, **changes)  # type: ignore[arg-type]
+def settings(folder: Path, steps: int, **changes: object) -> TrainingSettings:
+    return TrainingSettings(folder, steps=steps, batch_size=2, validate_every=2, **changes)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointed"])
