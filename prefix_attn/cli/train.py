@@ -2,103 +2,115 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from prefix_attn.cli.shared import DATA, AsJson, BatchSize, Model, Source, Target, load, show
+from prefix_attn.hf.config import PrefixConfig
+from prefix_attn.training.settings import TrainingSettings
 
-_PREFIX, _START = "The prefix", "Where it starts"  # panels of the help
+prefix_option: Callable[..., Any] = partial(typer.Option, rich_help_panel="The prefix")
+start_option: Callable[..., Any] = partial(typer.Option, rich_help_panel="Where it starts")
+
+Output = Annotated[Path, typer.Option(help="Folder for the adapter, its checkpoints, metrics.json and loss.png.")]
+TrainingData = Annotated[str | None, typer.Option(help=f"{DATA} Default: 'aws'.")]
+DistillFrom = Annotated[
+    Path | None, typer.Option(help="Instead of --data: a text that the prefix learns to replace.", dir_okay=False)
+]
+TopK = Annotated[
+    int | None,
+    typer.Option(min=1, help="With --distill-from: how many of the likeliest tokens to compare. Default: 20."),
+]
+Validation = Annotated[str | None, typer.Option(help="File to validate on. 'aws' has a split of its own.")]
+
+VirtualTokens = Annotated[int, prefix_option(min=1, help="Length of the prefix.")]
+Mode = Annotated[
+    str,
+    prefix_option(
+        help="'kv': keys and values in every layer. 'embedding': input embeddings only. 'infix': keys and values "
+        "between source and target; only the target attends to them."
+    ),
+]
+Sites = Annotated[
+    str | None,
+    prefix_option(help="Which attention gets a prefix, of 'encoder,cross,decoder'. Default: all that the model has."),
+]
+Mlp = Annotated[int | None, prefix_option(help="Train through an MLP of this width. It is dropped after training.")]
+MlpDepth = Annotated[int, prefix_option(min=1, help="Hidden layers of the MLP.")]
+MlpActivation = Annotated[str, prefix_option(help="'tanh', 'relu', 'gelu', 'silu', ...")]
+Dropout = Annotated[float, prefix_option(help="Dropout on the prefix.")]
+Gate = Annotated[
+    str | None,
+    prefix_option(help="'zero': one factor per head that starts at 0, so that training starts from the frozen model."),
+]
+FrozenTokens = Annotated[int, prefix_option(min=0, help="How many of the first virtual tokens are not trained.")]
+PositionMode = Annotated[
+    str | None,
+    prefix_option(help="'shift' (as in PEFT) or 'none' (the prefix takes no positions). Default: what fits the model."),
+]
+
+Init = Annotated[
+    str | None,
+    start_option(
+        help="'random': activations of random tokens. 'zero'. 'uniform': numbers in [0, 1), the paper's random. "
+        "Default: 'random', or with --distill-from pieces of that text."
+    ),
+]
+InitText = Annotated[str | None, start_option(help="Instead of --init: activations of this text.")]
+InitDocument = Annotated[
+    Path | None, start_option(help="Instead of --init: activations of pieces of this text file.", dir_okay=False)
+]
+InitPrefix = Annotated[str | None, start_option(help="Instead of --init: the prefix of another adapter.")]
+
+Steps = Annotated[int, typer.Option(min=1, help="Training steps.")]
+LearningRate = Annotated[float | None, typer.Option(help="Default: 3e-2, with --mlp 1e-3.")]
+MaxLength = Annotated[int, typer.Option(min=8, help="Tokens per row. Longer sources are cut.")]
+ValidateEvery = Annotated[int, typer.Option(min=1, help="Steps between checkpoints, and between validations.")]
+ValidationRows = Annotated[int, typer.Option(min=0, help="How many examples to validate on.")]
+Checkpointing = Annotated[bool, typer.Option("--gradient-checkpointing", help="Use less memory and more time.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Continue from the last checkpoint in --output.")]
+Seed = Annotated[int, typer.Option(help="Seed of the start and of the order of the data.")]
 
 
 def train(
-    output: Annotated[Path, typer.Option(help="Folder for the adapter, its checkpoints, metrics.json and loss.png.")],
+    output: Output,
     model: Model = "smollm2",
-    data: Annotated[str | None, typer.Option(help=f"{DATA} Default: 'aws'.")] = None,
-    distill_from: Annotated[
-        Path | None, typer.Option(help="Instead of --data: a text that the prefix is to stand for.", dir_okay=False)
-    ] = None,
-    top_k: Annotated[
-        int | None, typer.Option(min=1, help="Of --distill-from: likeliest tokens that are compared. Default: 20.")
-    ] = None,
-    validation: Annotated[str | None, typer.Option(help="File to validate on; 'aws' has its own split.")] = None,
+    data: TrainingData = None,
+    distill_from: DistillFrom = None,
+    top_k: TopK = None,
+    validation: Validation = None,
     source_column: Source = "source",
     target_column: Target = "target",
-    virtual_tokens: Annotated[int, typer.Option(min=1, help="Its length.", rich_help_panel=_PREFIX)] = 10,
-    mode: Annotated[
-        str,
-        typer.Option(
-            help="'kv': keys and values of every layer; 'embedding': input embeddings alone; 'infix': keys and values "
-            "between source and target, which the target alone attends to.",
-            rich_help_panel=_PREFIX,
-        ),
-    ] = "kv",
-    sites: Annotated[
-        str | None,
-        typer.Option(
-            help="Attention that gets one, of 'encoder,cross,decoder'; default: all that the model has.",
-            rich_help_panel=_PREFIX,
-        ),
-    ] = None,
-    mlp: Annotated[
-        int | None,
-        typer.Option(help="Train through an MLP of this width (dropped at the end).", rich_help_panel=_PREFIX),
-    ] = None,
-    mlp_depth: Annotated[int, typer.Option(min=1, help="Its hidden layers.", rich_help_panel=_PREFIX)] = 1,
-    mlp_activation: Annotated[
-        str, typer.Option(help="'tanh', 'relu', 'gelu', 'silu', ...", rich_help_panel=_PREFIX)
-    ] = "tanh",
-    dropout: Annotated[float, typer.Option(help="On the prefix.", rich_help_panel=_PREFIX)] = 0.0,
-    gate: Annotated[
-        str | None,
-        typer.Option(
-            help="'zero': a factor for each head that starts at 0, so that training starts from the frozen model.",
-            rich_help_panel=_PREFIX,
-        ),
-    ] = None,
-    frozen_tokens: Annotated[
-        int, typer.Option(min=0, help="So many at its beginning stay as they start.", rich_help_panel=_PREFIX)
-    ] = 0,
-    position_mode: Annotated[
-        str | None,
-        typer.Option(
-            help="'shift' (as PEFT) or 'none' (the prefix takes no positions); default: what fits.",
-            rich_help_panel=_PREFIX,
-        ),
-    ] = None,
-    init: Annotated[
-        str | None,
-        typer.Option(
-            help="'random': activations of random tokens; 'zero'; 'uniform': numbers in [0, 1), the paper's random. "
-            "Default: 'random', or pieces of what is distilled.",
-            rich_help_panel=_START,
-        ),
-    ] = None,
-    init_text: Annotated[
-        str | None, typer.Option(help="Instead: activations of this text.", rich_help_panel=_START)
-    ] = None,
-    init_document: Annotated[
-        Path | None,
-        typer.Option(help="Instead: of pieces drawn from this text file.", dir_okay=False, rich_help_panel=_START),
-    ] = None,
-    init_prefix: Annotated[
-        str | None, typer.Option(help="Instead: another adapter's prefix.", rich_help_panel=_START)
-    ] = None,
-    steps: Annotated[int, typer.Option(min=1)] = 200,
+    virtual_tokens: VirtualTokens = 10,
+    mode: Mode = "kv",
+    sites: Sites = None,
+    mlp: Mlp = None,
+    mlp_depth: MlpDepth = 1,
+    mlp_activation: MlpActivation = "tanh",
+    dropout: Dropout = 0.0,
+    gate: Gate = None,
+    frozen_tokens: FrozenTokens = 0,
+    position_mode: PositionMode = None,
+    init: Init = None,
+    init_text: InitText = None,
+    init_document: InitDocument = None,
+    init_prefix: InitPrefix = None,
+    steps: Steps = 200,
     batch_size: BatchSize = 8,
-    learning_rate: Annotated[float | None, typer.Option(help="Default: 3e-2, with --mlp 1e-3.")] = None,
-    max_length: Annotated[int, typer.Option(min=8, help="Tokens of a row; longer sources are cut.")] = 96,
-    validate_every: Annotated[int, typer.Option(min=1, help="Steps between checkpoints and validation.")] = 50,
-    validation_rows: Annotated[int, typer.Option(min=0, help="Examples to validate on.")] = 64,
-    gradient_checkpointing: Annotated[
-        bool, typer.Option("--gradient-checkpointing", help="Less memory, more time.")
-    ] = False,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in --output.")] = False,
-    seed: int = 0,
+    learning_rate: LearningRate = None,
+    max_length: MaxLength = 96,
+    validate_every: ValidateEvery = 50,
+    validation_rows: ValidationRows = 64,
+    gradient_checkpointing: Checkpointing = False,
+    resume: Resume = False,
+    seed: Seed = 0,
     as_json: AsJson = False,
 ) -> None:
-    """Train a prefix; the model stays as it is.
+    """Train a prefix. The model does not change.
 
     [bold]prefix-attn train --data aws --output runs/aws[/bold]
 
@@ -108,66 +120,36 @@ def train(
 
     [bold]prefix-attn train --distill-from manual.txt --virtual-tokens 64 --output runs/manual[/bold]
 
-    The last learns to do, in 64 tokens, what the whole text in front would do. It starts from pieces of the text.
+    The last one learns to do with 64 tokens what the whole text in front would do. It starts from pieces of the text.
     """
-    import torch
-
-    from prefix_attn.hf.config import PrefixConfig
-    from prefix_attn.hf.model import get_prefix_model
-    from prefix_attn.training.data import AWS_TASKS, read_examples
-    from prefix_attn.training.distill import TOP_K, distill
-    from prefix_attn.training.settings import TrainingSettings
-    from prefix_attn.training.train import train as run
-
-    if distill_from is not None and data is not None:
-        raise ValueError("--data and --distill-from exclude one another")
-    if mlp is None and (mlp_depth, mlp_activation) != (1, "tanh"):
-        raise ValueError("--mlp-depth and --mlp-activation are of the MLP, whose width --mlp says")
-    if distill_from is None and top_k is not None:
-        raise ValueError("--top-k is of --distill-from, which is not given")
-    document = _document(distill_from) if distill_from else None
-    other = _document(Path(validation)) if distill_from and validation else None
-    if distill_from and (init, init_text, init_document, init_prefix) == (None,) * 4:
-        init_document = distill_from
-    data, columns = data or "aws", {"source_column": source_column, "target_column": target_column}
-    examples = read_examples(data, **columns) if document is None else []
-    has_split = document is None and (validation or data in AWS_TASKS)
-    held_out = read_examples(validation or data, split="dev", **columns) if has_split else []
-    config = PrefixConfig(
-        num_virtual_tokens=virtual_tokens,
-        prefix_projection=mlp is not None,
-        encoder_hidden_size=mlp,
-        encoder_depth=mlp_depth,
-        encoder_activation=mlp_activation,
-        dropout=dropout,
-        mode=mode,
-        sites=sites.split(",") if sites else None,
-        num_frozen_tokens=frozen_tokens,
-        gate=gate,
-        position_mode=position_mode,
-        base_model_name_or_path=model,
-        **_start(init, init_text, init_document, init_prefix),
-    )
-    torch.manual_seed(seed)
-    base, tokenizer = load(model)
-    prefixed = get_prefix_model(base, config, tokenizer)
+    _validate(data, distill_from, top_k)
+    start = _start(init, init_text, init_document, init_prefix, distill_from)
+    encoder = _encoder(mlp, mlp_depth, mlp_activation)
+    config = _config(model, virtual_tokens, mode, sites, dropout, gate, frozen_tokens, position_mode, start | encoder)
     settings = TrainingSettings(
         output, steps, batch_size, learning_rate, max_length, validate_every, seed, resume, gradient_checkpointing
     )
-    if document is None:
-        metrics = run(prefixed, tokenizer, examples, held_out[:validation_rows], settings)
+    if distill_from:
+        metrics = _distill(config, settings, distill_from, validation, top_k)
     else:
-        metrics = distill(prefixed, tokenizer, document, settings, validation=other, top_k=top_k or TOP_K)
-    text = (
-        f"{metrics['trainable_parameters']:,} parameters ({metrics['trainable_share']:.3%}) trained, saved in {output}"
-    )
-    if curve := metrics["validation_loss"]:
-        text += f"; validation loss {curve[0][1]:.3f} -> {curve[-1][1]:.3f}"
-    show(metrics, as_json, text)
+        columns = {"source_column": source_column, "target_column": target_column}
+        metrics = _train(config, settings, data or "aws", validation, validation_rows, columns)
+    show(metrics, as_json, _summary(metrics, output))
 
 
-def _start(init: str | None, text: str | None, document: Path | None, prefix: str | None) -> dict[str, Any]:
+def _validate(data: str | None, distill_from: Path | None, top_k: int | None) -> None:
+    if distill_from is not None and data is not None:
+        raise ValueError("--data and --distill-from exclude one another")
+    if distill_from is None and top_k is not None:
+        raise ValueError("--top-k is of --distill-from, which is not given")
+
+
+def _start(
+    init: str | None, text: str | None, document: Path | None, prefix: str | None, distill_from: Path | None
+) -> dict[str, Any]:
     """The fields of PrefixConfig that say where a prefix starts."""
+    if distill_from is not None and (init, text, document, prefix) == (None,) * 4:
+        document = distill_from
     given = {"text": text, "document": document, "prefix": prefix}
     named = [name for name, value in given.items() if value is not None]
     if len(named) > 1:
@@ -177,6 +159,90 @@ def _start(init: str | None, text: str | None, document: Path | None, prefix: st
     if document is not None:
         text = _document(document)
     return {"init": named[0] if named else init or "random", "init_text": text, "init_path": prefix}
+
+
+def _encoder(width: int | None, depth: int, activation: str) -> dict[str, Any]:
+    """The fields of PrefixConfig that describe its MLP."""
+    if width is None and (depth, activation) != (1, "tanh"):
+        raise ValueError("--mlp-depth and --mlp-activation are of the MLP, whose width --mlp says")
+    return {
+        "prefix_projection": width is not None,
+        "encoder_hidden_size": width,
+        "encoder_depth": depth,
+        "encoder_activation": activation,
+    }
+
+
+def _config(
+    model: str,
+    virtual_tokens: int,
+    mode: str,
+    sites: str | None,
+    dropout: float,
+    gate: str | None,
+    frozen_tokens: int,
+    position_mode: str | None,
+    start_and_encoder: dict[str, Any],
+) -> PrefixConfig:
+    return PrefixConfig(
+        base_model_name_or_path=model,
+        num_virtual_tokens=virtual_tokens,
+        mode=mode,
+        sites=sites.split(",") if sites else None,
+        dropout=dropout,
+        gate=gate,
+        num_frozen_tokens=frozen_tokens,
+        position_mode=position_mode,
+        **start_and_encoder,
+    )
+
+
+def _train(
+    config: PrefixConfig,
+    settings: TrainingSettings,
+    data: str,
+    validation: str | None,
+    validation_rows: int,
+    columns: dict[str, str],
+) -> dict[str, Any]:
+    from prefix_attn.training.data import AWS_TASKS, read_examples
+    from prefix_attn.training.train import train as run
+
+    examples = read_examples(data, **columns)
+    has_split = validation or data in AWS_TASKS
+    held_out = read_examples(validation or data, split="dev", **columns) if has_split else []
+    return run(*_prefixed(config, settings.seed), examples, held_out[:validation_rows], settings)
+
+
+def _distill(
+    config: PrefixConfig, settings: TrainingSettings, source: Path, validation: str | None, top_k: int | None
+) -> dict[str, Any]:
+    from prefix_attn.training.distill import TOP_K, distill
+
+    document = _document(source)
+    other = _document(Path(validation)) if validation else None
+    model, tokenizer = _prefixed(config, settings.seed)
+    return distill(model, tokenizer, document, settings, validation=other, top_k=top_k or TOP_K)
+
+
+def _prefixed(config: PrefixConfig, seed: int) -> tuple[Any, Any]:
+    """A new prefix on its base model, and the tokenizer."""
+    import torch
+
+    from prefix_attn.hf.model import get_prefix_model
+
+    torch.manual_seed(seed)
+    base, tokenizer = load(str(config.base_model_name_or_path))
+    return get_prefix_model(base, config, tokenizer), tokenizer
+
+
+def _summary(metrics: dict[str, Any], output: Path) -> str:
+    text = (
+        f"{metrics['trainable_parameters']:,} parameters ({metrics['trainable_share']:.3%}) trained, saved in {output}"
+    )
+    if curve := metrics["validation_loss"]:
+        text += f"; validation loss {curve[0][1]:.3f} -> {curve[-1][1]:.3f}"
+    return text
 
 
 def _document(path: Path) -> str:
