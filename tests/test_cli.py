@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -218,7 +219,7 @@ def test_errors_are_printed_as_they_are(
     def fail(**_: object) -> None:
         raise ValueError(message)
 
-    monkeypatch.setattr(cli, "app", fail)
+    monkeypatch.setattr("prefix_attn.cli.app.app", fail)
     assert run(monkeypatch) == 1
     assert capsys.readouterr().err == f"error: {' '.join(message.split())}\n"
 
@@ -227,6 +228,49 @@ def test_texts_are_printed_as_they_are(capsys: pytest.CaptureFixture[str]) -> No
     text = "a :x: [/b] " + "c" * 200
     shared.show([], False, text)
     assert capsys.readouterr().out == text + "\n"
+
+
+@pytest.mark.parametrize("package", ["typer", "rich"])
+def test_without_the_extra(package: str) -> None:
+    """The script ended with a traceback where only the operator was installed."""
+    code = f"import sys; sys.modules[{package!r}] = None; from prefix_attn.cli import main; main()"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("error: ")
+    assert line.endswith("pip install 'prefix-attn[train]'")
+
+
+@pytest.mark.parametrize(("package", "extra"), [("sacrebleu", "train"), ("rouge_score", "train"), ("gguf", "hf")])
+def test_a_missing_package_names_its_extra(
+    package: str, extra: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(**_: object) -> None:
+        __import__(f"{package}.part")
+
+    monkeypatch.setattr("prefix_attn.cli.app.app", fail)
+    monkeypatch.setitem(sys.modules, package, None)
+    assert run(monkeypatch) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.endswith(f": pip install 'prefix-attn[{extra}]'")
+    assert package in line
+
+
+def test_a_missing_package_of_no_extra(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def fail(**_: object) -> None:
+        __import__("no_such_package")
+
+    monkeypatch.setattr("prefix_attn.cli.app.app", fail)
+    assert run(monkeypatch) == 1
+    assert capsys.readouterr().err == "error: No module named 'no_such_package'\n"
+
+
+def test_runs_as_a_module() -> None:
+    command = [sys.executable, "-m", "prefix_attn.cli", "--help"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0
+    for name in ("train", "generate", "evaluate", "inspect", "convert", "check", "reproduce", "ablate", "report"):
+        assert f" {name} " in done.stdout
 
 
 def test_debug_shows_the_traceback(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,48 +1,36 @@
-"""The command line, ``prefix-attn``. Parses, calls, prints."""
+"""The command line, ``prefix-attn``. ``cli.app`` holds the commands. This module must import without typer and rich."""
 
 from __future__ import annotations
 
-import os
+import re
 import sys
-from typing import Annotated
-
-# Before torch: threads that spin while they wait make every step slow beside another process.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-
-import typer
-from rich.markup import escape
-
-from prefix_attn.cli import experiments, tools, train, use
-from prefix_attn.cli.shared import ERR
-
-app = typer.Typer(
-    name="prefix-attn",
-    help="Prefix tuning: train a small prefix for a frozen language model, and use it.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    rich_markup_mode="rich",
-)
-
-
-@app.callback()
-def _main(debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False) -> None:
-    pass
-
-
-for _command in (train.train, use.generate, use.evaluate, use.inspect, tools.convert, tools.check):
-    app.command()(_command)
-for _command in (experiments.reproduce, experiments.ablate, experiments.pretrain, experiments.report):
-    app.command()(_command)
+from importlib.metadata import PackageNotFoundError, requires
 
 
 def main() -> None:
-    """Run a command; an error is one line on stderr and exit status 1, or a traceback with ``--debug``."""
+    """Run a command. If a package is missing, name the extra that brings it and exit with status 1."""
     try:
-        app(standalone_mode=True)
-    except (ValueError, NotImplementedError, OSError, ImportError, RuntimeError) as error:
+        from prefix_attn.cli.app import run
+
+        run()
+    except ModuleNotFoundError as error:
         if "--debug" in sys.argv:
             raise
-        message = " ".join(str(error).split())
-        ERR.print(f"[bold red]error:[/] {escape(message)}", highlight=False, soft_wrap=True)
+        extra = _extra_of(error.name)
+        advice = f": pip install 'prefix-attn[{extra}]'" if extra else ""
+        print(f"error: {error}{advice}", file=sys.stderr)
         raise SystemExit(1) from None
+
+
+def _extra_of(module: str | None) -> str | None:
+    """The first extra of this distribution that has the package of ``module``."""
+    package = (module or "").partition(".")[0]
+    try:
+        requirements = requires("prefix-attn") or []
+    except PackageNotFoundError:  # a source tree that is not installed
+        return None
+    for requirement in requirements:
+        found = re.match(r"([\w.-]+).*extra == ['\"](\w+)['\"]", requirement)
+        if found and found[1].replace("-", "_") == package:
+            return found[2]
+    return None
