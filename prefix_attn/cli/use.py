@@ -81,12 +81,12 @@ def evaluate(
     from prefix_attn.training.data import read_examples
     from prefix_attn.training.evaluate import generate_text, validation_loss
     from prefix_attn.training.metrics import score
-    from prefix_attn.training.tokens import collate, encode
+    from prefix_attn.training.tokens import batches, encode
 
     examples = read_examples(data, split=split, source_column=source_column, target_column=target_column)[:limit]
     prefixed, tokenizer = prefixed_model(adapter, model)
     rows, _ = encode(tokenizer, examples, 512, encoder_decoder=prefixed.config.is_encoder_decoder)
-    batches = [collate(rows[i : i + batch_size], tokenizer.pad_token_id) for i in range(0, len(rows), batch_size)]
+    loss_batches = batches(rows, batch_size, tokenizer.pad_token_id)
     results: dict[str, dict[str, float]] = {}
     for name in ("frozen", "prefix") if frozen else ("prefix",):
         with (
@@ -96,7 +96,7 @@ def evaluate(
             options = {"num_beams": num_beams, "max_new_tokens": max_new_tokens, "batch_size": batch_size}
             texts = generate_text(prefixed, tokenizer, [e.source for e in examples], progress=advance, **options)
             results[name] = score(texts, [e.references for e in examples])
-            results[name]["loss"] = validation_loss(prefixed, batches)
+            results[name]["loss"] = validation_loss(prefixed, loss_batches)
     table = Table("", *next(iter(results.values())), title=Text(f"{adapter} on {data}, {len(examples)} inputs"))
     for name, metrics in results.items():
         table.add_row(name, *(f"{value:.2f}" for value in metrics.values()))
@@ -136,14 +136,13 @@ def inspect(
         return
     from prefix_attn.hf.mass import layers_of, mass_table, plot_mass, prefix_mass
     from prefix_attn.training.data import read_examples
-    from prefix_attn.training.tokens import collate, encode
+    from prefix_attn.training.tokens import batches, encode
 
     examples = read_examples(mass, split="dev", source_column=source_column, target_column=target_column)[:limit]
     prefixed, tokenizer = prefixed_model(adapter, model)
     rows, _ = encode(tokenizer, examples, 512, encoder_decoder=prefixed.config.is_encoder_decoder)
-    batches = [collate(rows[i : i + batch_size], tokenizer.pad_token_id) for i in range(0, len(rows), batch_size)]
     with progress("mass", len(rows)) as advance:
-        shares = prefix_mass(prefixed, batches, progress=advance)
+        shares = prefix_mass(prefixed, batches(rows, batch_size, tokenizer.pad_token_id), progress=advance)
     layers = layers_of(prefixed)
     if plot is not None:
         plot_mass(shares, layers, plot)

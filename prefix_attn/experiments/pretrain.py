@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from prefix_attn.experiments.plan import Run
-from prefix_attn.experiments.runner import TENTH, batches, chunks, hold_out, train
+from prefix_attn.experiments.runner import TENTH, endless_batches, hold_out, train
 from prefix_attn.training.data import Example
-from prefix_attn.training.tokens import collate, encode, source_ids
+from prefix_attn.training.tokens import batches, encode, source_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -68,9 +68,9 @@ def pretrain(
     texts = [text for example in kept for text in (example.source, *example.references)]
     texts = [text for text in texts if len(source_ids(tokenizer, text)) <= max_length]
     denoised, _ = encode(tokenizer, _denoising(texts, len(rows), seed), max_length, encoder_decoder=True)
-    data = batches(rows + denoised, batch_size, seed, pad_id)
+    data = endless_batches(rows + denoised, batch_size, seed, pad_id)
     held_rows, _ = encode(tokenizer, held_out, max_length, encoder_decoder=True)
-    validation = [collate(some, pad_id) for some in chunks(held_rows, batch_size)]
+    validation = batches(held_rows, batch_size, pad_id)
     settings = {"steps": steps, "batch_size": batch_size, "learning_rate": learning_rate, "validate_every": steps}
     found = train(model, data, validation, Run("pretrain", "full", "", seed=seed, **settings))
     model.eval()

@@ -23,7 +23,7 @@ from prefix_attn.hf.load import load_base
 from prefix_attn.training.data import AWS_TASKS, Example, read_examples
 from prefix_attn.training.evaluate import generate_text, target_loss, validation_loss
 from prefix_attn.training.metrics import score
-from prefix_attn.training.tokens import collate, encode
+from prefix_attn.training.tokens import Batch, Row, batches, collate, encode
 from prefix_attn.training.train import VALIDATION_BATCH, WARMUP, has_bfloat16
 
 if TYPE_CHECKING:
@@ -39,9 +39,6 @@ WINDOW = 16
 GENERATION_BATCH = 64
 SAMPLES = 5
 PACKAGES = ("torch", "transformers", "peft", "prefix-attn", "sacrebleu")
-
-Row = dict[str, list[int]]
-Batch = dict[str, Tensor]
 
 
 class Data(NamedTuple):
@@ -76,8 +73,7 @@ def execute(run: Run, folders: Mapping[str, Path], device: str | None = None) ->
     model = wrap(base, tokenizer, run)
     with autocast(base.device) as casting:
         validation, stop_by = (
-            [collate(some, tokenizer.pad_token_id) for some in chunks(rows, VALIDATION_BATCH)]
-            for rows in (data.validation, data.stop_by)
+            batches(rows, VALIDATION_BATCH, tokenizer.pad_token_id) for rows in (data.validation, data.stop_by)
         )
         result: Result = {
             "run": run.to_dict(),
@@ -91,7 +87,7 @@ def execute(run: Run, folders: Mapping[str, Path], device: str | None = None) ->
             **sizes(model, run, total),
         }
         if run.is_trained:
-            order = batches(data.train, run.batch_size or 1, run.seed, tokenizer.pad_token_id)
+            order = endless_batches(data.train, run.batch_size or 1, run.seed, tokenizer.pad_token_id)
             result |= train(model, order, stop_by or validation, run)
             if stop_by:
                 result["held_out_loss"] = validation_loss(model, validation)
@@ -180,7 +176,7 @@ def _drawn(rows: list[Row], count: int, subset: int) -> list[Row]:
     return random.Random(subset).sample(rows, len(rows))[:count]
 
 
-def batches(rows: Sequence[Row], size: int, seed: int, pad_id: int) -> Iterator[Batch]:
+def endless_batches(rows: Sequence[Row], size: int, seed: int, pad_id: int) -> Iterator[Batch]:
     """Endless batches, of rows of similar length; the order depends on the seed alone, not on torch's generator."""
     shuffle = random.Random(seed).shuffle
     size = min(size, len(rows))
@@ -188,14 +184,14 @@ def batches(rows: Sequence[Row], size: int, seed: int, pad_id: int) -> Iterator[
         order = list(rows)
         shuffle(order)
         del order[len(order) // size * size :]
-        for window in chunks(order, size * min(WINDOW, max(1, len(rows) // (4 * size)))):
+        for window in _chunks(order, size * min(WINDOW, max(1, len(rows) // (4 * size)))):
             window.sort(key=lambda row: len(row["input_ids"]))
-            together = chunks(window, size)
+            together = _chunks(window, size)
             shuffle(together)
             yield from (collate(some, pad_id) for some in together)
 
 
-def chunks(items: list[Any], size: int) -> list[list[Any]]:
+def _chunks(items: list[Any], size: int) -> list[list[Any]]:
     """``items``, ``size`` at a time."""
     return [items[i : i + size] for i in range(0, len(items), size)]
 

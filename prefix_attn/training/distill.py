@@ -7,8 +7,7 @@ made once, shared by the batch, and never trained.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,7 +17,7 @@ from prefix_attn.hf.attach.wrapper import evaluating
 from prefix_attn.hf.config import PrefixConfig
 from prefix_attn.hf.model import PrefixModel, get_prefix_model
 from prefix_attn.training.settings import TrainingSettings
-from prefix_attn.training.tokens import collate
+from prefix_attn.training.tokens import Batch, Row, batches
 from prefix_attn.training.train import VALIDATION_BATCH, fit
 
 if TYPE_CHECKING:
@@ -26,9 +25,6 @@ if TYPE_CHECKING:
 
 TOP_K = 20
 VALIDATION_ROWS = 64
-
-Row = dict[str, list[int]]
-Batch = Mapping[str, Tensor]
 
 
 def distill(
@@ -75,14 +71,13 @@ def distill(
     else:
         other = tokenizer(validation, add_special_tokens=False, verbose=False)["input_ids"]
         held_out = pieces(other, settings.max_length)
-    held_out = held_out[:VALIDATION_ROWS]
-    pad = tokenizer.pad_token_id
-    batches = [collate(held_out[i : i + VALIDATION_BATCH], pad) for i in range(0, len(held_out), VALIDATION_BATCH)]
+    pad_id = tokenizer.pad_token_id
+    held_out_batches = batches(held_out[:VALIDATION_ROWS], VALIDATION_BATCH, pad_id)
     return fit(
         model,
         rows,
-        _Collator(pad),
-        lambda: mean_divergence(model, teacher, batches),
+        pad_id,
+        lambda: mean_divergence(model, teacher, held_out_batches),
         settings,
         objective=lambda student, batch: divergence(student, teacher(batch), batch),
         extra={"document_tokens": len(ids), "rows": len(rows)},
@@ -90,20 +85,12 @@ def distill(
 
 
 def pieces(ids: Sequence[int], length: int) -> list[Row]:
-    """Rows of ``length`` tokens one after the other, every token with a loss; a rest of one token has none."""
+    """Rows of ``length`` tokens, one after the other. A last piece of a single token is left out.
+
+    They have no labels: with them the model would compute a loss of its own.
+    """
     found = [list(ids[i : i + length]) for i in range(0, len(ids), length)]
-    return [{"input_ids": piece, "labels": piece} for piece in found if len(piece) > 1]
-
-
-@dataclass(frozen=True)
-class _Collator:
-    """Batches without labels: with them the model would compute a loss of its own."""
-
-    pad_id: int
-
-    def __call__(self, rows: Sequence[Row]) -> dict[str, Tensor]:
-        batch = collate(rows, self.pad_id)
-        return {name: batch[name] for name in ("input_ids", "attention_mask")}
+    return [{"input_ids": piece} for piece in found if len(piece) > 1]
 
 
 class Target:
@@ -167,7 +154,7 @@ def mean_divergence(model: PrefixModel, teacher: Teacher, batches: Sequence[Batc
     total, tokens = 0.0, 0
     with evaluating(model):
         for batch in batches:
-            given = {name: batch[name].to(device) for name in ("input_ids", "attention_mask")}
+            given = {name: tensor.to(device) for name, tensor in batch.items()}
             count = int(given["attention_mask"].sum())
             total += float(divergence(model, teacher(given), given)) * count
             tokens += count

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from prefix_attn.hf.attach.infix import start_of_targets
-from prefix_attn.hf.attach.wrapper import Wrapper
+from prefix_attn.hf.attach.wrapper import Wrapper, evaluating
 from prefix_attn.hf.model import PrefixModel
 from prefix_attn.training.tokens import IGNORED, prompt_ids, shortened, source_ids
 
@@ -54,9 +54,7 @@ def generate_text(
         prompts = _within(model, [prompt_ids(tokenizer, source) for source in sources], "model", taken, tail)
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]), reverse=True)
     texts = [""] * len(prompts)
-    was_training = model.training
-    model.eval()
-    try:
+    with evaluating(model):
         for start in range(0, len(order), batch_size):
             batch = order[start : start + batch_size]
             outputs = _generate(
@@ -71,8 +69,6 @@ def generate_text(
                 texts[i] = _first_line(tokenizer.decode(output, skip_special_tokens=True))
             if progress is not None:
                 progress(len(batch))
-    finally:
-        model.train(was_training)
     return texts
 
 
@@ -129,7 +125,7 @@ def target_loss(model: Any, batch: Mapping[str, Tensor]) -> Tensor:
 
     Args:
         model: of ours, of PEFT or of transformers; causal, an encoder-decoder, or one whose own loss is to be taken.
-        batch: what ``data.collate`` makes, with a target token at least.
+        batch: what ``tokens.collate`` makes, with at least one target token.
 
     Returns:
         Mean negative log-likelihood of the targets in nats, a scalar with its graph.
@@ -175,16 +171,14 @@ def validation_loss(model: Any, batches: Iterable[Mapping[str, Tensor]]) -> floa
 
     Args:
         model: a causal model or an encoder-decoder, with a prefix or not.
-        batches: what ``data.collate`` makes.
+        batches: what ``tokens.collate`` makes.
 
     Raises:
         ValueError: no batch has a target token.
     """
     device = next(model.parameters()).device
-    was_training = model.training
-    model.eval()
     total, tokens = 0.0, 0
-    try:
+    with evaluating(model):
         for batch in batches:
             # A causal model predicts each token from those before it, so the first one has no loss.
             first = 0 if model.config.is_encoder_decoder else 1
@@ -194,8 +188,6 @@ def validation_loss(model: Any, batches: Iterable[Mapping[str, Tensor]]) -> floa
             loss = target_loss(model, {name: tensor.to(device) for name, tensor in batch.items()})
             total += float(loss) * count
             tokens += count
-    finally:
-        model.train(was_training)
     if not tokens:
         raise ValueError("no target tokens to evaluate on")
     return total / tokens

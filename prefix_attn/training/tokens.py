@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 # by itself is rare. Without any training that is worth 0.2 nats a token on E2E.
 PROMPT = "{source}\n=>"
 
+Row = dict[str, list[int]]  # input_ids, and labels where there is something to predict
+Batch = dict[str, Tensor]  # padded rows with their attention_mask
+
 
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, source: str) -> list[int]:
     """Tokens of the prompt; training and generation must both use these."""
@@ -48,7 +51,7 @@ def encode(
     max_length: int = 96,
     *,
     encoder_decoder: bool = False,
-) -> tuple[list[dict[str, list[int]]], int]:
+) -> tuple[list[Row], int]:
     """Rows of tokens, one for each reference, with loss on the target and the end of the text alone.
 
     The text of a row is the prompt, a space and the target. One that is too long loses the end of its source, never of
@@ -69,7 +72,7 @@ def encode(
 
 def _encoder_decoder_rows(
     tokenizer: PreTrainedTokenizerBase, examples: Iterable[Example], max_length: int
-) -> tuple[list[dict[str, list[int]]], int]:
+) -> tuple[list[Row], int]:
     rows, cut, end = [], 0, tokenizer.eos_token_id
     for example in examples:
         source = source_ids(tokenizer, example.source)
@@ -89,7 +92,7 @@ def _encoder_decoder_rows(
 
 def _causal_rows(
     tokenizer: PreTrainedTokenizerBase, examples: Iterable[Example], max_length: int
-) -> tuple[list[dict[str, list[int]]], int]:
+) -> tuple[list[Row], int]:
     tail = len(prompt_ids(tokenizer, ""))
     rows, cut = [], 0
     for example in examples:
@@ -106,19 +109,23 @@ def _causal_rows(
     return rows, cut
 
 
-def collate(rows: Sequence[dict[str, list[int]]], pad_id: int) -> dict[str, Tensor]:
-    """A batch of rows of ``encode``, padded on the right."""
+def collate(rows: Sequence[Row], pad_id: int) -> Batch:
+    """One batch of ``rows``, padded on the right. It has labels if the rows have them."""
 
     def padded(values: list[list[int]], fill: int) -> Tensor:
         width = max(len(value) for value in values)
         return torch.tensor([value + [fill] * (width - len(value)) for value in values])
 
     ids = [row["input_ids"] for row in rows]
-    return {
-        "input_ids": padded(ids, pad_id),
-        "attention_mask": padded([[1] * len(row) for row in ids], 0),
-        "labels": padded([row["labels"] for row in rows], IGNORED),
-    }
+    batch = {"input_ids": padded(ids, pad_id), "attention_mask": padded([[1] * len(row) for row in ids], 0)}
+    if "labels" in rows[0]:
+        batch["labels"] = padded([row["labels"] for row in rows], IGNORED)
+    return batch
+
+
+def batches(rows: Sequence[Row], size: int, pad_id: int) -> list[Batch]:
+    """All ``rows`` in their order, ``size`` per batch."""
+    return [collate(rows[i : i + size], pad_id) for i in range(0, len(rows), size)]
 
 
 @dataclass(frozen=True)
@@ -127,6 +134,6 @@ class Collator:
 
     pad_id: int
 
-    def __call__(self, rows: Sequence[dict[str, list[int]]]) -> dict[str, Tensor]:
-        """A batch of ``rows``."""
+    def __call__(self, rows: Sequence[Row]) -> Batch:
+        """One batch of ``rows``."""
         return collate(rows, self.pad_id)

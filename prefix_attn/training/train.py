@@ -20,7 +20,7 @@ from prefix_attn.hf.model import PrefixModel
 from prefix_attn.training.data import Example
 from prefix_attn.training.evaluate import target_loss, validation_loss
 from prefix_attn.training.settings import TrainingSettings
-from prefix_attn.training.tokens import Collator, collate, encode
+from prefix_attn.training.tokens import Batch, Collator, Row, batches, encode
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 FLAT_LEARNING_RATE, MLP_LEARNING_RATE = 3e-2, 1e-3
 WARMUP = 20  # steps
 VALIDATION_BATCH = 16
-Objective = Callable[[Any, dict[str, Tensor]], Tensor]  # of a model and a batch
+Objective = Callable[[Any, Batch], Tensor]  # of a model and a batch
 _log = logging.getLogger(__name__)
 
 
@@ -59,16 +59,16 @@ def train(
     if cut:
         _log.warning("%d of %d rows have a source longer than max_length=%d: cut", cut, len(rows), settings.max_length)
     held_out = encode(tokenizer, validation, settings.max_length, encoder_decoder=pair)[0]
-    pad = tokenizer.pad_token_id
-    batches = [collate(held_out[i : i + VALIDATION_BATCH], pad) for i in range(0, len(held_out), VALIDATION_BATCH)]
-    measure = partial(validation_loss, model, batches) if batches else lambda: None
-    return fit(model, rows, Collator(pad), measure, settings, extra={"cut": cut})
+    pad_id = tokenizer.pad_token_id
+    held_out_batches = batches(held_out, VALIDATION_BATCH, pad_id)
+    measure = partial(validation_loss, model, held_out_batches) if held_out else lambda: None
+    return fit(model, rows, pad_id, measure, settings, extra={"cut": cut})
 
 
 def fit(
     model: PrefixModel,
-    rows: Sequence[dict[str, list[int]]],
-    collator: Callable[..., dict[str, Tensor]],
+    rows: Sequence[Row],
+    pad_id: int,
     measure: Callable[[], float | None],
     settings: TrainingSettings,
     *,
@@ -80,7 +80,7 @@ def fit(
     Args:
         model: its active prefix is trained and saved.
         rows: the data.
-        collator: makes a batch of some of them.
+        pad_id: fills up the rows of a batch.
         measure: the validation loss now; None where there is nothing to measure on.
         settings: how to train.
         objective: the loss of the model on a batch. Default: the loss that the model returns.
@@ -93,7 +93,7 @@ def fit(
         model=model,
         args=_arguments(model, settings),
         train_dataset=rows,
-        data_collator=collator,
+        data_collator=Collator(pad_id),
         callbacks=[_Validation(measure)],
     )
     trainer.objective = objective
@@ -177,7 +177,7 @@ class _Trainer(Trainer):
 
     objective: Objective | None = None
 
-    def compute_loss(self, model: Any, inputs: dict[str, Tensor], *args: Any, **kwargs: Any) -> Any:
+    def compute_loss(self, model: Any, inputs: Batch, *args: Any, **kwargs: Any) -> Any:
         if self.objective is not None:
             return self.objective(model, inputs)
         if model is self.model:

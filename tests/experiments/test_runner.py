@@ -236,19 +236,20 @@ def test_data_order_depends_on_the_seed_alone() -> None:
     rows = [{"input_ids": [i], "labels": [i]} for i in range(10)]
 
     def first(seed: int) -> list[list[int]]:
-        batches = runner.batches(rows, 4, seed, END)
+        batches = runner.endless_batches(rows, 4, seed, END)
         return [next(batches)["input_ids"][:, 0].tolist() for _ in range(4)]
 
     assert first(0) == first(0) != first(1)
     assert len(set(first(0)[0] + first(0)[1])) == 8  # an epoch has no repetitions
-    assert len(next(runner.batches(rows, 16, 0, END))["input_ids"]) == 10
+    assert len(next(runner.endless_batches(rows, 16, 0, END))["input_ids"]) == 10
 
 
 def test_batches_have_rows_of_similar_length() -> None:
     """So that little is padded; but few rows do not meet in every epoch."""
 
     def epochs(count: int, size: int, rows: int) -> list[list[int]]:
-        data = runner.batches([{"input_ids": [1] * n, "labels": [1] * n} for n in range(1, rows + 1)], size, 0, END)
+        ids = [[1] * n for n in range(1, rows + 1)]
+        data = runner.endless_batches([{"input_ids": row, "labels": row} for row in ids], size, 0, END)
         return [next(data)["attention_mask"].sum(-1).tolist() for _ in range(count * rows // size)]
 
     once = epochs(1, 8, 1024)

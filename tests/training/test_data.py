@@ -11,7 +11,7 @@ import torch
 
 from prefix_attn.training import data
 from prefix_attn.training.data import Example, aws_records, linearise, read_examples
-from prefix_attn.training.tokens import IGNORED, PROMPT, Collator, collate, encode
+from prefix_attn.training.tokens import IGNORED, PROMPT, Collator, batches, collate, encode
 from tests.tokens import END, byte_tokenizer
 
 
@@ -295,3 +295,12 @@ def test_collate_pads_right() -> None:
     assert {name: tensor.tolist() for name, tensor in batch.items()} == expected
     assert all(tensor.dtype == torch.int64 for tensor in batch.values())
     assert Collator(END)(rows).keys() == batch.keys()
+
+
+def test_batches_have_every_row_once_and_labels_where_rows_have_them() -> None:
+    rows = [{"input_ids": [i] * (i + 1)} for i in range(5)]
+    found = batches(rows, 2, END)
+    assert [batch["input_ids"][:, 0].tolist() for batch in found] == [[0, 1], [2, 3], [4]]
+    assert [list(batch) for batch in found] == [["input_ids", "attention_mask"]] * 3
+    assert "labels" in batches([row | {"labels": row["input_ids"]} for row in rows], 2, END)[0]
+    assert batches([], 2, END) == []

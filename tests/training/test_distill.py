@@ -33,8 +33,7 @@ def student(P: int = 8) -> PrefixModel:
 
 
 def batch(text: str, length: int = 24) -> dict[str, torch.Tensor]:
-    rows = collate(pieces(byte_tokenizer()(text)["input_ids"], length), END)
-    return {name: rows[name] for name in ("input_ids", "attention_mask")}
+    return collate(pieces(byte_tokenizer()(text)["input_ids"], length), END)
 
 
 def test_the_teacher_is_the_text_in_front() -> None:
