@@ -1,4 +1,4 @@
-"""``prefix-attn reproduce | ablate | pretrain | report``. Parses, runs what is not there yet, prints."""
+"""``prefix-attn reproduce | ablate | pretrain | report``: run the experiments that are missing, print the results."""
 
 from __future__ import annotations
 
@@ -17,39 +17,68 @@ Task = Literal["e2e", "dart", "webnlg", "summary", "aws", "aws-summary"]
 Ablation = Literal["length", "init", "mode", "lowdata", "sites"]
 Number = TypeVar("Number", int, float)
 Axis = Literal["step", "virtual_tokens", "examples", "method"]
+_METHODS = ",".join(plan.METHODS)
 _AXIS = {"length": "virtual_tokens", "lowdata": "examples", "init": "method", "mode": "method", "sites": "method"}
 
-Out = Annotated[Path, typer.Option(help="Folder for results.jsonl, table.md and plot.png; it is continued.")]
+Out = Annotated[
+    Path, typer.Option(help="Folder for results.jsonl, table.md and plot.png. Results already in it are kept.")
+]
 Train = Annotated[
-    Path | None, typer.Option(help="File to train on; about a tenth is held out to validate. Not for the tasks aws.")
+    Path | None,
+    typer.Option(help="File to train on. About a tenth is held out for validation. The 'aws' tasks need none."),
 ]
 Test = Annotated[
-    Path | None, typer.Option(help="File to generate for; the same as --train: a fifth of it. Default: no generation.")
+    Path | None,
+    typer.Option(help="File to generate for. If it is --train, a fifth of it is used. Default: no generation."),
 ]
-Seeds = Annotated[str, typer.Option(help="Such as 0,1,2.")]
-Steps = Annotated[int, typer.Option(min=1, help="Of each training; ablations with few examples have the paper's.")]
-ValidateEvery = Annotated[int, typer.Option(min=1, help="Steps between validations; few examples stop at the best.")]
+Seeds = Annotated[str, typer.Option(help="Random seeds, such as 0,1,2.")]
+Steps = Annotated[
+    int, typer.Option(min=1, help="Steps of each run. Ablations with few examples take the paper's number.")
+]
+ValidateEvery = Annotated[
+    int, typer.Option(min=1, help="Steps between validations. Runs with few examples keep the best of these.")
+]
 MaxLength = Annotated[
     int | None,
-    typer.Option(min=8, help="Tokens of a row, or of an encoder's source and target each; default: the task's."),
+    typer.Option(
+        min=8, help="Tokens per row; with an encoder-decoder per source and per target. Default: set by the task."
+    ),
 ]
-BatchSize = Annotated[int, typer.Option(min=1, help="Rows of a step.")]
-Tokens = Annotated[int, typer.Option(min=1, help="Virtual tokens, where they are not what is varied.")]
+BatchSize = Annotated[int, typer.Option(min=1, help="Rows per step.")]
+Tokens = Annotated[int, typer.Option(min=1, help="Virtual tokens, unless the experiment varies them.")]
 MlpWidth = Annotated[int, typer.Option(min=1, help="Hidden size of the MLP.")]
-Rank = Annotated[int, typer.Option(min=1, help="Of LoRA; 2 stores as much of SmolLM2 as 10 virtual tokens.")]
-Rates = Annotated[str | None, typer.Option(help="Such as 1e-2,3e-3; default: each method's own.")]
-Limit = Annotated[int | None, typer.Option(min=1, help="Generate for so many inputs, evenly spaced, instead of all.")]
-Unseen = Annotated[str | None, typer.Option(help="Categories to train without, such as webnlg,e2e of DART.")]
-Threads = Annotated[int | None, typer.Option(min=1, help="Default: torch's.")]
-Device = Annotated[str | None, typer.Option(help="Default: the GPU where there is one.")]
+Rank = Annotated[
+    int, typer.Option(min=1, help="Rank of LoRA. For SmolLM2, rank 2 stores as much as 10 virtual tokens.")
+]
+Rates = Annotated[
+    str | None, typer.Option(help="Learning rates, such as 1e-2,3e-3. Default: one per method, the best on E2E.")
+]
+Limit = Annotated[int | None, typer.Option(min=1, help="Generate for this many inputs, evenly spaced. Default: all.")]
+Unseen = Annotated[str | None, typer.Option(help="Categories to leave out of training, such as webnlg,e2e for DART.")]
+Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads. Default: torch's choice.")]
+Device = Annotated[str | None, typer.Option(help="Device to run on. Default: the GPU if there is one.")]
+Methods = Annotated[str, typer.Option(help="Methods to compare.")]
+TaskBeams = Annotated[
+    int | None,
+    typer.Option(min=1, help="Number of beams. 1 decodes greedily. Default: the paper's 5, or 6 for summaries."),
+]
+Kind = Annotated[
+    Ablation,
+    typer.Argument(
+        help="What to vary: figure 4, figure 5, table 4 or figure 3 of the paper; 'sites': where the prefix enters."
+    ),
+]
+PrefixRate = Annotated[
+    float | None, typer.Option(help="Learning rate of prefixes. Default: one per method, the best on E2E.")
+]
 
 
 def reproduce(
-    task: Annotated[Task, typer.Argument(help="What to train; 'aws' and 'aws-summary' need no files.")],
+    task: Annotated[Task, typer.Argument(help="Task to train on. 'aws' and 'aws-summary' need no files.")],
     out: Out,
     train: Train = None,
     test: Test = None,
-    methods: Annotated[str, typer.Option(help="Some of the methods.")] = ",".join(plan.METHODS),
+    methods: Methods = _METHODS,
     model: Model = "smollm2",
     seeds: Seeds = "0",
     steps: Steps = 300,
@@ -61,16 +90,14 @@ def reproduce(
     mlp_width: MlpWidth = 512,
     rank: Rank = 2,
     limit: Limit = None,
-    num_beams: Annotated[
-        int | None, typer.Option(min=1, help="1 is greedy; default: the paper's 5, for summaries 6.")
-    ] = None,
+    num_beams: TaskBeams = None,
     max_new_tokens: NewTokens = 64,
     unseen: Unseen = None,
     threads: Threads = None,
     device: Device = None,
     as_json: AsJson = False,
 ) -> None:
-    """Compare prefix tuning with other methods as the paper's table 1 does; runs that are in --out are not repeated.
+    """Compare prefix tuning with other methods, as in table 1 of the paper. Runs already in --out are not repeated.
 
     [bold]prefix-attn reproduce e2e --train devset.csv --test testset_w_refs.csv --out runs/e2e[/bold]
 
@@ -101,21 +128,19 @@ def reproduce(
 
 
 def ablate(
-    kind: Annotated[
-        Ablation, typer.Argument(help="Figure 4, 5, table 4 or figure 3 of the paper; sites: where a prefix enters.")
-    ],
+    kind: Kind,
     out: Out,
     train: Train = None,
     test: Test = None,
-    task: Annotated[Task, typer.Option(help="What the files are.")] = "e2e",
+    task: Annotated[Task, typer.Option(help="Task of the files.")] = "e2e",
     model: Model = "smollm2",
     seeds: Seeds = "0",
-    subsets: Annotated[str, typer.Option(help="Draws of the few examples, such as 0,1,2.")] = "0",
+    subsets: Annotated[str, typer.Option(help="Which random draws of the few examples, such as 0,1,2.")] = "0",
     steps: Steps = 300,
     batch_size: BatchSize = 8,
     max_length: MaxLength = None,
     validate_every: ValidateEvery = 10,
-    learning_rate: Annotated[float | None, typer.Option(help="Of prefixes; default: each method's own.")] = None,
+    learning_rate: PrefixRate = None,
     virtual_tokens: Tokens = 10,
     mlp_width: MlpWidth = 512,
     limit: Limit = None,
@@ -125,7 +150,7 @@ def ablate(
     device: Device = None,
     as_json: AsJson = False,
 ) -> None:
-    """Vary one thing: the prefix's length, what it starts from, how or where it enters, or the number of examples.
+    """Vary one thing: the length of the prefix, its start, how or where it enters, or the number of examples.
 
     [bold]prefix-attn ablate length --train devset.csv --seeds 0,1,2 --out runs/length[/bold]
 
@@ -133,9 +158,9 @@ def ablate(
 
     [bold]prefix-attn ablate sites --task dart --train dart.json.gz --model runs/t5 --max-length 256 --out runs/s[/bold]
 
-    Runs that are in --out are not repeated. "sites" takes an encoder-decoder: see prefix-attn pretrain.
+    Runs already in --out are not repeated. "sites" needs an encoder-decoder: see prefix-attn pretrain.
 
-    With few examples a third as many rows are drawn to stop by, and what had the lowest loss is kept.
+    With few examples, training stops early by the loss on a third as many further rows, and the best step is kept.
     """
     common = _common(
         task,
@@ -159,21 +184,21 @@ def ablate(
 
 def pretrain(
     data: Annotated[str, typer.Argument(help=DATA)],
-    out: Annotated[Path, typer.Option(help="Folder for the model; --model of other commands takes it.")],
-    steps: Annotated[int, typer.Option(min=1, help="Of the training.")] = 1500,
+    out: Annotated[Path, typer.Option(help="Folder for the model. Give it to other commands as --model.")],
+    steps: Annotated[int, typer.Option(min=1, help="Training steps.")] = 1500,
     batch_size: BatchSize = 16,
-    learning_rate: Annotated[float, typer.Option(help="Its peak.")] = 2e-3,
-    max_length: Annotated[int, typer.Option(min=8, help="Tokens of a source, and of a target.")] = 96,
-    seed: Annotated[int, typer.Option(help="Of weights, masks and order.")] = 0,
+    learning_rate: Annotated[float, typer.Option(help="Peak learning rate.")] = 2e-3,
+    max_length: Annotated[int, typer.Option(min=8, help="Tokens per source and per target.")] = 96,
+    seed: Annotated[int, typer.Option(help="Seed of weights, masks and order.")] = 0,
     threads: Threads = None,
     device: Device = None,
     as_json: AsJson = False,
 ) -> None:
-    """Train a small T5 from nothing, where no encoder-decoder can be had: half on the task, half on masked texts.
+    """Train a small T5 from scratch, half on the task and half on masked texts, if you have no encoder-decoder.
 
     [bold]prefix-attn pretrain devset.csv --out runs/t5[/bold]
 
-    It learns from nine tenths of DATA: test it, and prefixes for it, on other files.
+    It learns from nine tenths of DATA. Use other files to test it and to train prefixes for it.
     """
     import torch
 
@@ -198,12 +223,12 @@ def pretrain(
 
 
 def report(
-    file: Annotated[Path, typer.Argument(help="The results.jsonl of reproduce or ablate.", exists=True)],
-    plot: Annotated[Path | None, typer.Option(help="Also draw, into this .png.")] = None,
-    axis: Annotated[Axis, typer.Option(help="What the picture is drawn against.")] = "step",
+    file: Annotated[Path, typer.Argument(help="A results.jsonl that reproduce or ablate wrote.", exists=True)],
+    plot: Annotated[Path | None, typer.Option(help="Also draw a plot into this .png.")] = None,
+    axis: Annotated[Axis, typer.Option(help="What the plot has on its axis.")] = "step",
     as_json: AsJson = False,
 ) -> None:
-    """Print the table of a file of results.
+    """Print a file of results as a table.
 
     [bold]prefix-attn report runs/e2e/results.jsonl --plot curve.png[/bold]
     """
@@ -218,7 +243,7 @@ def report(
 
 
 def _common(task: str, train: Path | None, test: Path | None, **settings: Any) -> dict[str, Any]:
-    """What all runs of a plan share."""
+    """The settings that all runs of a plan share."""
     if task.startswith("aws"):
         if train is not None or test is not None:
             raise ValueError(f"the task {task!r} needs no files: its data come from botocore")
@@ -249,7 +274,7 @@ def _run(
     device: str | None,
     as_json: bool,
 ) -> None:
-    """Do the runs that ``out`` lacks, one line of results each; then table and picture of these runs."""
+    """Do the runs that ``out`` lacks, one line of results each. Then write the table and the plot of all ``runs``."""
     import torch
 
     from prefix_attn.experiments import report as reporting
@@ -270,7 +295,7 @@ def _run(
         for number, run in enumerate(missing, start=1):
             typer.echo(f"run {number} of {len(missing)}: {_name(run)}", err=True)
             results.append(file, execute(run, folders, device))
-    finally:  # what is done has its table and picture, whatever stopped the rest
+    finally:  # finished runs get their table and plot even if a later run failed
         found = [result for result in results.read(file) if Run.from_dict(result["run"]) in set(runs)]
         if found:
             text = reporting.table(found)

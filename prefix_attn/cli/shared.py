@@ -1,4 +1,4 @@
-"""What commands share: options, and how they load and print."""
+"""Options, loading and printing that several commands share."""
 
 from __future__ import annotations
 
@@ -12,19 +12,21 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-# Names and texts are printed as they are: ":x:" is no picture and "[/x]" no markup.
+# Names and texts are printed unchanged: ":x:" is not an emoji and "[/x]" is not markup.
 OUT, ERR = Console(emoji=False), Console(stderr=True, emoji=False)
 
-Model = Annotated[str, typer.Option(help="'smollm2', a .gguf file, a local folder or the name of a model on the Hub.")]
-Adapter = Annotated[Path, typer.Argument(help="Folder of a prefix, ours or another library's.", show_default=False)]
+Model = Annotated[str, typer.Option(help="'smollm2', a .gguf file, a local folder, or the name of a model on the Hub.")]
+Adapter = Annotated[
+    Path, typer.Argument(help="Folder of a prefix, saved by prefix-attn or by another library.", show_default=False)
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
-DATA = "'aws', 'aws-summary', a .jsonl or .csv file (E2E's is recognised), DART's .json, WebNLG's .xml."
+DATA = "'aws', 'aws-summary', or a file: .jsonl, .csv (E2E's is recognised), DART's .json, WebNLG's .xml."
 Data = Annotated[str, typer.Option(help=DATA)]
-Source = Annotated[str, typer.Option(help="Column or key of the input.")]
-Target = Annotated[str, typer.Option(help="Column or key of the output.")]
-Beams = Annotated[int, typer.Option(min=1, help="Beams; 1 is greedy.")]
-NewTokens = Annotated[int, typer.Option(min=1, help="Limit of each output.")]
-BatchSize = Annotated[int, typer.Option(min=1, help="Rows at once.")]
+Source = Annotated[str, typer.Option(help="Column or JSON key of the input.")]
+Target = Annotated[str, typer.Option(help="Column or JSON key of the output.")]
+Beams = Annotated[int, typer.Option(min=1, help="Number of beams. 1 decodes greedily.")]
+NewTokens = Annotated[int, typer.Option(min=1, help="Maximum length of each output.")]
+BatchSize = Annotated[int, typer.Option(min=1, help="Rows per batch.")]
 
 
 def load(model: str) -> tuple[Any, Any]:
@@ -36,7 +38,7 @@ def load(model: str) -> tuple[Any, Any]:
 
 
 def prefixed_model(adapter: Path, model: str | None) -> tuple[Any, Any]:
-    """The adapter on its base model, and the tokenizer."""
+    """The base model with the adapter on it, and the tokenizer."""
     from prefix_attn.hf.io.checkpoint import describe
     from prefix_attn.hf.model import PrefixModel
 
@@ -49,7 +51,7 @@ def prefixed_model(adapter: Path, model: str | None) -> tuple[Any, Any]:
 
 @contextmanager
 def progress(name: str, total: int) -> Iterator[Callable[[int], object]]:
-    """A bar on stderr for ``total`` texts; what is yielded advances it."""
+    """A progress bar on stderr for ``total`` texts. Call what it yields to advance it."""
     from tqdm import tqdm
 
     with tqdm(total=total, desc=name, unit="text") as bar:
@@ -57,7 +59,7 @@ def progress(name: str, total: int) -> Iterator[Callable[[int], object]]:
 
 
 def show(result: Any, as_json: bool, text: Any) -> None:
-    """``result`` as JSON, or ``text``, which may be a table."""
+    """Print ``result`` as JSON, or ``text``, which may be a table."""
     if as_json:
         typer.echo(json.dumps(result, indent=2))
     elif isinstance(text, str):

@@ -1,4 +1,4 @@
-"""``prefix-attn convert | check``: files and models."""
+"""``prefix-attn convert | check``: convert prefixes between libraries, check that a model works."""
 
 from __future__ import annotations
 
@@ -14,27 +14,33 @@ from prefix_attn.cli.shared import ERR, AsJson, Model, show
 
 
 def convert(
-    source: Annotated[str, typer.Argument(help="A prefix: folder, .pt or .bin file, Hub id.", show_default=False)],
-    target: Annotated[Path, typer.Argument(help="Folder to write, other than the source's.", show_default=False)],
+    source: Annotated[
+        str, typer.Argument(help="A prefix: a folder, a .pt or .bin file, or a Hub id.", show_default=False)
+    ],
+    target: Annotated[
+        Path, typer.Argument(help="Folder to write. It must differ from the source.", show_default=False)
+    ],
     to: Annotated[
         str,
-        typer.Option(help="'prefix-attn' (PEFT's files wherever PEFT has such a prefix), or 'peft' (or say why not)."),
+        typer.Option(
+            help="'prefix-attn' (PEFT's files where PEFT can hold the prefix), or 'peft' (an error where it cannot)."
+        ),
     ] = "prefix-attn",
     model: Annotated[
         str | None,
-        typer.Option(help="Folder or Hub id of the base model, of which only config.json is read."),
+        typer.Option(help="Folder or Hub id of the base model. Only its config.json is read."),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Write a prefix of any library as ours or PEFT's, and say what is not as it was.
+    """Convert a prefix of any library to our format or PEFT's, and report what changed.
 
     It reads ours, PEFT's (PREFIX_TUNING, CARTRIDGE), adapters', cartridges (.pt) and the original PrefixTuning (.bin).
 
-    MLPs are folded. Of pickles nothing is read but tensors.
+    MLPs are folded into the prefix. Only tensors are read from pickles.
 
-    PEFT's files of encoder-decoders have slots that no layer uses, or two layers share: the report maps them.
+    PEFT's files for encoder-decoders have slots that no layer uses or that two layers share. The report maps them.
 
-    How many layers its decoder has, and how many heads a model of adapters has, is not in the files: --model says it.
+    Some files lack the number of decoder layers (PEFT's) or of heads (adapters'). Give --model to supply them.
 
     [bold]prefix-attn convert their-peft-bart-prefix converted --model facebook/bart-base[/bold]
 
@@ -55,12 +61,12 @@ def convert(
 
 def check(
     model: Model = "smollm2",
-    adapter: Annotated[str | None, typer.Option(help="Folder or Hub id of a prefix; default: a new one.")] = None,
+    adapter: Annotated[str | None, typer.Option(help="Folder or Hub id of a prefix. Default: a new one.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Try on a model what must hold for a prefix on it: causality, padding, cache, gradients, files, frozen weights.
+    """Test a prefix on a model: causality, padding, cache, gradients, files, frozen weights.
 
-    Exit status 1 if anything does not hold. [bold]prefix-attn check --model Qwen/Qwen3-0.6B[/bold]
+    The exit status is 1 if any test fails. [bold]prefix-attn check --model Qwen/Qwen3-0.6B[/bold]
     """
     import torch
 

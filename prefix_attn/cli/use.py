@@ -1,4 +1,4 @@
-"""``prefix-attn generate | evaluate | inspect``: a prefix that is there."""
+"""``prefix-attn generate | evaluate | inspect``: use a trained prefix."""
 
 from __future__ import annotations
 
@@ -27,19 +27,17 @@ from prefix_attn.cli.shared import (
 
 def generate(
     adapter: Adapter,
-    sources: Annotated[
-        list[str] | None, typer.Argument(help="Inputs; default: one a line from --file or stdin.")
-    ] = None,
+    sources: Annotated[list[str] | None, typer.Argument(help="Inputs. Default: the lines of --file or stdin.")] = None,
     file: Annotated[
-        Path | None, typer.Option(help="A file with one input a line.", dir_okay=False, exists=True)
+        Path | None, typer.Option(help="A file with one input per line.", dir_okay=False, exists=True)
     ] = None,
-    model: Annotated[str | None, typer.Option(help="Default: the model that the adapter names.")] = None,
+    model: Annotated[str | None, typer.Option(help="Base model. Default: the one that the adapter names.")] = None,
     num_beams: Beams = 1,
     max_new_tokens: NewTokens = 48,
     batch_size: BatchSize = 16,
     as_json: AsJson = False,
 ) -> None:
-    """Write an output for each input.
+    """Generate an output for each input.
 
     [bold]prefix-attn generate runs/e2e "name : Aromi | eatType : coffee shop | area : city centre"[/bold]
     """
@@ -61,18 +59,18 @@ def generate(
 def evaluate(
     adapter: Adapter,
     data: Data = "aws",
-    split: Annotated[str, typer.Option(help="Of 'aws': train, dev or test.")] = "test",
+    split: Annotated[str, typer.Option(help="Split of 'aws': train, dev or test.")] = "test",
     source_column: Source = "source",
     target_column: Target = "target",
-    limit: Annotated[int | None, typer.Option(min=1, help="Use only so many inputs.")] = None,
-    model: Annotated[str | None, typer.Option(help="Default: the model that the adapter names.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Use only this many inputs.")] = None,
+    model: Annotated[str | None, typer.Option(help="Base model. Default: the one that the adapter names.")] = None,
     frozen: Annotated[bool, typer.Option(help="Also score the model without its prefix.")] = True,
     num_beams: Beams = 1,
     max_new_tokens: NewTokens = 48,
     batch_size: BatchSize = 16,
     as_json: AsJson = False,
 ) -> None:
-    """Score a prefix: BLEU, NIST, METEOR (with nltk's WordNet), ROUGE-L, CIDEr, chrF++, TER, and the loss on targets.
+    """Score a prefix: BLEU, NIST, METEOR (needs nltk's WordNet), ROUGE-L, CIDEr, chrF++, TER, and the target loss.
 
     [bold]prefix-attn evaluate runs/e2e --data testset_w_refs.csv --num-beams 5[/bold]
     """
@@ -108,18 +106,22 @@ def inspect(
     mass: Annotated[
         str | None,
         typer.Option(
-            help="Data, as for train: show what share of the softmax goes to the prefix there.", metavar="DATA"
+            help="Show what share of the softmax goes to the prefix on these data (as for train).", metavar="DATA"
         ),
     ] = None,
-    plot: Annotated[Path | None, typer.Option(help="With --mass: its heat map, a PNG.", dir_okay=False)] = None,
-    limit: Annotated[int, typer.Option(min=1, help="With --mass: use only so many inputs.")] = 64,
+    plot: Annotated[
+        Path | None, typer.Option(help="With --mass: draw a heat map into this PNG file.", dir_okay=False)
+    ] = None,
+    limit: Annotated[int, typer.Option(min=1, help="With --mass: use only this many inputs.")] = 64,
     source_column: Source = "source",
     target_column: Target = "target",
-    model: Annotated[str | None, typer.Option(help="With --mass: default: the model that the adapter names.")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="With --mass: the base model. Default: the one that the adapter names.")
+    ] = None,
     batch_size: BatchSize = 16,
     as_json: AsJson = False,
 ) -> None:
-    """Show what an adapter holds, without its base model; with --mass how much attention the prefix gets.
+    """Show what an adapter holds, without loading its base model. With --mass also how much attention it gets.
 
     [bold]prefix-attn inspect runs/e2e --mass testset_w_refs.csv --plot mass.png[/bold]
     """
