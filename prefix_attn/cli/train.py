@@ -11,7 +11,7 @@ import typer
 
 from prefix_attn.cli.shared import DATA, AsJson, BatchSize, Model, Source, Target, load, show
 from prefix_attn.hf.config import PrefixConfig
-from prefix_attn.training.settings import TrainingSettings
+from prefix_attn.training.settings import LEARNING_RATES, TrainingSettings
 
 prefix_option: Callable[..., Any] = partial(typer.Option, rich_help_panel="The prefix")
 start_option: Callable[..., Any] = partial(typer.Option, rich_help_panel="Where it starts")
@@ -67,7 +67,13 @@ InitDocument = Annotated[
 InitPrefix = Annotated[str | None, start_option(help="Instead of --init: the prefix of another adapter.")]
 
 Steps = Annotated[int, typer.Option(min=1, help="Training steps.")]
-LearningRate = Annotated[float | None, typer.Option(help="Default: 3e-2, with --mlp 1e-3.")]
+LearningRate = Annotated[
+    float | None,
+    typer.Option(
+        help="Default: {prefix:g}; {prefix-mlp:g} with --mlp, {embedding:g} with --mode embedding, {infix:g} with "
+        "--mode infix.".format(**LEARNING_RATES)
+    ),
+]
 MaxLength = Annotated[int, typer.Option(min=8, help="Tokens per row. Longer sources are cut.")]
 ValidateEvery = Annotated[int, typer.Option(min=1, help="Steps between checkpoints, and between validations.")]
 ValidationRows = Annotated[int, typer.Option(min=0, help="How many examples to validate on.")]

@@ -9,8 +9,9 @@ from itertools import combinations, product
 from typing import Any
 
 from prefix_attn.hf.config import SITES
+from prefix_attn.training.settings import LEARNING_RATES
 
-# The instruction is the hard prompt of the method "discrete" and the text that a prefix can start from.
+# The hard prompt of the method "discrete", and a text that a prefix can start from.
 INSTRUCTIONS = {
     "e2e": "Describe the restaurant in one or two English sentences that say all of the following data.",
     "dart": "Say all of the following facts in fluent English sentences.",
@@ -40,17 +41,6 @@ FIELDS: dict[str, tuple[str, ...]] = {
     "full": _TRAINED,
 }
 METHODS = tuple(FIELDS)
-# The best of those tried on E2E, by loss after 50 or 100 steps of 8 rows; of two that are level the smaller.
-LEARNING_RATES = {
-    "embedding": 3e-2,
-    "infix": 1e-1,
-    "prefix": 1e-1,
-    "prefix-mlp": 1e-3,
-    "peft": 1e-1,
-    "lora": 1e-2,
-    "top2": 3e-3,
-    "full": 2e-4,
-}
 
 LENGTHS = (1, 2, 5, 10, 20, 40, 100)
 WORDS = ("table-to-text:", "summarize", "active", "banana", "elephant")  # of the paper's figure 5
@@ -173,7 +163,7 @@ def ablate(kind: str, common: dict[str, Any], seeds: Sequence[int], subsets: Seq
             for (init, text), subset, s in product(texts, subsets, seeds)
         ]
     elif kind == "lowdata":
-        full: dict[str, Any] = {"method": "full", "learning_rate": None}  # one that is given is the prefixes'
+        full: dict[str, Any] = {"method": "full", "learning_rate": None}  # a given rate is meant for prefixes
         changes = [
             {**method, **_few(n), "subset": subset, "seed": s}
             for n, method, subset, s in product(LOW_DATA, ({"method": "prefix"}, full), subsets, seeds)

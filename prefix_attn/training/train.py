@@ -19,13 +19,12 @@ from prefix_attn.hf.io.files import replace
 from prefix_attn.hf.model import PrefixModel
 from prefix_attn.training.data import Example
 from prefix_attn.training.evaluate import target_loss, validation_loss
-from prefix_attn.training.settings import TrainingSettings
+from prefix_attn.training.settings import TrainingSettings, default_learning_rate
 from prefix_attn.training.tokens import Batch, Collator, Row, batches, encode
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-FLAT_LEARNING_RATE, MLP_LEARNING_RATE = 3e-2, 1e-3
 WARMUP = 20  # steps
 VALIDATION_BATCH = 16
 Objective = Callable[[Any, Batch], Tensor]  # of a model and a batch
@@ -125,12 +124,12 @@ def fit(
 
 def _arguments(model: PrefixModel, settings: TrainingSettings) -> TrainingArguments:
     config = model.prefix_configs[model.active_prefix or "default"]
-    default = MLP_LEARNING_RATE if config.prefix_projection else FLAT_LEARNING_RATE
+    rate = settings.learning_rate
     return TrainingArguments(
         output_dir=str(settings.output),
         max_steps=settings.steps,
         per_device_train_batch_size=settings.batch_size,
-        learning_rate=default if settings.learning_rate is None else settings.learning_rate,
+        learning_rate=default_learning_rate(config) if rate is None else rate,
         weight_decay=0.0,
         lr_scheduler_type="linear",
         warmup_steps=min(WARMUP, settings.steps // 4),

@@ -8,6 +8,7 @@ import pytest
 
 from prefix_attn.experiments import plan
 from prefix_attn.experiments.plan import Run
+from prefix_attn.training.settings import LEARNING_RATES
 
 COMMON: dict[str, Any] = {
     "task": "e2e",
@@ -32,9 +33,14 @@ def test_settings_that_a_method_has_no_use_for_are_dropped() -> None:
     discrete = Run(**COMMON, method="discrete")
     assert (discrete.init_text, discrete.init, discrete.steps) == ("Describe it.", None, None)
     prefix = Run(**COMMON, method="prefix", seed=3, subset=1)
-    assert (prefix.seed, prefix.virtual_tokens, prefix.learning_rate) == (3, 10, 1e-1)
+    assert (prefix.seed, prefix.virtual_tokens, prefix.learning_rate) == (3, 10, LEARNING_RATES["prefix"])
     assert (prefix.init_text, prefix.mlp_width, prefix.rank, prefix.subset) == (None, None, None, None)
     assert Run(**COMMON | {"init": "text"}, method="prefix").init_text == "Describe it."
+
+
+def test_every_trained_method_has_a_learning_rate() -> None:
+    trained = {method for method in plan.METHODS if Run(**COMMON, method=method).is_trained}
+    assert trained == LEARNING_RATES.keys()
 
 
 def test_a_run_is_its_json() -> None:
@@ -91,7 +97,7 @@ def test_ablations_vary_one_thing() -> None:
         ("infix", 20),
     ]
     low = plan.ablate("lowdata", COMMON | {"learning_rate": 0.1}, [0], [0, 1])
-    assert {run.learning_rate for run in low} == {None, 0.1, plan.LEARNING_RATES["full"]}
+    assert {run.learning_rate for run in low} == {None, 0.1, LEARNING_RATES["full"]}
     assert [run.examples for run in low if run.method == "full"] == [50, 50, 100, 100, 200, 200, 500, 500]
     assert {run.steps for run in low if run.examples == 500} == {400}
     assert all(runs[0].method == "frozen" for runs in (length, init, mode, low))

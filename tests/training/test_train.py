@@ -12,7 +12,7 @@ import torch
 
 from prefix_attn import PrefixConfig, PrefixModel, get_prefix_model
 from prefix_attn.training.data import Example
-from prefix_attn.training.settings import TrainingSettings
+from prefix_attn.training.settings import LEARNING_RATES, TrainingSettings
 from prefix_attn.training.train import train
 from tests.hf.models import tiny
 from tests.tokens import byte_tokenizer
@@ -51,6 +51,26 @@ def test_a_learning_rate_of_zero_is_no_default(tmp_path: Path) -> None:
     before = trained.prefixes["default"].embedding.detach().clone()
     train(trained, byte_tokenizer(), EXAMPLES, [], settings(tmp_path, 2, learning_rate=0.0))
     assert torch.equal(trained.prefixes["default"].embedding, before)
+
+
+@pytest.mark.parametrize(
+    ("options", "method"),
+    [
+        ({}, "prefix"),
+        ({"prefix_projection": True}, "prefix-mlp"),
+        ({"mode": "embedding"}, "embedding"),
+        ({"mode": "infix"}, "infix"),
+        ({"mode": "infix", "prefix_projection": True}, "prefix-mlp"),
+    ],
+    ids=str,
+)
+def test_the_learning_rate_is_that_of_the_method(options: dict[str, Any], method: str, tmp_path: Path) -> None:
+    """It is the rate that the experiments use."""
+    trained = model(**options)
+    train(trained, byte_tokenizer(), EXAMPLES, [], settings(tmp_path, 4))
+    state = json.loads((tmp_path / "checkpoint-4" / "trainer_state.json").read_text())
+    rates = [entry["learning_rate"] for entry in state["log_history"] if "learning_rate" in entry]
+    assert max(rates) == LEARNING_RATES[method]
 
 
 MLP = {"prefix_projection": True, "dropout": 0.1}
