@@ -1,4 +1,4 @@
-"""The command line, end to end on a tiny model in a folder: train, generate, evaluate, inspect, and its errors."""
+"""The command line, end to end on a tiny model: train, generate, evaluate, inspect, and errors."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ WAYS: dict[str, tuple[tuple[object, ...], dict[str, object]]] = {
 def test_ways_of_training(
     way: str, files: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """What the options say is in the adapter, which evaluates to the loss at the end of its training."""
+    """The adapter has what the options say, and evaluates to the loss at the end of its training."""
     monkeypatch.chdir(files)
     options, fields = WAYS[way]
     if "--init-prefix" in options:
@@ -104,7 +104,7 @@ def test_ways_of_training(
 def test_an_encoder_decoder(
     files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The source goes to the encoder, with a prefix where --sites says; distillation has no place for a document."""
+    """The source goes to the encoder, prefixes go where --sites says. Distillation has no place for a document."""
     monkeypatch.chdir(files)
     tiny("bart", vocab_size=257).save_pretrained(tmp_path / "bart")
     byte_tokenizer().save_pretrained(tmp_path / "bart")
@@ -125,7 +125,7 @@ def test_an_encoder_decoder(
 
 
 def test_convert(files: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    """PEFT's prefix of a BART, whose report says which slots were dead and shared; errors leave no folder behind."""
+    """For PEFT's prefix of a BART the report names dead and shared slots. Errors leave no folder behind."""
     base, theirs, converted = files / "bart", files / "theirs", files / "converted"
     tiny("bart").save_pretrained(base)
     config = PrefixTuningConfig(task_type="SEQ_2_SEQ_LM", num_virtual_tokens=3)
@@ -144,7 +144,7 @@ def test_convert(files: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Ca
 
 
 def test_inspect_mass(files: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    """The same numbers as JSON, as a table and as a heat map."""
+    """JSON, table and heat map show the same numbers."""
     monkeypatch.chdir(files)
     data = ("--model", "model", "--data", "data.jsonl", "--virtual-tokens", 3, "--steps", 1, "--batch-size", 1)
     assert run(monkeypatch, "train", "--output", "watched", *data) == 0
@@ -214,7 +214,7 @@ def test_errors_are_one_line(
 def test_errors_are_printed_as_they_are(
     message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Brackets in a message were taken for markup: they vanished, or the command ended with a traceback."""
+    """Brackets in a message were read as markup. They vanished, or the command ended with a traceback."""
 
     def fail(**_: object) -> None:
         raise ValueError(message)
@@ -232,7 +232,7 @@ def test_texts_are_printed_as_they_are(capsys: pytest.CaptureFixture[str]) -> No
 
 @pytest.mark.parametrize("package", ["typer", "rich"])
 def test_without_the_extra(package: str) -> None:
-    """The script ended with a traceback where only the operator was installed."""
+    """With only the operator installed, the script ended with a traceback."""
     code = f"import sys; sys.modules[{package!r}] = None; from prefix_attn.cli import main; main()"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 1

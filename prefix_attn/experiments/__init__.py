@@ -1,1 +1,1 @@
-"""The experiments of the paper (Li and Liang 2021) and the methods that it compares, on one runner."""
+"""The experiments of the paper (Li and Liang 2021): plans, methods, one runner, tables and plots."""

@@ -1,4 +1,4 @@
-"""The methods that are compared: each makes of a base model one that runs and trains like any other."""
+"""The methods that are compared. Each turns a base model into one that trains and runs like all others."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
-# What a text in front, or between input and output, stands for: an encoder-decoder has no such place.
+# Methods that put something in front of the text or between input and output. An encoder-decoder has no such place.
 CAUSAL = ("discrete", "embedding", "infix")
 
 
 def require(runs: Iterable[Run]) -> None:
-    """Before hours of other runs.
+    """Check that all ``runs`` are possible, before the first of them takes hours.
 
     Raises:
-        ModuleNotFoundError: PEFT is missing, and some of ``runs`` are its methods. NotImplementedError: a model has no
-            place for what is to be trained.
+        ModuleNotFoundError: some of ``runs`` are PEFT's methods, and PEFT is missing.
+        NotImplementedError: a model has no place for what a run trains.
     """
     runs = list(runs)
     pairs = {model: is_encoder_decoder(model) for model in {run.model for run in runs}}
@@ -42,7 +42,7 @@ def require(runs: Iterable[Run]) -> None:
 
 
 def wrap(base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, run: Run) -> Any:
-    """The model of ``run.method``; the parameters that it trains are those that require a gradient."""
+    """Build the model of ``run.method``. The parameters that require a gradient are those to train."""
     base.requires_grad_(run.method == "full")
     if run.method in ("frozen", "full"):
         return base
@@ -59,7 +59,7 @@ def wrap(base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, run: Run) ->
 
 
 def _config(tokenizer: PreTrainedTokenizerBase, run: Run) -> PrefixConfig:
-    if run.method == "discrete":  # the keys and values of a text are that text in front
+    if run.method == "discrete":  # a prefix of the text's keys and values acts like the text in front
         ids = tokenizer(f"{run.init_text}\n", add_special_tokens=False)["input_ids"]
         return PrefixConfig(num_virtual_tokens=len(ids), init="text", init_token_ids=ids)
     assert run.virtual_tokens is not None
@@ -86,9 +86,9 @@ def _peft(base: PreTrainedModel, run: Run) -> Any:
 
 
 def sizes(model: Any, run: Run, base: int) -> dict[str, float]:
-    """Parameters that are trained and that are stored, as numbers and as shares of the ``base`` model's number."""
+    """Count trained and stored parameters, also as shares of ``base``, the number in the base model."""
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    # What an MLP makes is stored, and it is not.
+    # The output of the MLP is stored, the MLP is not.
     stored = model.prefixes["default"]().numel() if run.method == "prefix-mlp" else trained
     return {
         "trained_parameters": trained,

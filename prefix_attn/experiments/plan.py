@@ -1,4 +1,4 @@
-"""What an experiment runs: each run is one line of settings, and an experiment is a list of them."""
+"""The plans of the experiments. A run is a set of settings, and an experiment is a list of runs."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ INSTRUCTIONS = {
     "summary": "Say in one sentence what the following text says.",
 }
 MAX_LENGTH = {"e2e": 96, "dart": 160, "webnlg": 256, "aws": 96, "aws-summary": 512, "summary": 512}  # source and target
-# Beams and length normalisation of the paper: 5 and none, for summaries 6 and 0.8.
+# The paper decodes with 5 beams and no length penalty, summaries with 6 beams and 0.8.
 LENGTH_PENALTY = {"aws-summary": 0.8, "summary": 0.8}
 NUM_BEAMS = {task: 6 if task in LENGTH_PENALTY else 5 for task in INSTRUCTIONS}
 
-# Settings that only some methods have; those of other methods are None, so that two equal runs look equal.
+# Settings that only some methods use. A run sets the others to None, so that equal runs compare equal.
 _PREFIX = ("virtual_tokens", "init", "init_text", "sites")
 _TRAINED = ("steps", "batch_size", "learning_rate", "validate_every", "examples", "subset")
 FIELDS: dict[str, tuple[str, ...]] = {
@@ -46,16 +46,16 @@ LENGTHS = (1, 2, 5, 10, 20, 40, 100)
 WORDS = ("table-to-text:", "summarize", "active", "banana", "elephant")  # of the paper's figure 5
 LOW_DATA = (50, 100, 200, 500)
 INIT_EXAMPLES = 100
-# Optimizer steps with so few rows: the paper's for GPT-2, section A.1.
+# Optimizer steps for each number of examples: the paper's for GPT-2, section A.1.
 LOW_DATA_STEPS = {50: 200, 100: 200, 200: 200, 500: 400}
 
 
 @dataclass(frozen=True)
 class Run:
-    """One training, with its evaluation. A field that the method has no use for is None.
+    """One training with its evaluation. Fields that the method does not use are None.
 
-    ``train`` and ``test`` are names of files, without folders: they are what is written down, on any machine.
-    ``examples`` pairs are drawn for training by the number ``subset``, and training stops early; None is all of them.
+    ``train`` and ``test`` are file names without folders, so that results do not depend on the machine. ``examples``
+    is how many pairs are drawn for training, with the random seed ``subset``. Such a run stops early. None takes all.
     """
 
     task: str
@@ -84,7 +84,7 @@ class Run:
     max_new_tokens: int | None = None
 
     def __post_init__(self) -> None:
-        """Settings as the method has them."""
+        """Validate the method, drop settings that it does not use, and fill in its defaults."""
         if self.method not in FIELDS:
             raise ValueError(f"method must be one of {METHODS}, got {self.method!r}")
         object.__setattr__(self, "unseen", tuple(self.unseen))
@@ -95,7 +95,7 @@ class Run:
         if self.is_trained and self.learning_rate is None:
             object.__setattr__(self, "learning_rate", LEARNING_RATES[self.method])
         if not self.is_trained:
-            object.__setattr__(self, "seed", 0)  # nothing in it is random
+            object.__setattr__(self, "seed", 0)  # nothing is random
         if self.method != "discrete" and self.init != "text":
             object.__setattr__(self, "init_text", None)
         if (self.num_beams or 1) > 1:
@@ -108,17 +108,17 @@ class Run:
 
     @property
     def is_trained(self) -> bool:
-        """Whether there are steps at all."""
+        """Whether the method trains anything."""
         return "steps" in FIELDS[self.method]
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields that the run has, as JSON holds them."""
+        """The fields that are set, as JSON values."""
         found = {name: list(v) if isinstance(v, tuple) else v for name, v in dataclasses.asdict(self).items()}
         return {name: value for name, value in found.items() if value not in (None, [])}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Run:
-        """The reverse of ``to_dict``; an unknown field is an error."""
+        """The inverse of ``to_dict``. An unknown field is an error."""
         unknown = sorted(values.keys() - {field.name for field in dataclasses.fields(cls)})
         if unknown:
             raise ValueError(f"unknown settings {unknown}")
@@ -128,7 +128,7 @@ class Run:
 def reproduce(
     common: dict[str, Any], methods: Sequence[str], seeds: Sequence[int], rates: Sequence[float | None]
 ) -> list[Run]:
-    """The paper's table 1 for one task: every method, all with the settings of ``common``."""
+    """Table 1 of the paper for one task: all ``methods`` with the settings in ``common``."""
     changes = (
         {"method": method, "seed": seed, "learning_rate": rate, **length}
         for method in methods
@@ -139,9 +139,9 @@ def reproduce(
 
 
 def ablate(kind: str, common: dict[str, Any], seeds: Sequence[int], subsets: Sequence[int]) -> list[Run]:
-    """One of the paper's ablations: "length" (figure 4), "init" (5), "mode" (table 4) or "lowdata" (figure 3).
+    """One of the paper's ablations: "length" (figure 4), "init" (figure 5), "mode" (table 4) or "lowdata" (figure 3).
 
-    "sites" is ours, for encoder-decoders: a prefix in each of the attentions, in each two of them, and in all.
+    "sites" is ours, for encoder-decoders: a prefix in each attention, in each pair of them, and in all three.
     """
     frozen: dict[str, Any] = {"method": "frozen"}
     changes: list[dict[str, Any]]
@@ -181,10 +181,10 @@ def _few(examples: int) -> dict[str, int]:
 
 
 def _lengths(method: str) -> list[dict[str, int]]:
-    """The paper has embeddings alone and the infix with three lengths."""
+    """The virtual tokens to try. The paper has three lengths for embeddings and the infix."""
     return [{"virtual_tokens": P} for P in (1, 10, 20)] if method in ("embedding", "infix") else [{}]
 
 
 def _changed(common: dict[str, Any], changes: Iterable[dict[str, Any]]) -> list[Run]:
-    """Runs with these settings, each once."""
+    """Build the runs: ``common`` with each of ``changes``, without duplicates."""
     return list(dict.fromkeys(Run(**common | change) for change in changes))

@@ -1,4 +1,4 @@
-"""A small T5, trained from nothing: no package ships an encoder-decoder, and prefixes of a random one say little."""
+"""Train a small T5 from scratch. No package ships an encoder-decoder, and a random one would show little."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 VOCABULARY = 4096
-# A BART of this size learns to ignore its encoder: T5 normalises before each layer, and learns to read it.
+# T5, which normalises before each layer, learns to read its encoder. A BART of this size learns to ignore it.
 SIZES = {"d_model": 256, "d_kv": 32, "d_ff": 1024, "num_layers": 3, "num_heads": 8}
 PAD, END, MASK = "<pad>", "</s>", "<mask>"
-MASKED, SPAN = 0.25, 3  # share of the words that a text loses, and how many go at once on average
+MASKED, SPAN = 0.25, 3  # share of words to mask, and the mean length of a masked span
 
 
 def pretrain(
@@ -37,24 +37,24 @@ def pretrain(
 ) -> dict[str, Any]:
     """Train a tokenizer and a T5 on ``examples``, and save both.
 
-    Half of the rows are of the task, source to reference; half rebuild a text, source or reference, of which spans of
-    words are masked (Lewis et al. 2020).
+    Half of the rows are the task, from source to reference. The other half restore a text, a source or a reference, in
+    which spans of words are masked (Lewis et al. 2020).
 
     Args:
-        examples: a tenth of them, by hash, is held out.
+        examples: a tenth of them, chosen by hash, is held out.
         output: folder for the model.
-        steps: of AdamW, with warm-up and linear decay.
-        batch_size: rows of a step.
-        learning_rate: its peak.
-        max_length: tokens of a source, and of a target. Longer texts are not denoised.
-        seed: of weights, masks and order.
-        device: default: the GPU where there is one.
+        steps: steps of AdamW, with warm-up and linear decay.
+        batch_size: rows per step.
+        learning_rate: peak learning rate.
+        max_length: tokens per source and per target. Longer texts are not used for denoising.
+        seed: seed of weights, masks and order.
+        device: default: the GPU if there is one.
 
     Returns:
-        ``parameters``, and what ``runner.train`` finds: ``train_loss`` of each step, ``validation`` before and after.
+        ``parameters``, and what ``runner.train`` returns: ``train_loss`` of each step, ``validation`` before and after.
 
     Raises:
-        ValueError: too few examples to hold some out, or ``output`` holds something.
+        ValueError: there are too few examples to hold some out, or ``output`` is not empty.
     """
     if output.exists() and any(output.iterdir()):
         raise ValueError(f"{output}: holds something already; take another folder")
@@ -80,7 +80,7 @@ def pretrain(
 
 
 def _tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerBase:
-    """Byte pairs of ``texts``; any other text has tokens too. Every text ends in END."""
+    """Train byte-level BPE on ``texts``. It can encode any text and ends each with END."""
     from tokenizers import ByteLevelBPETokenizer
     from tokenizers.processors import TemplateProcessing
     from transformers import PreTrainedTokenizerFast
@@ -109,14 +109,14 @@ def _model(tokenizer: PreTrainedTokenizerBase, seed: int) -> PreTrainedModel:
 
 
 def _denoising(texts: Sequence[str], count: int, seed: int) -> list[Example]:
-    """``count`` of the texts, in which spans are masked, with the whole text as reference."""
+    """Draw ``count`` texts, mask spans in them, and take the whole text as reference."""
     generator = random.Random(seed)
     chosen = (generator.choice(texts) for _ in range(count))
     return [Example(_masked(text, generator), (text,)) for text in chosen]
 
 
 def _masked(text: str, generator: random.Random) -> str:
-    """``text`` in which about MASKED of the words are gone, a mask in place of each span."""
+    """Replace spans of ``text`` by masks, so that a share of about MASKED of the words is gone."""
     words, kept, i = text.split(" "), [], 0
     while i < len(words):
         if generator.random() < MASKED / (SPAN - MASKED * (SPAN - 1)):

@@ -1,4 +1,4 @@
-"""Tables and pictures of results."""
+"""Tables and plots of results."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ AXES = ("step", "virtual_tokens", "examples", "method")
 _TITLES = {"bleu": "BLEU", "nist": "NIST", "meteor": "METEOR", "rougeL": "ROUGE-L", "cider": "CIDEr", "chrf": "chrF++"}
 _TITLES |= {"ter": "TER"}
 _LAST_STEPS = 10  # over which the training loss is averaged
-_LABEL = 56  # letters beside a bar
+_LABEL = 56  # maximum length of the label of a bar
 _GENERATION = ("test", "limit", "num_beams", "max_new_tokens", "length_penalty")
 
 
 def table(results: Sequence[Result]) -> str:
-    """Markdown: a row for each method and its settings, mean and standard deviation over seeds and subsets."""
+    """A Markdown table: one row per method and settings, with mean and standard deviation over seeds and subsets."""
     groups = _groups(results)
     names = [name for name in METRICS if any(name in result.get("metrics", {}) for result in results)]
     columns: dict[str, Callable[[Result], Any]] = {
@@ -44,10 +44,10 @@ def table(results: Sequence[Result]) -> str:
 
 
 def _groups(results: Sequence[Result]) -> dict[tuple[str, str], list[Result]]:
-    """Results that differ in seed and subset alone; of their settings, those that are not the same in all.
+    """Group results that differ only in seed and subset, by method and by the settings that are worth showing.
 
-    That other methods do not have a setting says nothing; that other runs of a method do not have it does, but for how
-    texts are generated where none are.
+    A setting is shown if its values differ, or if some other run of the same method lacks it. Settings of generation
+    that a run lacks because it generates nothing do not count.
     """
     hidden = {"task", "method", "seed", "subset"}
     settings = [{name: _text(value) for name, value in r["run"].items() if name not in hidden} for r in results]
@@ -76,7 +76,7 @@ def _text(value: Any) -> str:
 
 
 def _last_loss(result: Result) -> float:
-    """Of the parameters that were kept, on the rows that are the same for all; few examples are stopped by others."""
+    """Loss of the parameters that were kept. With few examples, ``validation`` is only for stopping early."""
     return result.get("held_out_loss", result["validation"][-1][1])
 
 
@@ -86,7 +86,7 @@ def _training_loss(result: Result) -> float | None:
 
 
 def _spread(found: Sequence[float | None]) -> str:
-    """Mean and standard deviation, and of how many runs if not of all: some may have generated nothing."""
+    """Mean and standard deviation, and the number of runs if some have no value."""
     values = [value for value in found if value is not None]
     if not values:
         return "-"
@@ -96,12 +96,12 @@ def _spread(found: Sequence[float | None]) -> str:
 
 
 def plot(results: Sequence[Result], axis: str, out: Path) -> None:
-    """Validation loss against steps, or losses and BLEU against another setting, as a PNG.
+    """Plot validation loss against steps, or losses and BLEU against another setting, into a PNG.
 
     Args:
-        results: of any runs.
-        axis: "step", "virtual_tokens", "examples" or "method"; the last has a bar for each method and its settings.
-        out: the file.
+        results: results of any runs.
+        axis: "step", "virtual_tokens", "examples" or "method". The last draws a bar per method and settings.
+        out: the file to write.
     """
     import matplotlib
 
@@ -118,7 +118,7 @@ def plot(results: Sequence[Result], axis: str, out: Path) -> None:
     if axis == "step":
         measures = dict(list(measures.items())[:1])
     width, height = (7 if axis == "step" else 4.6 * len(measures)), 4.2
-    if axis == "method":  # its labels stand beside the bars, once
+    if axis == "method":  # the panels share the labels on the left
         width, height = width + 2, 1.2 + 0.3 * len(_labelled(results))
     figure, panels = pyplot.subplots(
         1, len(measures), figsize=(width, height), layout="constrained", squeeze=False, sharey=axis == "method"
@@ -139,7 +139,7 @@ def plot(results: Sequence[Result], axis: str, out: Path) -> None:
 
 
 def _draw_curves(axes: Any, results: Sequence[Result]) -> None:
-    """The seeds' mean as a line, their range as a band, what is not trained as a dashed line."""
+    """Draw the mean over seeds as a line and their range as a band. A method without training is a dashed line."""
     for label, group in _labelled(results).items():
         steps = [step for step, _ in group[0]["validation"]]
         curves = list(zip(*([loss for _, loss in r["validation"]] for r in group)))
@@ -151,9 +151,9 @@ def _draw_curves(axes: Any, results: Sequence[Result]) -> None:
 
 
 def _draw_lines(axes: Any, results: Sequence[Result], axis: str, measure: Callable[[Result], float | None]) -> None:
-    """A line for each method, over the values of a setting; methods without that setting are dashed, or out of sight.
+    """Draw a line per method over the values of a setting. Methods without that setting are dashed.
 
-    The frozen model is so far from all others that an axis with it would show no difference between these.
+    The axis fits the lines only: with the frozen model in view, no difference between the others would be visible.
     """
     methods: dict[str, dict[Any, list[float]]] = {}
     for result in results:
@@ -184,7 +184,7 @@ def _draw_bars(axes: Any, results: Sequence[Result], measure: Callable[[Result],
             axes.barh(place, mean(values), xerr=stdev(values) if len(values) > 1 else None, capsize=3)
     labels = [shorten(label, _LABEL, placeholder=" ...") for label in _labelled(results)]
     axes.set_yticks(range(len(labels)), labels, fontsize="small")
-    axes.set_ylim(len(labels) - 0.5, -0.5)  # the first on top
+    axes.set_ylim(len(labels) - 0.5, -0.5)  # the first is on top
 
 
 def _draw_band(axes: Any, places: Sequence[float], values: Sequence[Sequence[float]], label: str, **style: Any) -> None:

@@ -1,4 +1,4 @@
-"""Results of runs in a file: one JSON object a line, each written whole."""
+"""A file of results: one JSON object per line, never half written."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ Result = dict[str, Any]
 
 
 def read(path: Path) -> list[Result]:
-    """The results in ``path``; none where there is no file. A last line without an end was being written at a kill.
+    """Read the results in ``path``. No file means no results. A last line without a newline was cut off and is ignored.
 
     Raises:
-        ValueError: another line is no JSON object with "run".
+        ValueError: any other line is not a JSON object with "run".
     """
     if not path.exists():
         return []
@@ -32,7 +32,7 @@ def read(path: Path) -> list[Result]:
 
 
 def append(path: Path, result: Result) -> None:
-    """Add a line to ``path``; a half-written one is removed. After a kill the line is there, or does not count."""
+    """Append a line to ``path``, after removing a half-written one. If killed, the line is complete or ignored."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("ab+") as file:
         file.seek(0)

@@ -1,4 +1,4 @@
-"""One run: the same data, steps, validation and generation for every method."""
+"""Execute one run. Data, steps, validation and generation are the same for every method."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ if TYPE_CHECKING:
 
 TENTH, FIFTH = 26, 51  # of 256
 HELD_OUT_ROWS = 160
-LOW_DATA_HELD_OUT = 0.3  # rows to stop early by, as a share of those for training
-PATIENCE = 60  # steps without a lower loss of these
-# Batches that are sorted by length together: the rows of E2E have 65 tokens, padded 66 instead of 84. Where there are
-# few rows at most a quarter of them, or the same rows would meet in every epoch.
+LOW_DATA_HELD_OUT = 0.3  # rows for stopping early, as a share of the training rows
+PATIENCE = 60  # steps without a lower loss on these rows
+# How many batches are sorted by length together. Rows of E2E have 65 tokens on average, and this pads them to 66
+# instead of 84. With few rows at most a quarter of them, or the same rows would share a batch in every epoch.
 WINDOW = 16
 GENERATION_BATCH = 64
 SAMPLES = 5
@@ -42,14 +42,14 @@ PACKAGES = ("torch", "transformers", "peft", "prefix-attn", "sacrebleu")
 
 
 class Data(NamedTuple):
-    """What a run trains on, validates on, and generates for."""
+    """The rows that a run trains and validates on, and the examples that it generates for."""
 
     train: list[Row]
     validation: list[Row]
-    stop_by: list[Row]  # with few examples
+    stop_by: list[Row]  # only with few examples
     test: list[Example]
     cut: int
-    categories: frozenset[str]  # those in ``train``
+    categories: frozenset[str]  # of ``train``
 
 
 def execute(run: Run, folders: Mapping[str, Path], device: str | None = None) -> Result:
@@ -57,18 +57,19 @@ def execute(run: Run, folders: Mapping[str, Path], device: str | None = None) ->
 
     Args:
         run: what to do.
-        folders: where the files are that it names.
-        device: default: the GPU where there is one.
+        folders: the path of each file that ``run`` names.
+        device: default: the GPU if there is one.
 
     Raises:
-        ValueError: a file lacks what is needed. NotImplementedError: the model cannot be served.
+        ValueError: a file lacks what the run needs.
+        NotImplementedError: the model is not supported.
     """
     start = time.perf_counter()
     base, tokenizer = load_base(run.model, dtype=torch.float32, device=device)
     data = load(run, folders, tokenizer, encoder_decoder=base.config.is_encoder_decoder)
     total = sum(p.numel() for p in base.parameters())
     if has_bfloat16(base.device) and run.method not in ("full", "top2"):
-        weights_to_bfloat16(base)  # frozen, and autocast would cast them in every step
+        weights_to_bfloat16(base)  # they are frozen, and autocast would cast them in every step
     torch.manual_seed(run.seed)
     model = wrap(base, tokenizer, run)
     with autocast(base.device) as casting:
@@ -99,9 +100,9 @@ def execute(run: Run, folders: Mapping[str, Path], device: str | None = None) ->
 
 
 def autocast(device: torch.device) -> AbstractContextManager[Any]:
-    """bfloat16 products where the device has them; what is trained stays float32.
+    """Compute products in bfloat16 where the device can. Trained parameters stay float32.
 
-    Without its cache, which keeps what was cast until the context ends: every step would see the weights of the first.
+    The cache of autocast is off. It keeps cast weights until the context ends, so every step would see the first ones.
     """
     if not has_bfloat16(device):
         return nullcontext()
@@ -109,7 +110,7 @@ def autocast(device: torch.device) -> AbstractContextManager[Any]:
 
 
 def weights_to_bfloat16(model: torch.nn.Module) -> None:
-    """Cast the parameters alone: of rotary frequencies, which are buffers, bfloat16 would keep three digits."""
+    """Cast the parameters, not the buffers: bfloat16 would leave rotary frequencies three digits."""
     for parameter in model.parameters():
         parameter.data = parameter.data.to(torch.bfloat16)
 
@@ -120,7 +121,7 @@ def weights_to_bfloat16(model: torch.nn.Module) -> None:
 def load(
     run: Run, folders: Mapping[str, Path], tokenizer: PreTrainedTokenizerBase, *, encoder_decoder: bool = False
 ) -> Data:
-    """The data of ``run``; what is drawn depends on ``run.subset`` and the texts alone, not on method or seed."""
+    """Load the data of ``run``. What is drawn depends only on ``run.subset`` and the texts, not on method or seed."""
     if run.train in AWS_TASKS:
         kept, held_out = read_examples(run.train), read_examples(run.train, split="dev")
         test = read_examples(run.train, split="test")
@@ -151,12 +152,12 @@ def load(
         rows = _drawn(rows, run.examples, subset)
         stop_by = _drawn(others, max(1, round(run.examples * LOW_DATA_HELD_OUT)), subset)
     for some in (validation, stop_by):
-        some.sort(key=lambda row: len(row["input_ids"]))  # less padding; the loss is weighted by tokens
+        some.sort(key=lambda row: len(row["input_ids"]))  # less padding; the order does not change the mean over tokens
     return Data(rows, validation, stop_by, test, cut, frozenset(example.category for example in kept))
 
 
 def hold_out(examples: Sequence[Example], byte: int, share: int) -> tuple[list[Example], list[Example]]:
-    """Kept and held-out examples: ``share`` of 256, by a byte of the source's hash, and never by the file's order."""
+    """Split into kept and held-out examples: ``share`` of 256, by one byte of the hash of the source."""
 
     def is_held_out(example: Example) -> bool:
         return hashlib.sha1(example.source.encode()).digest()[byte] < share
@@ -165,19 +166,19 @@ def hold_out(examples: Sequence[Example], byte: int, share: int) -> tuple[list[E
 
 
 def _spaced(items: list[Any], count: int) -> list[Any]:
-    """At most ``count`` of them, evenly spaced: files are ordered by their sources."""
+    """Take at most ``count`` items, evenly spaced, because files are ordered by their sources."""
     return items if len(items) <= count else [items[i * len(items) // count] for i in range(count)]
 
 
 def _drawn(rows: list[Row], count: int, subset: int) -> list[Row]:
-    """``count`` rows; the numbers of a subset are nested."""
+    """Draw ``count`` rows. In one subset, a smaller draw is part of a larger one."""
     if len(rows) < count:
         raise ValueError(f"few examples: {count} rows are to be drawn, there are {len(rows)}")
     return random.Random(subset).sample(rows, len(rows))[:count]
 
 
 def endless_batches(rows: Sequence[Row], size: int, seed: int, pad_id: int) -> Iterator[Batch]:
-    """Endless batches, of rows of similar length; the order depends on the seed alone, not on torch's generator."""
+    """Yield batches of rows of similar length without end. Their order depends only on ``seed``."""
     shuffle = random.Random(seed).shuffle
     size = min(size, len(rows))
     while True:
@@ -192,7 +193,7 @@ def endless_batches(rows: Sequence[Row], size: int, seed: int, pad_id: int) -> I
 
 
 def _chunks(items: list[Any], size: int) -> list[list[Any]]:
-    """``items``, ``size`` at a time."""
+    """Split ``items`` into lists of ``size``."""
     return [items[i : i + size] for i in range(0, len(items), size)]
 
 
@@ -200,10 +201,10 @@ def _chunks(items: list[Any], size: int) -> list[list[Any]]:
 
 
 def train(model: Any, data: Iterator[Batch], validation: Sequence[Batch], run: Run) -> Result:
-    """Train for ``run.steps`` steps, or with few examples until the validation loss was lowest.
+    """Train for ``run.steps`` steps. With few examples stop early and restore the step with the lowest loss.
 
     Returns:
-        Losses, and the time that the steps took without the validation.
+        Losses, and the time per step without validation.
     """
     from tqdm import tqdm
 
@@ -227,7 +228,7 @@ def train(model: Any, data: Iterator[Batch], validation: Sequence[Batch], run: R
             optimizer.step()
             schedule.step()
             optimizer.zero_grad()
-            losses.append(float(loss.detach()))  # waits for the device, so it belongs to the time of the step
+            losses.append(float(loss.detach()))  # waits for the device, so it must be timed
             seconds += time.perf_counter() - start
             if step % run.validate_every == 0 or step == steps:
                 curve.append([step, validation_loss(model, validation)])
@@ -245,7 +246,7 @@ def train(model: Any, data: Iterator[Batch], validation: Sequence[Batch], run: R
 
 
 class _Best:
-    """The parameters at the lowest validation loss so far."""
+    """A copy of the parameters with the lowest validation loss so far."""
 
     def __init__(self, parameters: list[Tensor], loss: float) -> None:
         self.parameters, self.loss, self.step = parameters, loss, 0
@@ -265,7 +266,7 @@ class _Best:
 
 
 def learning_rate_factor(step: int, steps: int) -> float:
-    """Linear warm-up, then linear decay to zero."""
+    """Factor of a linear warm-up, then a linear decay to zero."""
     return min((step + 1) / WARMUP, max(steps - step, 0) / max(steps - WARMUP, 1))
 
 
@@ -273,12 +274,12 @@ def learning_rate_factor(step: int, steps: int) -> float:
 
 
 def _generate(model: Any, tokenizer: PreTrainedTokenizerBase, data: Data, run: Run) -> Result:
-    """Metrics on the test examples, with all references, and a few of the texts."""
+    """Generate for the test examples. Return metrics against all references, and a few of the texts."""
     from tqdm import tqdm
 
     examples, start = data.test, time.perf_counter()
     if has_bfloat16(next(model.parameters()).device):
-        weights_to_bfloat16(model)  # nothing is trained any more, and autocast would cast them for every token
+        weights_to_bfloat16(model)  # training is over, and autocast would cast them for every token
     with tqdm(total=len(examples), desc=f"{run.method}, generate", file=sys.stderr, leave=False) as bar:
         texts = generate_text(
             model,
@@ -301,7 +302,7 @@ def _generate(model: Any, tokenizer: PreTrainedTokenizerBase, data: Data, run: R
 
 
 def _scores(examples: Sequence[Example], texts: Sequence[str], trained: frozenset[str]) -> dict[str, dict[str, float]]:
-    """Of all examples; and where some have a category that training had not, of the two kinds apart."""
+    """Score all examples. If some categories were not in training, also score seen and unseen ones separately."""
     groups = {"metrics": list(range(len(examples)))}
     seen = [i for i, example in enumerate(examples) if example.category in trained]
     if 0 < len(seen) < len(examples):
@@ -317,7 +318,9 @@ def _versions() -> dict[str, str]:
     for package in PACKAGES:
         try:
             found[package] = version(package)
-        except ModuleNotFoundError:  # PackageNotFoundError is one; a source tree that is not installed has no version
+        except (
+            ModuleNotFoundError
+        ):  # PackageNotFoundError is a subclass; a source tree that is not installed has no version
             continue
     return found
 

@@ -1,1 +1,1 @@
-"""From examples in a file to a trained prefix and its scores."""
+"""Data, training, distillation, generation and metrics."""

@@ -1,4 +1,4 @@
-"""Text-to-text data, read from files and packages."""
+"""Read text-to-text data from files and packages."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _Row = tuple[str, str, str]  # source, one reference, category
 
 @dataclass(frozen=True)
 class Example:
-    """One input and every output that is right for it; the category is that of a data set that has categories."""
+    """One input and all of its correct outputs. ``category`` is empty unless the data set has categories."""
 
     source: str
     references: tuple[str, ...]
@@ -35,19 +35,19 @@ class Example:
 def read_examples(
     spec: str | Path, *, split: str = "train", source_column: str = "source", target_column: str = "target"
 ) -> list[Example]:
-    """Examples from a file or from a built-in task; rows with the same source become one example.
+    """Read examples from a file or a built-in task. Rows with the same source become one example.
 
     Args:
         spec: "aws" (operations of AWS services -> first sentence of their documentation, from the botocore package),
-            "aws-summary" (the rest of that documentation -> its first sentence), or the path of a file: .jsonl or .csv,
-            where an E2E file (columns mr, ref) needs no column names; DART's .json or .json.gz; WebNLG's .xml, or a
-            folder of such.
-        split: "train", "dev" or "test"; of "aws" and "aws-summary" only, a file is read whole.
-        source_column: column, or JSON key, of the input.
-        target_column: column, or JSON key, of the output; in JSON a list of strings gives several references.
+            "aws-summary" (the rest of that documentation -> its first sentence), or a path. A path is a .jsonl or .csv
+            file, DART's .json or .json.gz, WebNLG's .xml, or a folder of WebNLG's files. An E2E file (.csv with the
+            columns mr and ref) needs no column names.
+        split: "train", "dev" or "test". Only "aws" and "aws-summary" have splits. A file is read whole.
+        source_column: column or JSON key of the input.
+        target_column: column or JSON key of the output. In JSON, a list of strings gives several references.
 
     Raises:
-        ValueError: the file is empty, malformed, or lacks a column; the message names file and line.
+        ValueError: the file is empty, malformed, or lacks a column. The message names the file and the line.
     """
     if str(spec) in AWS_TASKS:
         return list(aws_records(split, str(spec)))
@@ -72,7 +72,7 @@ def read_examples(
 
 
 def _group(rows: Iterable[_Row]) -> list[Example]:
-    """Rows with one source as one example, in the order of first appearance."""
+    """Merge rows with the same source into one example, in the order of first appearance."""
     references: dict[str, list[str]] = {}
     categories: dict[str, str] = {}
     for source, target, category in rows:
@@ -137,7 +137,7 @@ def _text(value: Any, column: str, where: str) -> str:
 
 
 def linearise(mr: str) -> str:
-    """An E2E meaning representation as the paper has it: ``name[Aromi], area[x]`` -> ``name : Aromi | area : x``."""
+    """Write E2E data as the paper does: ``name[Aromi], area[x]`` -> ``name : Aromi | area : x``."""
     slots = re.findall(r"\s*([^\[\],]+)\[([^\]]*)\]", mr)
     return " | ".join(f"{name.strip()} : {value.strip()}" for name, value in slots) or mr
 
@@ -146,12 +146,12 @@ def linearise(mr: str) -> str:
 
 
 def linearise_triples(triples: Iterable[Sequence[str]]) -> str:
-    """Subject, relation and object of each triple as the paper has them: ``e1 : r1 : e2 | e1' : r2 : e2'``."""
+    """Write triples as the paper does: ``subject : relation : object | subject : relation : object``."""
     return " | ".join(" : ".join(part.replace("_", " ").strip(' "') for part in triple) for triple in triples)
 
 
 def _dart_rows(path: Path) -> Iterator[_Row]:
-    """DART's JSON (Nan et al. 2021), plain or compressed; the category is the collection that a set comes from."""
+    """DART's JSON (Nan et al. 2021), plain or gzipped. The category is the collection of an entry."""
     try:
         with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8") as file:
             entries = json.load(file)
@@ -172,7 +172,7 @@ def _dart_rows(path: Path) -> Iterator[_Row]:
 
 
 def _webnlg_rows(path: Path) -> Iterator[_Row]:
-    """WebNLG's XML (Gardent et al. 2017), a file or all of a folder: English texts, but for those marked bad."""
+    """WebNLG's XML (Gardent et al. 2017), a file or a folder. Only English texts not marked bad."""
     for file in sorted(path.rglob("*.xml")) if path.is_dir() else [path]:
         try:
             entries = ElementTree.parse(file).getroot().iter("entry")
@@ -193,20 +193,20 @@ def _webnlg_rows(path: Path) -> Iterator[_Row]:
 
 # AWS operations -------------------------------------------------------------------------------------------------------
 
-_MAX_MEMBERS = 6  # outputs listed in a source: more would only lengthen it
-_MIN_WORDS = 20  # of a documentation that is to be summarised
+_MAX_MEMBERS = 6  # inputs and outputs listed in a source; more would only make it longer
+_MIN_WORDS = 20  # in a documentation to summarise
 
 
 def aws_records(split: str = "train", task: str = "aws") -> tuple[Example, ...]:
-    """Operations of AWS services and the first sentence of their documentation, split by service.
+    """Read operations of AWS services and the first sentence of their documentation, split by service.
 
     Args:
         split: "train", "dev" or "test".
-        task: "aws": the source is the operation's record; "aws-summary": all of its documentation but that sentence, as
-            XSum has it (Narayan et al. 2018).
+        task: "aws": the source is the operation's record. "aws-summary": the source is the rest of the documentation,
+            as in XSum (Narayan et al. 2018).
 
     Raises:
-        ValueError: no such split or task, or botocore is not installed.
+        ValueError: unknown split or task, or botocore is not installed.
     """
     if task not in AWS_TASKS:
         raise ValueError(f"task must be one of {AWS_TASKS}, got {task!r}")
@@ -221,7 +221,7 @@ def aws_records(split: str = "train", task: str = "aws") -> tuple[Example, ...]:
 @lru_cache(maxsize=2)
 def _aws_splits(folder: Path, task: str = "aws") -> dict[str, tuple[Example, ...]]:
     rows: dict[str, list[_Row]] = {split: [] for split in SPLITS}
-    targets: set[str] = set()  # over all splits: a sentence seen in training must not be asked for in a test
+    targets: set[str] = set()  # over all splits: no test may ask for a sentence seen in training
     sources: set[str] = set()
     for service in sorted(path for path in folder.iterdir() if path.is_dir()):
         versions = sorted(service.glob("*/service-2.json.gz"))
@@ -238,7 +238,7 @@ def _aws_splits(folder: Path, task: str = "aws") -> dict[str, tuple[Example, ...
 
 
 def _aws_split(service: str) -> str:
-    """92 % train, 5 % dev, 3 % test of the services, the same on every machine and in every version of botocore."""
+    """Assign 92 % of services to train, 5 % to dev, 3 % to test, the same on every machine and botocore version."""
     percent = int.from_bytes(hashlib.sha1(service.encode()).digest()[:4], "big") % 100
     return "train" if percent < 92 else "dev" if percent < 97 else "test"
 
@@ -271,12 +271,12 @@ def _words(name: str) -> str:
 
 
 def _first_sentence(documentation: str) -> tuple[str | None, str]:
-    """The first sentence as plain text, or None where there is none of 4 to 40 words; and all that follows it."""
-    # Opening tags of a block end the sentence before them, or a heading would run into its paragraph.
+    """Return the first sentence as plain text and the text after it. None for a sentence not of 4 to 40 words."""
+    # A block tag ends the sentence before it. Otherwise a heading would run into its paragraph.
     blocks = re.split(r"</?(?:p|ul|ol|li|note|important|h\d|div|br|fullname)\b[^>]*>", documentation)
     folded = (" ".join(html.unescape(re.sub(r"<[^>]+>", "", block)).split()) for block in blocks)
     texts = [text for text in folded if text] or [""]
-    # An initial or an abbreviation before the period does not end a sentence.
+    # A period after one of these abbreviations does not end a sentence.
     match = re.match(r"(.+?(?<!\be\.g)(?<!\bi\.e)(?<!\betc)(?<!\bvs)\.)(?=\s+[A-Z]|$)", texts[0])
     sentence = match[1] if match else ""
     rest = " ".join([texts[0][len(sentence) :].strip(), *texts[1:]]).strip()

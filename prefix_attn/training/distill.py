@@ -1,8 +1,8 @@
-"""Context distillation: a short prefix that stands for a long text (Eyuboglu et al. 2025, Cartridges).
+"""Context distillation: train a short prefix to replace a long text (Eyuboglu et al. 2025, Cartridges).
 
-The teacher is the frozen model with the whole text in front, the student the same model with a short trained prefix. No
-second copy of the model is needed, and the text is not read again in every step: its keys and values are a prefix too,
-made once, shared by the batch, and never trained.
+The teacher is the frozen model with the whole text in front. The student is the same model with a short trained prefix,
+so one copy of the model is enough. The text is not read again in every step: its keys and values are a prefix too. They
+are computed once, shared by the batch and never trained.
 """
 
 from __future__ import annotations
@@ -36,27 +36,26 @@ def distill(
     validation: str | None = None,
     top_k: int = TOP_K,
 ) -> dict[str, Any]:
-    """Train the active prefix of ``model`` to do what ``document`` in front of a text does, and save it.
+    """Train the active prefix of ``model`` to act like ``document`` in front of a text, and save it.
 
-    The texts are pieces of ``settings.max_length`` tokens of the document itself, one after the other; the loss is the
-    teacher's divergence from the student: see ``divergence``. The rest is as in ``train.train``.
+    The training texts are consecutive pieces of the document, ``settings.max_length`` tokens each. The loss is
+    ``divergence``. Everything else is as in ``train.train``.
 
     Args:
-        model: with a prefix that is to stand for the document; one with ``init="document"`` starts near it.
-        tokenizer: the model's.
-        document: what is distilled; with a piece of it behind, it must fit into the model's context window.
-        settings: of the training.
-        validation: a text whose pieces the validation loss is measured on. Default: pieces of the document that begin
-            where none of the training does.
-        top_k: tokens of each distribution of the teacher that are compared one by one.
+        model: its active prefix is trained. One with ``init="document"`` starts close to the document.
+        tokenizer: the model's tokenizer.
+        document: the text to distil. It must fit into the model's context window together with one piece.
+        settings: how to train.
+        validation: a text; the validation loss is measured on its pieces. Default: pieces of the document that start
+            half a piece later than those of the training.
+        top_k: how many tokens of each teacher distribution are compared one by one.
 
     Returns:
-        As ``train.train``; losses are in nats per token. ``document_tokens`` and ``rows`` are added.
+        What ``train.train`` returns, with ``document_tokens`` and ``rows``. Losses are in nats per token.
 
     Raises:
-        ValueError: the document is too short or too long, the prefix an infix, or ``train.train`` would raise it.
-        NotImplementedError: a prefix takes no positions in this model, and could not stand for a text; or the model is
-            an encoder-decoder.
+        ValueError: the document is too short or too long, the prefix is an infix, or as in ``train.train``.
+        NotImplementedError: the model is an encoder-decoder, or its prefixes take no positions, as a text would.
     """
     if model.config.is_encoder_decoder:
         raise NotImplementedError("distillation puts one text in front of another, which takes a causal model")
@@ -94,10 +93,10 @@ def pieces(ids: Sequence[int], length: int) -> list[Row]:
 
 
 class Target:
-    """The teacher's distributions at N tokens: the k likeliest next tokens, and their logarithms. (N, k) each."""
+    """What the teacher predicts at N tokens: the k likeliest next tokens and their log-probabilities, (N, k) each."""
 
     def __init__(self, logits: Tensor, top_k: int) -> None:
-        """Of logits (N, V), which are not kept."""
+        """Take them from logits (N, V), which are not kept."""
         values, self.ids = logits.topk(min(top_k, logits.shape[-1]), dim=-1)
         self.log_probs = values.float() - logits.float().logsumexp(-1, keepdim=True)
 
@@ -106,7 +105,7 @@ class Teacher:
     """The frozen model with a text in front of every row."""
 
     def __init__(self, base: PreTrainedModel, ids: Sequence[int], row_length: int, top_k: int) -> None:
-        """``ids`` of the text; rows that follow it have up to ``row_length`` tokens."""
+        """``ids`` are the text. Rows after it have up to ``row_length`` tokens."""
         if top_k < 1:
             raise ValueError(f"top_k must be positive, got {top_k}")
         if len(ids) < 2:
@@ -126,22 +125,22 @@ class Teacher:
 
     @torch.no_grad()
     def __call__(self, batch: Batch) -> Target:
-        """Distributions at the tokens of ``batch`` that are no padding."""
+        """Distributions at the tokens of ``batch`` that are not padding."""
         with evaluating(self.model):
             logits = self.model(**batch).logits
         return Target(logits[batch["attention_mask"].bool()], self.top_k)
 
 
 def divergence(student: Callable[..., Any], target: Target, batch: Batch) -> Tensor:
-    """Kullback-Leibler divergence of the student from the teacher, in nats, mean over tokens.
+    """Kullback-Leibler divergence of the student from the teacher in nats, averaged over tokens.
 
-    Of the vocabulary, the teacher's top k tokens are told apart and all others are one: a lower bound that needs k
-    numbers a token of the teacher instead of V, and is 0 where both agree on the k.
+    The teacher's top k tokens are compared one by one and the rest of the vocabulary as a whole. This is a lower bound.
+    It needs k numbers per token from the teacher instead of V, and is 0 if both agree on the k tokens.
     """
     logits = student(**batch).logits[batch["attention_mask"].bool()]
     log_q = logits.gather(-1, target.ids).float() - logits.float().logsumexp(-1, keepdim=True)
     log_p = target.log_probs
-    smallest = torch.finfo(torch.float32).eps  # both remainders are 1 - a sum, rounded
+    smallest = torch.finfo(torch.float32).eps  # both remainders are 1 minus a rounded sum
     rest_p = (1 - log_p.exp().sum(-1)).clamp(min=smallest)
     rest_q = (1 - log_q.exp().sum(-1)).clamp(min=smallest)
     return ((log_p.exp() * (log_p - log_q)).sum(-1) + rest_p * (rest_p.log() - rest_q.log())).mean()
@@ -149,7 +148,7 @@ def divergence(student: Callable[..., Any], target: Target, batch: Batch) -> Ten
 
 @torch.no_grad()
 def mean_divergence(model: PrefixModel, teacher: Teacher, batches: Sequence[Batch]) -> float | None:
-    """``divergence`` over batches, every token counting the same; None without batches."""
+    """Average ``divergence`` over the tokens of all batches. None without batches."""
     device = next(model.parameters()).device
     total, tokens = 0.0, 0
     with evaluating(model):

@@ -1,4 +1,4 @@
-"""Generating from a model, and its loss on what it should write."""
+"""Generate text with a model, and measure its loss on targets."""
 
 from __future__ import annotations
 
@@ -32,17 +32,20 @@ def generate_text(
     batch_size: int = 32,
     progress: Callable[[int], object] | None = None,
 ) -> list[str]:
-    """What the model writes for each source, in their order: its first line, without sampling.
+    """Generate the first line of output for each source, without sampling.
 
     Args:
-        model: a causal model or an encoder-decoder, with a prefix or not.
+        model: a causal model or an encoder-decoder, with or without a prefix.
         tokenizer: its tokenizer, with end-of-text and padding tokens.
-        sources: inputs, without the prompt's frame.
+        sources: inputs, without the text that the prompt adds.
         num_beams: 1 decodes greedily.
-        length_penalty: beams are ranked by log-likelihood over length to this power.
+        length_penalty: beams are ranked by log-likelihood divided by length to this power.
         max_new_tokens: limit of each output.
-        batch_size: sources generated at once; sources of similar length share a batch.
-        progress: called with the number of sources of each finished batch.
+        batch_size: sources per batch. Sources of similar length share a batch.
+        progress: called after each batch with its number of sources.
+
+    Returns:
+        One text per source, in the order of ``sources``.
     """
     if model.config.is_encoder_decoder:
         prompts = _within(model, [source_ids(tokenizer, source) for source in sources], "encoder", 0, 1)
@@ -74,9 +77,9 @@ def generate_text(
 
 @torch.no_grad()
 def _generate(model: Any, tokenizer: PreTrainedTokenizerBase, prompts: list[list[int]], **options: Any) -> Tensor:
-    """New tokens of each prompt. Prompts are padded on the left, so that all outputs start at the same column.
+    """New tokens of each prompt. Prompts are padded on the left, so that all outputs start in the same column.
 
-    An encoder's are padded on the right, as in training, and its outputs hold no prompt.
+    For an encoder they are padded on the right, as in training, and the outputs do not contain the prompt.
     """
     width, on_the_right = max(len(prompt) for prompt in prompts), model.config.is_encoder_decoder
 
@@ -90,18 +93,18 @@ def _generate(model: Any, tokenizer: PreTrainedTokenizerBase, prompts: list[list
     output = model.generate(
         input_ids=ids.to(device),
         attention_mask=mask.to(device),
-        # Indices, as in _last; but a tensor would be taken for one with a row a text, and repeated for each beam.
+        # Indices, for the reason in _last. generate would take a tensor for one row per text and repeat it per beam.
         **({"logits_to_keep": [-1]} if _can_leave_out_logits(model) else {}),
         do_sample=False,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
         **options,
     )
-    return output[:, 1:] if on_the_right else output[:, width:]  # a decoder's begins with its start token
+    return output[:, 1:] if on_the_right else output[:, width:]  # a decoder's output begins with its start token
 
 
 def _within(model: Any, sources: list[list[int]], part: str, taken: int, tail: int) -> list[list[int]]:
-    """``sources`` cut to the positions that are there, but for those ``taken``; the last ``tail`` tokens stay."""
+    """Cut ``sources`` to the model's positions minus those ``taken``. Their last ``tail`` tokens stay."""
     positions = getattr(model.config, "max_position_embeddings", None)
     if positions is None:
         return sources
@@ -118,17 +121,17 @@ def _first_line(text: str) -> str:
 
 
 def target_loss(model: Any, batch: Mapping[str, Tensor]) -> Tensor:
-    """The loss of a batch, in float32, without the logits that it does not need.
+    """The loss of a batch in float32, without the logits that it does not need.
 
-    Before the first target of a batch there are logits of a whole vocabulary that no loss reads. Models that cannot
-    leave them out (no ``logits_to_keep``), or that add a loss of their own, compute it as they always do.
+    No loss reads the logits before the first target of a batch, and each is as wide as the vocabulary. Models that
+    cannot leave them out (no ``logits_to_keep``), or that add a loss of their own, compute their usual loss.
 
     Args:
-        model: of ours, of PEFT or of transformers; causal, an encoder-decoder, or one whose own loss is to be taken.
+        model: ours, PEFT's or one of transformers; causal or an encoder-decoder.
         batch: what ``tokens.collate`` makes, with at least one target token.
 
     Returns:
-        Mean negative log-likelihood of the targets in nats, a scalar with its graph.
+        Mean negative log-likelihood of the targets in nats, a scalar that can be differentiated.
     """
     labels = batch["labels"]
     if getattr(model.config, "output_router_logits", False):
@@ -138,7 +141,7 @@ def target_loss(model: Any, batch: Mapping[str, Tensor]) -> Tensor:
     elif _can_leave_out_logits(model):
         inputs: dict[str, Any] = {name: tensor for name, tensor in batch.items() if name != "labels"}
         if isinstance(model, PrefixModel) and any(c.mode == "infix" for c in model.prefix_configs.values()):
-            inputs["infix_start"] = start_of_targets(None, batch)  # which it would have found in the labels
+            inputs["infix_start"] = start_of_targets(None, batch)  # the model would have found it in the labels
         # The model predicts each token from those before it.
         first = max(int((labels != IGNORED).any(0).int().argmax()), 1)
         labels = labels[:, first:]
@@ -152,8 +155,8 @@ def target_loss(model: Any, batch: Mapping[str, Tensor]) -> Tensor:
 def _last(count: int, device: torch.device) -> Tensor:
     """The last ``count`` positions, for ``logits_to_keep``.
 
-    As indices, not as their number: a slice of the hidden states is not contiguous, and for such a one ``linear``
-    copies the weights of the whole vocabulary once per row (7 GB for 64 rows of SmolLM2).
+    Indices, not a number: with a number transformers slices the hidden states. The slice is not contiguous, and for
+    such an input ``linear`` copies the weights of the whole vocabulary once per row (7 GB for 64 rows of SmolLM2).
     """
     return torch.arange(-count, 0, device=device)
 
@@ -167,10 +170,10 @@ def _can_leave_out_logits(model: Any) -> bool:
 
 @torch.no_grad()
 def validation_loss(model: Any, batches: Iterable[Mapping[str, Tensor]]) -> float:
-    """Mean negative log-likelihood of the target tokens, in nats; every token counts the same.
+    """Mean negative log-likelihood of all target tokens in nats.
 
     Args:
-        model: a causal model or an encoder-decoder, with a prefix or not.
+        model: a causal model or an encoder-decoder, with or without a prefix.
         batches: what ``tokens.collate`` makes.
 
     Raises:
@@ -184,7 +187,7 @@ def validation_loss(model: Any, batches: Iterable[Mapping[str, Tensor]]) -> floa
             first = 0 if model.config.is_encoder_decoder else 1
             count = int((batch["labels"][:, first:] != IGNORED).sum())
             if not count:
-                continue  # its mean over no tokens would be nan
+                continue  # the mean over no tokens would be nan
             loss = target_loss(model, {name: tensor.to(device) for name, tensor in batch.items()})
             total += float(loss) * count
             tokens += count

@@ -1,4 +1,4 @@
-"""Scores of what a model writes: other libraries' where there is a light one."""
+"""Score generated texts. Metrics come from other libraries if a lightweight one exists."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from itertools import zip_longest
 from typing import Any
 
 METRICS = ("bleu", "nist", "meteor", "rougeL", "cider", "chrf", "ter")
-SCORED = tuple(name for name in METRICS if name != "meteor")  # what needs no data of its own
+SCORED = tuple(name for name in METRICS if name != "meteor")  # those that need no extra data
 CIDER_N, CIDER_SIGMA = 4, 6.0
 
 _log = logging.getLogger(__name__)
@@ -21,12 +21,12 @@ _log = logging.getLogger(__name__)
 def score(hypotheses: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, float]:
     """BLEU, NIST, METEOR, ROUGE-L, CIDEr, chrF++ and TER of a corpus, each hypothesis against all of its references.
 
-    All but NIST and CIDEr (0 to 10) are out of 100; TER is an error rate (lower is better) and can exceed 100. METEOR
-    is nltk's and needs nltk's WordNet (``python -m nltk.downloader wordnet``): without it the result has no "meteor",
-    and a warning says so.
+    CIDEr ranges from 0 to 10, NIST has no upper limit, the others are out of 100. TER is an error rate: lower is
+    better, and it can exceed 100. METEOR is nltk's and needs nltk's WordNet (``python -m nltk.downloader wordnet``).
+    Without it the result has no "meteor", and a warning says so.
 
     Raises:
-        ValueError: nothing to score, a hypothesis has no references, or the two differ in length.
+        ValueError: nothing to score, a hypothesis has no references, or the two lists differ in length.
     """
     if len(hypotheses) != len(references):
         raise ValueError(f"{len(hypotheses)} hypotheses but references for {len(references)}")
@@ -37,7 +37,7 @@ def score(hypotheses: Sequence[str], references: Sequence[Sequence[str]]) -> dic
         raise ValueError(f"hypothesis {missing} has no references")
     from sacrebleu.metrics import BLEU, CHRF, TER
 
-    # sacrebleu takes the first references of all hypotheses, then the second ones, ...; None where there are fewer.
+    # sacrebleu wants the first references of all hypotheses, then the second ones, and so on, with None in the gaps.
     streams = [list(stream) for stream in zip_longest(*references)]
     hypotheses = list(hypotheses)
     scores = {
@@ -53,7 +53,7 @@ def score(hypotheses: Sequence[str], references: Sequence[Sequence[str]]) -> dic
 
 
 def _rouge_l(hypotheses: Sequence[str], references: Sequence[Sequence[str]]) -> float:
-    """Mean F-measure, with the best reference of each hypothesis."""
+    """Mean F-measure against the best reference of each hypothesis."""
     from rouge_score.rouge_scorer import RougeScorer
 
     scorer = RougeScorer(["rougeL"], use_stemmer=True)
@@ -65,10 +65,10 @@ def _rouge_l(hypotheses: Sequence[str], references: Sequence[Sequence[str]]) -> 
 
 
 def _nist(hypotheses: Sequence[str], references: Sequence[Sequence[str]]) -> float:
-    """NIST (Doddington 2002) with n-grams up to 5, or up to the longest text if that is shorter; 0 without words.
+    """NIST (Doddington 2002) with n-grams up to 5, or up to the longest hypothesis if that is shorter. 0 without words.
 
-    nltk's: of several references it takes, for each length of n-grams, the best one. mteval, which the paper used,
-    pools them, and gives more.
+    This is nltk's version. For each n it uses the best of several references. The paper's mteval pools the references
+    and gives higher values.
     """
     from nltk.translate.nist_score import corpus_nist
 
@@ -81,13 +81,13 @@ def _nist(hypotheses: Sequence[str], references: Sequence[Sequence[str]]) -> flo
 
 
 def _words(text: str) -> list[str]:
-    """Lower-case words and punctuation, apart; numbers such as 3.5 stay whole."""
+    """Lower-case words and punctuation marks. Numbers such as 3.5 stay whole."""
     return re.findall(r"\d+(?:[.,]\d+)*|\w+|[^\w\s]", text.lower())
 
 
 @functools.cache
 def _wordnet() -> Any:
-    """nltk's WordNet, or None where it is not installed, which is said once."""
+    """nltk's WordNet. If it is not installed, None and one warning."""
     import nltk
 
     for archive in ("corpora/wordnet.zip", "corpora/wordnet"):
@@ -103,9 +103,9 @@ def _wordnet() -> Any:
 
 
 def _meteor(hypotheses: Sequence[str], references: Sequence[Sequence[str]], wordnet: Any) -> float | None:
-    """Mean METEOR (Banerjee and Lavie 2005) with the best reference of each hypothesis; None without WordNet.
+    """Mean METEOR (Banerjee and Lavie 2005) against the best reference of each hypothesis. None without WordNet.
 
-    The stems and synonyms are nltk's, so that values differ from those of the Java program of the paper.
+    Stems and synonyms are nltk's, so values differ from those of the paper's Java program.
     """
     if wordnet is None:
         return None
@@ -119,10 +119,11 @@ def _meteor(hypotheses: Sequence[str], references: Sequence[Sequence[str]], word
 
 
 def _cider(hypotheses: Sequence[str], references: Sequence[Sequence[str]]) -> float:
-    """CIDEr-D (Vedantam et al. 2015, section 5.1), mean over the corpus, in words without punctuation.
+    """CIDEr-D (Vedantam et al. 2015, section 5.1) of words without punctuation, averaged over the corpus.
 
-    As pycocoevalcap's CiderScorer, to which the tests compare it: 100 MB, and aac-metrics brings sentence-transformers.
-    That program cuts words in Java; ours are ``_words``. A corpus of one input has no rare words and gives 0.
+    The formula is that of pycocoevalcap's CiderScorer, and a test compares the two. It is not a dependency because it
+    takes 100 MB; aac-metrics brings sentence-transformers. It splits words in Java, we use ``_words``. A corpus of one
+    input has no rare words and gives 0.
     """
     found = [_ngrams(hypothesis) for hypothesis in hypotheses]
     wanted = [[_ngrams(text) for text in texts] for texts in references]
@@ -147,12 +148,12 @@ def _ngrams(text: str) -> Counter[tuple[str, ...]]:
 
 
 def _bigrams(counts: Counter[tuple[str, ...]]) -> int:
-    """Number of bigrams, which is CIDEr's length of a text."""
+    """Number of bigrams. CIDEr uses it as the length of a text."""
     return sum(n for ngram, n in counts.items() if len(ngram) == 2)
 
 
 def _similarity(found: dict[tuple[str, ...], float], wanted: dict[tuple[str, ...], float], difference: int) -> float:
-    """Mean over n of the clipped cosine, less for texts that differ in length."""
+    """Mean over n of the clipped cosine, reduced for texts that differ in length."""
     total = 0.0
     for n in range(1, CIDER_N + 1):
         ours = {ngram: weight for ngram, weight in found.items() if len(ngram) == n}

@@ -1,4 +1,4 @@
-"""Rows of tokens: what a model trains on, of the examples that ``data`` reads."""
+"""Turn examples into rows of tokens, and rows into padded batches."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from prefix_attn.training.data import Example
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# The space after the arrow belongs to the target's first token, " The": such words are what models have learnt, a space
-# by itself is rare. Without any training that is worth 0.2 nats a token on E2E.
+# The space after the arrow is part of the target's first token, " The". Models have learnt words with a leading space,
+# and a space by itself is rare. On E2E this is worth 0.2 nats per token without any training.
 PROMPT = "{source}\n=>"
 
 Row = dict[str, list[int]]  # input_ids, and labels where there is something to predict
@@ -24,15 +24,15 @@ Batch = dict[str, Tensor]  # padded rows with their attention_mask
 
 
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, source: str) -> list[int]:
-    """Tokens of the prompt; training and generation must both use these."""
+    """Tokens of the prompt. Training and generation must both use these."""
     return tokenizer(PROMPT.format(source=source), add_special_tokens=False)["input_ids"]
 
 
 def source_ids(tokenizer: PreTrainedTokenizerBase, source: str) -> list[int]:
-    """Tokens of an encoder's input: the source alone, with the special tokens that the tokenizer puts around a text.
+    """Tokens of an encoder's input: only the source, with the special tokens that the tokenizer adds.
 
     Raises:
-        NotImplementedError: these name a language, which nothing here says.
+        NotImplementedError: the tokenizer adds a language token, and the data do not name a language.
     """
     if hasattr(tokenizer, "tgt_lang"):
         name = type(tokenizer).__name__
@@ -41,7 +41,7 @@ def source_ids(tokenizer: PreTrainedTokenizerBase, source: str) -> list[int]:
 
 
 def shortened(source: list[int], length: int, tail: int = 1) -> list[int]:
-    """At most ``length`` tokens; the last ``tail``, a special one or the end of the prompt's frame, stay."""
+    """Cut ``source`` to ``length`` tokens. Keep its last ``tail``: a special token, or the end of the prompt."""
     return source if len(source) <= length else source[: length - tail] + source[len(source) - tail :]
 
 
@@ -52,17 +52,18 @@ def encode(
     *,
     encoder_decoder: bool = False,
 ) -> tuple[list[Row], int]:
-    """Rows of tokens, one for each reference, with loss on the target and the end of the text alone.
+    """Make one row of tokens for each reference. Only the target and the end of the text have a loss.
 
-    The text of a row is the prompt, a space and the target. One that is too long loses the end of its source, never of
-    its target: a model that does not see the end does not learn to stop. For an encoder-decoder the source is
-    ``input_ids`` and the target ``labels``, each of at most ``max_length`` tokens.
+    The text of a row is the prompt, a space and the target. If it is too long, the end of the source is cut, never the
+    target: a model that never sees the end does not learn to stop. For an encoder-decoder, ``input_ids`` is the source
+    and ``labels`` the target, each of at most ``max_length`` tokens.
 
     Returns:
         The rows (``input_ids`` and ``labels``), and how many were cut.
 
     Raises:
-        ValueError: a target does not fit even without its source. NotImplementedError: as ``source_ids``.
+        ValueError: a target does not fit even without its source.
+        NotImplementedError: see ``source_ids``.
     """
     if tokenizer.eos_token_id is None:
         raise ValueError("the tokenizer has no end-of-text token (eos_token)")

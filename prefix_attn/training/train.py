@@ -1,4 +1,4 @@
-"""Training a prefix with the Hugging Face Trainer."""
+"""Train a prefix with the Hugging Face Trainer."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 WARMUP = 20  # steps
 VALIDATION_BATCH = 16
-Objective = Callable[[Any, Batch], Tensor]  # of a model and a batch
+Objective = Callable[[Any, Batch], Tensor]  # from a model and a batch
 _log = logging.getLogger(__name__)
 
 
@@ -40,16 +40,16 @@ def train(
 ) -> dict[str, Any]:
     """Train the active prefix of ``model`` and save it into ``settings.output``.
 
-    AdamW without weight decay, linear warm-up and decay; float32 on a CPU without bfloat16 units, bfloat16 autocast
-    elsewhere. Beside the adapter it leaves metrics.json and loss.png.
+    It uses AdamW without weight decay, with linear warm-up and decay, and bfloat16 autocast on devices with bfloat16
+    units. The folder also gets metrics.json and loss.png.
 
     Returns:
-        ``train_loss`` [[step, loss], ...], ``validation_loss`` likewise from step 0 (nats per target token), ``cut``
-        (rows whose source was too long), ``steps``, ``trainable_parameters`` and their ``trainable_share``.
+        ``train_loss`` [[step, loss], ...], ``validation_loss`` in the same form from step 0 on (nats per target token),
+        ``cut`` (rows whose source was too long), ``steps``, ``trainable_parameters`` and their ``trainable_share``.
 
     Raises:
-        ValueError: no examples, a target that does not fit into ``max_length``, nothing to resume from, or
-            ``settings.output`` holds checkpoints of another training.
+        ValueError: there are no examples, a target does not fit into ``max_length``, there is nothing to resume from,
+            or ``settings.output`` holds checkpoints of another training.
     """
     if not examples:
         raise ValueError("no examples to train on")
@@ -74,15 +74,15 @@ def fit(
     objective: Objective | None = None,
     extra: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """What ``train`` and ``distill`` share: the Trainer, its files, metrics and plot.
+    """Run the Trainer, then save the prefix, metrics and plot. ``train`` and ``distill`` share this.
 
     Args:
         model: its active prefix is trained and saved.
-        rows: the data.
-        pad_id: fills up the rows of a batch.
-        measure: the validation loss now; None where there is nothing to measure on.
+        rows: the training data.
+        pad_id: token that pads the rows of a batch.
+        measure: returns the current validation loss, or None if there is nothing to measure it on.
         settings: how to train.
-        objective: the loss of the model on a batch. Default: the loss that the model returns.
+        objective: the loss of the model on a batch. Default: ``target_loss``.
         extra: added to the metrics.
     """
     checkpoint = _checkpoint(settings)
@@ -96,12 +96,12 @@ def fit(
         callbacks=[_Validation(measure)],
     )
     trainer.objective = objective
-    # The Trainer's own would print dictionaries between the bars.
+    # The Trainer's own callbacks would print dictionaries between the bars.
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
     trainer.add_callback(_Bar())
     if checkpoint is not None and (_step(Path(checkpoint)) or 0) >= settings.steps:
-        # Killed after its last step. The Trainer would take another one before it looks.
+        # It was killed after its last step. The Trainer would do one more step before it notices.
         trainer.state = TrainerState.load_from_json(str(Path(checkpoint) / "trainer_state.json"))
         trainer._load_from_checkpoint(checkpoint)
     else:
@@ -146,25 +146,25 @@ def _arguments(model: PrefixModel, settings: TrainingSettings) -> TrainingArgume
 
 
 def has_bfloat16(device: torch.device) -> bool:
-    """Whether bfloat16 products are faster than float32's there; emulated, they are several times slower."""
+    """Whether ``device`` has bfloat16 units. Emulated bfloat16 is several times slower than float32."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 
 def _checkpoint(settings: TrainingSettings) -> str | None:
-    """The checkpoint to go on from; None to begin."""
+    """The checkpoint to resume from. None for a new training."""
     complete = {path: step for path in settings.output.glob("checkpoint-*") if (step := _step(path)) is not None}
     if settings.resume and not complete:
         raise ValueError(f"{settings.output}: no checkpoint to resume from")
     if complete and not settings.resume:
-        # Among its own a new training would leave them, and a later resume could take one of the wrong training.
+        # They would stay among those of the new training, and a later resume could pick one of them.
         raise ValueError(f"{settings.output}: holds checkpoints of another training; resume it, or take another folder")
     return str(max(complete, key=complete.__getitem__)) if complete else None
 
 
 def _step(checkpoint: Path) -> int | None:
-    """Step of a complete checkpoint. The Trainer writes this file last: a kill leaves none, or a part of it."""
+    """Step of a complete checkpoint. The Trainer writes this file last, so a killed one lacks it or has part of it."""
     try:
         return int(json.loads((checkpoint / "trainer_state.json").read_text())["global_step"])
     except (OSError, ValueError):
@@ -172,7 +172,7 @@ def _step(checkpoint: Path) -> int | None:
 
 
 class _Trainer(Trainer):
-    """The Trainer with a loss of ours."""
+    """A Trainer with our loss."""
 
     objective: Objective | None = None
 
@@ -181,13 +181,15 @@ class _Trainer(Trainer):
             return self.objective(model, inputs)
         if model is self.model:
             return target_loss(model, inputs)
-        return super().compute_loss(model, inputs, *args, **kwargs)  # a wrapper, over several devices
+        return super().compute_loss(
+            model, inputs, *args, **kwargs
+        )  # a wrapper that spreads the model over several devices
 
 
 class _Validation(TrainerCallback):
     """Measures the validation loss at step 0, before every checkpoint and at the end.
 
-    It goes into the Trainer's log, which its checkpoints hold: a resumed training knows the whole curve.
+    The loss goes into the Trainer's log. Checkpoints contain the log, so a resumed training has the whole curve.
     """
 
     def __init__(self, measure: Callable[[], float | None]) -> None:
@@ -207,7 +209,7 @@ class _Validation(TrainerCallback):
 
 
 class _Bar(TrainerCallback):
-    """A progress bar with the loss of the last step."""
+    """A progress bar that shows the loss of the last step."""
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         from tqdm import tqdm
@@ -226,7 +228,7 @@ class _Bar(TrainerCallback):
 
 
 def plot(metrics: dict[str, Any], path: Path) -> None:
-    """Training and validation loss against steps, as a PNG."""
+    """Plot training and validation loss against steps into a PNG."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -1,4 +1,4 @@
-"""A folder with a small model that has learnt something, and files of E2E's form."""
+"""A folder with a small trained model and data files in E2E's format."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ NAMES = [a + b for a in "ABCDEFGH" for b in "aeiou"]
 
 
 def targets(name: str) -> tuple[str, ...]:
-    """What the model was taught to write, with equal chances; the files ask for the second alone."""
+    """What the model has learnt to write, each with equal probability. The files ask for the second one only."""
     return tuple(f"{word} {name}." for word in ("At", "By", "Do", "Go", "In", "My", "On", "To"))
 
 

@@ -1,4 +1,4 @@
-"""Which runs an experiment has."""
+"""The runs of each experiment."""
 
 from __future__ import annotations
 

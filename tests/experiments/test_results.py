@@ -1,4 +1,4 @@
-"""Lines of results survive a kill, and become tables and pictures."""
+"""Files of results survive a kill and become tables and plots."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from prefix_attn.experiments import report, results
 
 
 def result(method: str, seed: int, bleu: float, loss: float, **settings: Any) -> results.Result:
-    """Of a run with one validation before its training and one after it."""
+    """The result of a run with one validation before the training and one after it."""
     return {
         "run": {"task": "e2e", "method": method, "seed": seed, "train": "a.csv", **settings},
         "trained_share": 0.001,
@@ -25,7 +25,7 @@ def result(method: str, seed: int, bleu: float, loss: float, **settings: Any) ->
 
 
 def test_a_half_written_line_is_dropped_and_replaced(tmp_path: Path) -> None:
-    """A kill while a line was written left a file that could be neither read nor continued."""
+    """A kill in the middle of a line left a file that could not be read or continued."""
     path = tmp_path / "runs" / "results.jsonl"
     assert results.read(path) == []
     first, second = result("prefix", 0, 50.0, 1.5), result("prefix", 1, 52.0, 1.4)
@@ -84,7 +84,7 @@ def test_the_loss_is_that_of_the_parameters_kept() -> None:
 
 
 def test_what_only_some_runs_of_a_method_have_is_no_seed() -> None:
-    """Runs on all categories and without some were averaged, and so were 63 inputs and all of them."""
+    """Runs with all categories were averaged with runs that left some out, and 63 inputs with all inputs."""
     generated = {"test": "b.csv", "num_beams": 1}
     rows = [
         result("prefix", 0, 50.0, 1.5, rank=2, **generated),

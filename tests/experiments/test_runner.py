@@ -1,4 +1,4 @@
-"""The runner on a small model that was taught eight answers, of which the data want one."""
+"""The runner on a small model that has learnt eight answers. The data ask for one of them."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def folders(files: Path) -> dict[str, Path]:
 def test_all_methods_share_one_protocol(
     files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """And what is trained beats the frozen model, which an instruction that it never learnt only disturbs."""
+    """Trained methods beat the frozen model. An instruction makes it worse, because it has not learnt to follow one."""
     paths = ("--train", files / "train.csv", "--test", files / "test.csv", "--model", files / "model")
     command = ("reproduce", "e2e", *paths, "--out", tmp_path, *SMALL, "--num-beams", 2)
     assert prefix_attn(monkeypatch, *command, "--json") == 0
@@ -130,7 +130,7 @@ def test_longer_prefixes_learn_more(
 
 
 def test_few_examples_stop_at_the_best(files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With far too large steps the loss rises, and what is kept is the start or an early step."""
+    """With far too large steps the loss rises. The start or an early step is kept."""
     run = settings(files, "prefix", examples=10, subset=1, steps=12, learning_rate=100.0, test="test.csv", num_beams=1)
     result = runner.execute(run, folders(files))
     curve = dict(result["validation"])
@@ -199,7 +199,7 @@ def test_unseen_categories_are_scored_apart(files: Path) -> None:
 
 @pytest.mark.parametrize(("share", "wanted"), [("TENTH", "validate on"), ("FIFTH", "test on")])
 def test_nothing_left_to_do_is_said(files: Path, monkeypatch: pytest.MonkeyPatch, share: str, wanted: str) -> None:
-    """Of few inputs the hash may hold out none: that gave a loss of nothing, or a run without its texts."""
+    """With few inputs the hash may hold out none. That gave a loss over nothing, or a run without texts."""
     monkeypatch.setattr(runner, share, 0)
     with pytest.raises(ValueError, match=f"train.csv: no example is left to {wanted}"):
         runner.load(settings(files, "prefix", test="train.csv"), folders(files), byte_tokenizer())
@@ -218,7 +218,7 @@ def test_a_run_that_fails_leaves_the_tables_of_the_others(
 
 
 def test_frequencies_are_no_weights() -> None:
-    """As bfloat16 they turned keys by up to half a radian too much, and full fine-tuning was decoded with others."""
+    """In bfloat16 they rotated keys by up to half a radian too far, and decoding used others than full fine-tuning."""
     model = tiny("llama")
     before = model.model.rotary_emb.inv_freq.clone()
     runner.weights_to_bfloat16(model)
@@ -245,7 +245,7 @@ def test_data_order_depends_on_the_seed_alone() -> None:
 
 
 def test_batches_have_rows_of_similar_length() -> None:
-    """So that little is padded; but few rows do not meet in every epoch."""
+    """There is little padding, and with few rows the same ones do not share a batch in every epoch."""
 
     def epochs(count: int, size: int, rows: int) -> list[list[int]]:
         ids = [[1] * n for n in range(1, rows + 1)]
@@ -317,7 +317,7 @@ def test_peft_is_missed_before_anything_runs(
 def test_sites_of_an_encoder_decoder(
     files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A small T5 learns a task and is frozen; each of its attentions can hold a prefix for another task."""
+    """A small T5 learns a task and is frozen. Each of its attentions can hold a prefix for another task."""
     monkeypatch.setattr(pretrain, "SIZES", dict.fromkeys(pretrain.SIZES, 2) | {"d_model": 16, "d_kv": 8})
     command = ("pretrain", files / "train.csv", "--out", tmp_path / "t5", "--steps", 60, "--learning-rate", 1e-2)
     assert prefix_attn(monkeypatch, *command, "--threads", 1, "--json") == 0

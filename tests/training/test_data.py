@@ -1,4 +1,4 @@
-"""Reading data, and the rows that are made of it."""
+"""Reading data, and making rows of tokens from it."""
 
 from __future__ import annotations
 
@@ -127,7 +127,7 @@ def test_dart(tmp_path: Path, name: str) -> None:
 
 
 def test_webnlg_in_its_two_forms(tmp_path: Path) -> None:
-    """As released, and as enriched, where a text has an element of its own; other languages and bad texts are left."""
+    """The released form, and the enriched one with an element per text. Other languages and bad texts are skipped."""
     triples = "<modifiedtripleset><mtriple>Aarhus_Airport | name | &quot;10L/28R&quot;</mtriple></modifiedtripleset>"
     released = f"""<benchmark><entries><entry category="Airport" eid="Id1">{triples}
         <lex comment="good" lid="Id1">One &amp; only.</lex><lex comment="bad" lid="Id2">Wrong.</lex>

@@ -1,4 +1,4 @@
-"""Context distillation: the teacher is the text in front, and the student comes closer to it on other texts too."""
+"""Context distillation: the teacher is the text in front, and the student gets closer to it, also on other texts."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def batch(text: str, length: int = 24) -> dict[str, torch.Tensor]:
 
 
 def test_the_teacher_is_the_text_in_front() -> None:
-    """In front of padded rows too, with the frozen model's own logits."""
+    """It gives the frozen model's own logits, also with padded rows."""
     model, given = base(), batch(OTHER)
     ids = byte_tokenizer()(DOCUMENT)["input_ids"]
     target = Teacher(model, ids, 24, 5)(given)
@@ -52,7 +52,7 @@ def test_the_teacher_is_the_text_in_front() -> None:
 
 
 class Fixed(torch.nn.Module):
-    """A model whose logits are given."""
+    """A model with given logits."""
 
     def __init__(self, logits: torch.Tensor) -> None:
         super().__init__()
@@ -64,7 +64,7 @@ class Fixed(torch.nn.Module):
 
 @pytest.mark.parametrize("top_k", [1, 3, 6, 50])
 def test_divergence_is_that_of_the_coarser_distributions(top_k: int) -> None:
-    """All tokens but the k likeliest are one; with all of them it is the divergence itself."""
+    """All tokens except the k likeliest count as one. With k = V it is the full divergence."""
     torch.manual_seed(0)
     p, q = torch.randn(2, 2, 5, 6)
     mask = torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]])
@@ -92,7 +92,7 @@ def test_pieces_have_every_token_once() -> None:
 
 
 def test_distils_on_other_texts_too(tmp_path: Path) -> None:
-    """Full distributions, on a text that no training saw: closer than the prefix it started from, or no prefix."""
+    """On an unseen text the full distributions are closer than with the initial prefix, or with none."""
     model, tokenizer = student(), byte_tokenizer()
     weights = {name: tensor.clone() for name, tensor in model.base_model.state_dict().items()}
     teacher = Teacher(model.base_model, tokenizer(DOCUMENT)["input_ids"], 24, 257)

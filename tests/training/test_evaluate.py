@@ -24,7 +24,7 @@ SIZES = {"vocab_size": 257, "max_position_embeddings": 128, "eos_token_id": END,
 @pytest.mark.parametrize("num_beams", [1, 3])
 @pytest.mark.parametrize("name", ["llama", "bart"])
 def test_batches_and_order_do_not_change_the_texts(name: str, num_beams: int) -> None:
-    """A BART learns the places of its tokens, so that padding on the left would change what it reads."""
+    """BART has learned positions, so padding on the left would change what it reads."""
     model, tokenizer = spread(tiny(name, **SIZES)), byte_tokenizer()
     sources = ["a", "a much longer source", "medium one", "b", "a much longer one too"]
     done: list[int] = []
@@ -38,7 +38,7 @@ def test_batches_and_order_do_not_change_the_texts(name: str, num_beams: int) ->
 
 def test_the_first_line_is_kept_and_the_mode_restored() -> None:
     class Parrot(torch.nn.Module):
-        """Continues every prompt by the same text."""
+        """Continues every prompt with the same text."""
 
         def __init__(self) -> None:
             super().__init__()
@@ -65,7 +65,7 @@ def test_sources_are_cut_to_the_places_of_the_encoder(caplog: pytest.LogCaptureF
 
 
 def test_prompts_are_cut_to_the_places_of_the_model(caplog: pytest.LogCaptureFixture) -> None:
-    """Beyond its last position GPT-2 has no embedding, and ended in an IndexError."""
+    """GPT-2 has no embedding beyond its last position. Long prompts raised an IndexError."""
     base, tokenizer = tiny("gpt2", **SIZES | {"max_position_embeddings": 20}), byte_tokenizer()
     model = get_prefix_model(base, PrefixConfig(num_virtual_tokens=3))
     long, short = generate_text(model, tokenizer, ["abcdefghijkl" * 2, "abcdefghij"], max_new_tokens=4)
@@ -113,7 +113,7 @@ def test_target_loss_leaves_out_what_no_loss_reads(monkeypatch: pytest.MonkeyPat
 
 
 def test_the_head_reads_contiguous_states() -> None:
-    """Of others, torch multiplies row by row, by as many copies of the head's weights. And one of each beam."""
+    """For other states torch copies the weights of the head once per row. Beams give one state each."""
     model, contiguous, widths = tiny("llama", **SIZES).eval(), [], []
     model.lm_head.register_forward_hook(lambda module, args, out: contiguous.append(args[0].is_contiguous()))
     target_loss(model, BATCH)
@@ -126,7 +126,7 @@ def test_the_head_reads_contiguous_states() -> None:
 
 
 def test_long_beams_are_preferred_by_a_length_penalty() -> None:
-    """Log-likelihoods are negative: over a high power of its length, that of a long text is the larger one."""
+    """Log-likelihoods are negative. Divided by a high power of the length, that of a long text is larger."""
     model, tokenizer = tiny("llama", **SIZES).eval(), byte_tokenizer()
     texts = [
         generate_text(model, tokenizer, ["a", "bc", "d e"], max_new_tokens=8, num_beams=4, length_penalty=power)
@@ -171,7 +171,7 @@ def test_target_loss_of_peft(name: str) -> None:
 
 
 def test_target_loss_is_float32() -> None:
-    """In half precision a loss has three digits."""
+    """In half precision a loss would have three digits."""
     for name in ("llama", "bart"):
         model = tiny(name).bfloat16()
         loss = target_loss(model, BATCH)

@@ -1,4 +1,4 @@
-"""Metrics against numbers worked out elsewhere."""
+"""Metrics against numbers computed elsewhere."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from prefix_attn.training.metrics import METRICS, SCORED, score
 
 @pytest.fixture(autouse=True)
 def no_wordnet(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The same on a machine that has nltk's data."""
+    """Results do not depend on whether the machine has nltk's data."""
     monkeypatch.setattr("nltk.data.path", [])
 
 
@@ -109,7 +109,7 @@ def test_cider_of_equal_texts_is_ten() -> None:
 
 
 class Synonyms:
-    """A WordNet in which nothing has a synonym."""
+    """A WordNet without synonyms."""
 
     def synsets(self, word: str) -> list[object]:
         return []

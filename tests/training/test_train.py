@@ -1,4 +1,4 @@
-"""Training with the Hugging Face Trainer on a tiny model: what it learns, what it leaves, how it goes on."""
+"""Training with the Hugging Face Trainer on a tiny model: what it learns, what it writes, how it resumes."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ FORMS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("form", FORMS)
 def test_resumes_bit_for_bit(form: str, tmp_path: Path) -> None:
-    """From the checkpoint alone, whatever the new model started from; gates and frozen tokens are in it."""
+    """The checkpoint is enough, whatever the new model started from. It contains gates and frozen tokens."""
     straight, first, second = (model(seed, **FORMS[form]) for seed in (0, 0, 1))
     train(straight, byte_tokenizer(), EXAMPLES, [], settings(tmp_path / "a", 4))
     train(first, byte_tokenizer(), EXAMPLES, [], settings(tmp_path / "b", 4))
@@ -97,7 +97,7 @@ def test_resumes_bit_for_bit(form: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("state", [None, '{"best'], ids=["none", "half"])
 def test_a_kill_while_saving_costs_one_checkpoint(tmp_path: Path, state: str | None) -> None:
-    """The newest folder was taken by its name: a killed training with a half-written one could not be resumed."""
+    """The newest folder was chosen by name, so a training killed while writing one could not be resumed."""
     straight, resumed = model(), model()
     wanted = train(straight, byte_tokenizer(), EXAMPLES[:4], EXAMPLES[4:], settings(tmp_path, 6))
     for name in ("optimizer.pt", "trainer_state.json"):
@@ -112,7 +112,7 @@ def test_a_kill_while_saving_costs_one_checkpoint(tmp_path: Path, state: str | N
 
 
 def test_resuming_a_finished_training_takes_no_step(tmp_path: Path) -> None:
-    """Where steps are no multiple of an epoch, each resumption took another one."""
+    """If the steps were not a multiple of an epoch, each resumption did one more step."""
     done, resumed = model(), model(1)
     wanted = train(done, byte_tokenizer(), EXAMPLES, EXAMPLES, settings(tmp_path, 4))
     got = train(resumed, byte_tokenizer(), EXAMPLES, EXAMPLES, settings(tmp_path, 4, resume=True))
@@ -121,7 +121,7 @@ def test_resuming_a_finished_training_takes_no_step(tmp_path: Path) -> None:
 
 
 def test_a_new_training_does_not_mix_with_an_old_one(tmp_path: Path) -> None:
-    """Checkpoints of an earlier and longer training stayed, and a later resume took the last of those."""
+    """Checkpoints of an earlier, longer training stayed, and a later resume took the last of them."""
     train(model(), byte_tokenizer(), EXAMPLES, [], settings(tmp_path, 2))
     with pytest.raises(ValueError, match="holds checkpoints of another training"):
         train(model(), byte_tokenizer(), EXAMPLES, [], settings(tmp_path, 2))
