@@ -147,7 +147,7 @@ def _validate(data: str | None, distill_from: Path | None, top_k: int | None) ->
     if distill_from is not None and data is not None:
         raise ValueError("--data and --distill-from exclude one another")
     if distill_from is None and top_k is not None:
-        raise ValueError("--top-k is of --distill-from, which is not given")
+        raise ValueError("--top-k needs --distill-from")
 
 
 def _start(
@@ -170,7 +170,7 @@ def _start(
 def _encoder(width: int | None, depth: int, activation: str) -> dict[str, Any]:
     """The fields of PrefixConfig that describe its MLP."""
     if width is None and (depth, activation) != (1, "tanh"):
-        raise ValueError("--mlp-depth and --mlp-activation are of the MLP, whose width --mlp says")
+        raise ValueError("--mlp-depth and --mlp-activation need --mlp, the width of the MLP")
     return {
         "prefix_projection": width is not None,
         "encoder_hidden_size": width,

@@ -286,8 +286,8 @@ ERRORS = {
         ("reproduce", "e2e", "--out", "x", "--train", "a.csv", "--learning-rate", "1e-2;1e-3"),
         "--learning-rate must be numbers with commas between them, got '1e-2;1e-3'",
     ),
-    "no MLP": (("train", "--output", "x", "--mlp-depth", "2"), "--mlp-depth and --mlp-activation are of the MLP"),
-    "no text": (("train", "--output", "x", "--top-k", "5"), "--top-k is of --distill-from, which is not given"),
+    "no MLP": (("train", "--output", "x", "--mlp-depth", "2"), "--mlp-depth and --mlp-activation need --mlp"),
+    "no text": (("train", "--output", "x", "--top-k", "5"), "--top-k needs --distill-from"),
     "method": (("reproduce", "e2e", "--out", "x", "--train", "a.csv", "--methods", "b"), "method must be one of"),
 }
 
