@@ -77,10 +77,11 @@ def pyplot() -> Any:
 
 
 def style(way: str) -> dict[str, Any]:
-    """The same way looks the same in every picture; ours are thick."""
+    """The same way looks the same in every picture; ours are thick. No two peers share a colour."""
     i = list(PEERS).index(way) if way in PEERS else len(PEERS)
+    color = pyplot().colormaps["tab20"](2 * (i % 10) + i // 10 % 2)  # C0 to C9, then the same ten in light
     color, mark = {"ours": ("C0", "o"), "PEFT": ("C3", "s"), "adapters": ("C5", "v")}.get(
-        way, (f"C{i % 10}", MARKS[i % len(MARKS)])
+        way, (color, MARKS[i % len(MARKS)])
     )
     thick = way in (*OURS, "ours") and way != "eager"
     return {"color": color, "marker": mark, "linewidth": 2.6 if thick else 1.2}
@@ -99,10 +100,9 @@ def grid_of_axes(count: int, width: float = 4.8, height: float = 3.7) -> tuple[F
 
 def prefix_axis(axis: Any, ticks: Iterable[float]) -> None:
     """P on a logarithmic scale, on which 0 has its place."""
-    axis.set_xscale("symlog", base=2, linthresh=8)
-    if min(ticks := list(ticks)) == 0:
-        axis.set_xlim(left=-1)
     ticks = sorted(set(ticks))
+    axis.set_xscale("symlog", base=2, linthresh=8)
+    axis.set_xlim(-1 if ticks[0] == 0 else None, 1.3 * ticks[-1])
     usual = (0, 10, 128, 512, 2048) if 2048 in ticks and 10 in ticks else (0, 8, 32, 128, 512, 2048)
     shown = [t for t in ticks if t in usual] if len(ticks) > 4 else ticks
     axis.set_xticks(shown, [f"{t:g}" for t in shown])
@@ -121,11 +121,16 @@ def plain_log(axis: Any, marks: Sequence[float] = (1, 2, 5), unit: str = "") -> 
 
 
 def legend(figure: Figure, axes: Sequence[Any]) -> None:
-    """One legend for all axes, below them."""
+    """One legend for all axes, below them, in as many columns as fit the width of the figure."""
     handles: dict[str, Any] = {}
     for axis in axes:
         handles |= {label: handle for handle, label in zip(*axis.get_legend_handles_labels())}
-    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=min(len(handles), 8), fontsize=9)
+    for columns in range(min(len(handles), 8), 0, -1):
+        found = figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=columns, fontsize=9)
+        if found.get_window_extent().width < 0.98 * figure.bbox.width:
+            break
+        if columns > 1:
+            found.remove()
 
 
 def draw_latency(panels: Sequence[Panel]) -> Figure:
@@ -306,19 +311,23 @@ def draw_regret(found: Sequence[Record]) -> Figure | None:
     return figure
 
 
-def pictures(paths: Sequence[Path], folder: Path) -> list[Path]:
-    """Draws what the files allow, each picture in ``folder``; returns what was written."""
+def figures(paths: Sequence[Path]) -> dict[str, Figure]:
+    """What the files of results allow, by the name of the picture."""
     found = records(paths)
     ceilings = next((d["ceilings"] for d in map(read, paths) if d["suite"] == "operator"), {})
     panels = {"latency": latency(found, "P"), "lengths": latency(found, "S")}
-    figures = {name: draw_latency(some) if some else None for name, some in panels.items()}
-    figures |= {"speedup": draw_speedup(found), "roofline": draw_roofline(found, ceilings)}
-    figures |= {"regret": draw_regret(found), "memory": draw_memory(found), "model": draw_model(found)}
+    drawn = {name: draw_latency(some) if some else None for name, some in panels.items()}
+    drawn |= {"speedup": draw_speedup(found), "roofline": draw_roofline(found, ceilings)}
+    drawn |= {"regret": draw_regret(found), "memory": draw_memory(found), "model": draw_model(found)}
+    return {name: figure for name, figure in drawn.items() if figure is not None}
+
+
+def pictures(paths: Sequence[Path], folder: Path) -> list[Path]:
+    """Draws what the files allow, each picture in ``folder``; returns what was written."""
     folder.mkdir(parents=True, exist_ok=True)
     written = []
-    for name, figure in figures.items():
-        if figure is not None:
-            written.append(folder / f"{name}.png")
-            figure.savefig(written[-1], dpi=100)
-            pyplot().close(figure)
+    for name, figure in figures(paths).items():
+        written.append(folder / f"{name}.png")
+        figure.savefig(written[-1], dpi=100)
+        pyplot().close(figure)
     return written
