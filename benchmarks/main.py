@@ -19,8 +19,8 @@ import torch
 from benchmarks import machine, memory, model, operator, overhead, regret, results
 from benchmarks.measure import noise
 from benchmarks.peers import PEERS, STORES_SCORES, inputs, prepare
+from benchmarks.results import Plan
 
-Plan = list[tuple[results.Case, str]]
 PROGRAM = "python -m benchmarks"
 SUITES = ("operator", "model", "memory", "overhead")
 DESCRIPTION = """\
@@ -208,8 +208,8 @@ def _sweep(args: argparse.Namespace, pairs: Plan, log: results.Results, ceilings
     seconds = 420.0 if args.budget is None and args.grid == "default" else args.budget
     budget, flat = results.Budget(seconds), lambda groups: list(chain.from_iterable(groups))
     if args.suite == "operator":
-        settings = operator.Settings(args.device, args.rounds or 30, args.seconds, ceilings, args.peers)
-        one = lambda group: operator.measure(group[0], group[1], log, settings)
+        options = operator.RunOptions(args.device, args.rounds or 30, args.seconds, ceilings, args.peers)
+        one = lambda group: operator.measure(group[0], group[1], log, options)
         left = results.sweep(operator.grouped(pairs), one, log, budget)
         return [(case, what) for case, kinds in left for what in kinds]
     if args.suite == "memory":

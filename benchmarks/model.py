@@ -22,14 +22,13 @@ import torch
 from benchmarks import memory
 from benchmarks.machine import free_bytes
 from benchmarks.measure import Way, back_to_back, rotations, spread
-from benchmarks.models import WAYS, Prefixed, cache_bytes, random_batch
+from benchmarks.model_ways import WAYS, Prefixed, cache_bytes, random_batch
 from benchmarks.peers import Unable
-from benchmarks.results import Case, Record, Results
+from benchmarks.results import Case, Plan, Record, Results
 
 WHAT = ("train", "decode")
 LENGTHS = (0, 10, 128, 512, 2048, 4096)
 NEW = 11  # tokens: 10 are timed
-Plan = list[tuple[Case, str]]
 
 
 def case(model: str, B: int, S: int, P: int, **more: Any) -> Case:

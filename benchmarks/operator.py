@@ -36,7 +36,7 @@ from benchmarks.peers import (
     inputs,
     prepare,
 )
-from benchmarks.results import Case, Record, Results
+from benchmarks.results import Case, Plan, Record, Results
 from prefix_attn import explain
 
 BACKWARD = ("backward", "both")
@@ -50,8 +50,6 @@ GPT2, SMOLLM2, LLAMA = (12, 12, 64), (9, 3, 64), (32, 8, 128)  # query heads, ke
 # and by 1e5 times that of float32, of which sums in another order make ten. Every record says how many it was.
 WRONG = {torch.float32: 100.0, torch.bfloat16: 10.0}
 EAGER_CALLS = 20
-
-Plan = list[tuple[Case, str]]
 
 
 def case(
@@ -205,8 +203,8 @@ def needed_bytes(c: Mapping[str, Any]) -> float:
 # Running --------------------------------------------------------------------------------------------------------------
 
 
-class Settings(NamedTuple):
-    """How a suite runs."""
+class RunOptions(NamedTuple):
+    """What the command line says about a run of the operator suite."""
 
     device: str
     rounds: int
@@ -224,9 +222,9 @@ def grouped(plan: Plan) -> list[tuple[Case, list[str]]]:
     return list(groups.values())
 
 
-def measure(c: Case, kinds: Sequence[str], results: Results, settings: Settings) -> None:
+def measure(c: Case, kinds: Sequence[str], results: Results, options: RunOptions) -> None:
     """One case: prepare, verify, time, record."""
-    device, gradients = settings.device, any(what in WITH_GRADIENTS for what in kinds)
+    device, gradients = options.device, any(what in WITH_GRADIENTS for what in kinds)
     labelled = c | {"on": device}
     if device == "cuda" and needed_bytes(c) > 0.95 * free_bytes(device):
         for what in kinds:
@@ -236,8 +234,8 @@ def measure(c: Case, kinds: Sequence[str], results: Results, settings: Settings)
                dtype=getattr(torch, c["dtype"]), device=device)  # fmt: skip
     x = x._replace(wanted=PREFIX if "prefix-only" in kinds else FIVE)
     scores = 4 * c["B"] * c["Hq"] * c["S"] * (c["P"] + c["T"])
-    too_large = not settings.peers and scores > SCORES
-    peers = {n: p for n, p in chosen(device, settings.peers).items() if not (too_large and n in STORES_SCORES)}
+    too_large = not options.peers and scores > SCORES
+    peers = {n: p for n, p in chosen(device, options.peers).items() if not (too_large and n in STORES_SCORES)}
     ready, reasons, seconds = prepare(peers, x, gradients=gradients)
     if too_large and device == "cpu":
         reasons |= dict.fromkeys(STORES_SCORES, f"stores {scores >> 20} MiB of scores: not run unless named")
@@ -247,11 +245,11 @@ def measure(c: Case, kinds: Sequence[str], results: Results, settings: Settings)
         begin, absent = len(results.records), dict(reasons)
         able = {n: peer for n, peer in ready.items() if peer.leaves or what not in WITH_GRADIENTS}
         absent |= dict.fromkeys(ready.keys() - able, "has no backward")
-        for name, values in timed(able, what, absent, settings).items():
+        for name, values in timed(able, what, absent, options).items():
             rates = {"tflops": flops(c, what) / values["median"] / 1e12}
             rates["bytes_per_second"] = traffic(c, what) / values["median"]
             rates["rows_per_second"] = c["B"] / values["median"]
-            rates["of_roofline"] = roofline(c, what, settings.ceilings) / values["median"]
+            rates["of_roofline"] = roofline(c, what, options.ceilings) / values["median"]
             accuracy = {"errors": found[name], "error_multiple": multiples.get(name)}
             results.add(labelled, what, name, **values, **rates, **accuracy, auto=automatic, prepare=seconds[name])
         for name, reason in absent.items():
@@ -292,22 +290,22 @@ def verified(
 
 
 def timed(
-    ready: Mapping[str, Ready], what: str, reasons: dict[str, str], settings: Settings
+    ready: Mapping[str, Ready], what: str, reasons: dict[str, str], options: RunOptions
 ) -> dict[str, dict[str, Any]]:
     """Samples of every peer. A step of decoding on a GPU is a graph's replay, and the call from Python beside it."""
     ways = {name: way(peer, what) for name, peer in ready.items()}
-    options: dict[str, Any] = {"rounds": settings.rounds, "seconds": settings.seconds}
-    if settings.device != "cuda":
-        samples = interleave(ways, settings.device, **options)
+    limits: dict[str, Any] = {"rounds": options.rounds, "seconds": options.seconds}
+    if options.device != "cuda":
+        samples = interleave(ways, options.device, **limits)
         return {name: {"seconds": values, **spread(values)} for name, values in samples.items()}
     torch.cuda.empty_cache()
     if what != "decode":
-        samples = interleave(ways, "cuda", **options)
+        samples = interleave(ways, "cuda", **limits)
         return {
             name: {"seconds": values, **spread(values), "launches": _counted(ways[name]), "clocks": clocks("cuda")}
             for name, values in samples.items()
         }
-    called = back_to_back(ways, "cuda", rounds=max(settings.rounds // 6, 1), calls=EAGER_CALLS)
+    called = back_to_back(ways, "cuda", rounds=max(options.rounds // 6, 1), calls=EAGER_CALLS)
     replays: dict[str, Way] = {}
     for name, call in ways.items():
         try:
@@ -316,7 +314,7 @@ def timed(
         except Exception as error:  # what a peer raises under capture is its result
             reasons[name] = f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')[:300]}"
             torch.cuda.synchronize()
-    samples = interleave(replays, "cuda", **options)
+    samples = interleave(replays, "cuda", **limits)
     state = clocks("cuda")
     found: dict[str, dict[str, Any]] = {}
     for name, values in samples.items():

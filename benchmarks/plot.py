@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from benchmarks import model, regret
 from benchmarks.peers import OURS, PEERS
-from benchmarks.results import Record, read, records, timed, title
+from benchmarks.results import Record, latest, read, records, title
 
 MARKS = "osv^D<>pPX*hd+"
 KINDS = ("decode", "forward", "backward", "both", "prefix-only", "prefill")
@@ -59,7 +59,7 @@ def latency(found: Sequence[Record], axis: str) -> list[Panel]:
     """Time of every peer against P or S, a panel for each kind and shape."""
     panels = []
     for what in KINDS:
-        for key, group in varying(timed(found, "operator", what), axis, 4 if axis == "P" else 5).items():
+        for key, group in varying(latest(found, "operator", what), axis, 4 if axis == "P" else 5).items():
             panels.append(
                 Panel(f"{NAMES.get(what, what)}\n{short(key)}", group, axis, lambda r: 1e3 * r["median"], "ms")
             )
@@ -158,7 +158,7 @@ def speedups(found: Sequence[Record]) -> dict[tuple[str, str, str], dict[tuple[i
     """Per (what, shape, row axis): by (row, P) the fastest peer over what auto chose, and that peer."""
     cells: dict[tuple[Any, ...], dict[tuple[int, int], dict[str, Record]]] = {}
     for what, axis in (("decode", "B"), ("both", "S")):
-        for r in timed(found, "operator", what):
+        for r in latest(found, "operator", what):
             c = r["case"]
             free = ("P", "B") if axis == "B" else ("P", "B", "S", "T")
             if axis == "S" and c["B"] * c["S"] != 1024:
@@ -210,7 +210,7 @@ def draw_roofline(found: Sequence[Record], ceilings: Mapping[str, float]) -> Fig
     """What auto chose: FLOP/s against FLOPs per byte, under the measured ceilings."""
     import numpy
 
-    chosen = [r for what in KINDS for r in timed(found, "operator", what) if r["way"] == r["auto"]]
+    chosen = [r for what in KINDS for r in latest(found, "operator", what) if r["way"] == r["auto"]]
     if not chosen:
         return None
     dtypes = list(dict.fromkeys(r["case"]["dtype"] for r in chosen))

@@ -120,7 +120,7 @@ def absent(found: Sequence[Record]) -> list[str]:
     return lines + [""]
 
 
-def lengths(found: Sequence[Record]) -> list[str]:
+def whole_models(found: Sequence[Record]) -> list[str]:
     """Relative latency of whole models, one row per model and way."""
     table: dict[tuple[str, str, str], dict[int, str]] = {}
     for r in model.relative(found):
@@ -181,7 +181,7 @@ def markdown(paths: Sequence[Path], pictures: Sequence[Path], out: Path) -> str:
     link = {p.stem: f"![{CAPTIONS[p.stem]}]({os.path.relpath(p, out.parent)})" for p in pictures}
     images = lambda *names: [line for n in names if n in link for line in (link[n], "", CAPTIONS[n], "")]
     parts = {
-        "Whole models": [*images("model"), *lengths(found)],
+        "Whole models": [*images("model"), *whole_models(found)],
         "One call": [*images("latency", "speedup", "lengths", "roofline"), *losses(found), *operator(found)],
         "The choice of a backend": [*images("regret"), regret.summary(regret.regrets(found)), ""],
         "Memory": [*images("memory"), *allocated(found)],

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 Record = dict[str, Any]
 Case = dict[str, Any]
+Plan = list[tuple[Case, str]]  # cases, and what is done with each
 T = TypeVar("T")
 
 
@@ -84,7 +85,7 @@ def title(case: Iterable[tuple[str, Any]]) -> str:
     return ", ".join(f"{name} {value}" for name, value in case if name != "on")
 
 
-def timed(found: Iterable[Record], suite: str, what: str) -> list[Record]:
+def latest(found: Iterable[Record], suite: str, what: str) -> list[Record]:
     """The last measurement of every case and way."""
     wanted = [r for r in found if (r["suite"], r["what"]) == (suite, what) and "reason" not in r]
     return list({(r["run"], *key(r)): r for r in wanted}.values())
@@ -105,7 +106,7 @@ def parse_filters(texts: Sequence[str]) -> dict[str, set[str]]:
     return found
 
 
-def selected(cases: Sequence[tuple[Case, str]], filters: Mapping[str, set[str]]) -> list[tuple[Case, str]]:
+def selected(cases: Plan, filters: Mapping[str, set[str]]) -> Plan:
     """The (case, what) pairs that every filter lets through.
 
     Raises:

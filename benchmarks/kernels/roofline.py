@@ -43,7 +43,7 @@ REACHED = {128: 0.77, 64: 0.58}
 CAUSAL = 0.9  # what is left of it where tiles are cut by the diagonal and rows have different lengths
 
 Records = Sequence[Mapping[str, Any]]
-OURS = "triton"
+TRITON = "triton"
 
 
 class Target(NamedTuple):
@@ -93,7 +93,7 @@ def median(records: Records, what: str, way: str, case: Mapping[str, Any]) -> fl
 def others(records: Records, case: Mapping[str, Any]) -> dict[str, float]:
     """Medians of the peers in the decode sweep."""
     ways = {r["way"] for r in records if r["what"] == "decode" and r["case"].items() >= case.items()}
-    found = {w: median(records, "decode", w, case) for w in ways if not w.startswith((OURS, "composed", "eager"))}
+    found = {w: median(records, "decode", w, case) for w in ways if not w.startswith((TRITON, "composed", "eager"))}
     return {way: time for way, time in found.items() if time is not None}
 
 
@@ -121,7 +121,7 @@ def training(what: str, D: int, is_causal: bool, limit: float) -> Target:
     predicted = max(busy, size / SUSTAINED) + launches * LAUNCH
 
     def measured(records: Records) -> float | None:
-        time = median(records, what, OURS, c)
+        time = median(records, what, TRITON, c)
         return None if time is None else flops / time / 1e12
 
     title = f"{what}, S = 8192, D = {D}, {'causal' if is_causal else 'not causal'}"
@@ -137,7 +137,7 @@ def bandwidth(B: int, S: int) -> Target:
     predicted = size / (0.92 * SUSTAINED) + LAUNCH + OVERLAPPED_LAUNCH
 
     def measured(records: Records) -> float | None:
-        found = find(records, "decode", OURS, c)
+        found = find(records, "decode", TRITON, c)
         return None if found is None else 100 * found["of_roofline"]  # the roofline of decoding is that copy
 
     ceiling = 100 / SUSTAINED
@@ -158,7 +158,7 @@ def prefix_cost() -> Target:
     predicted = max(flops / rate("fold_prefix 128"), copies * prefix / L2) + slots / L2 + OVERLAPPED_LAUNCH
 
     def measured(records: Records) -> float | None:
-        times = [median(records, "decode", OURS, case) for case in (c, none)]
+        times = [median(records, "decode", TRITON, case) for case in (c, none)]
         return None if times[0] is None or times[1] is None else 1e6 * (times[0] - times[1])
 
     return Target(
@@ -176,7 +176,7 @@ def no_prefix() -> Target:
     def measured(records: Records) -> float | None:
         ratios = []
         for c in cases:
-            mine, peers = median(records, "decode", OURS, c), others(records, c)
+            mine, peers = median(records, "decode", TRITON, c), others(records, c)
             if mine is not None and peers:
                 ratios.append(100 * (mine / min(peers.values()) - 1))
         return max(ratios, default=None)
@@ -192,7 +192,7 @@ def never_slower() -> Target:
     one, whole = (operator.traffic(case, "decode") for case in (c, {**c, "T": 512 + 128, "P": 0}))
 
     def measured(records: Records) -> float | None:
-        graphs = [r for r in records if (r["what"], r["way"]) == ("decode", OURS) and "median" in r]
+        graphs = [r for r in records if (r["what"], r["way"]) == ("decode", TRITON) and "median" in r]
         kinds = ("sdpa", "sdpa flash", "sdpa cudnn", "sdpa efficient")
         ratios = []
         for r in graphs:
@@ -218,7 +218,7 @@ def prefix_only() -> Target:
     predicted = one / (both / CAUSAL + 4 * LAUNCH + delta)
 
     def measured(records: Records) -> float | None:
-        times = [median(records, what, OURS, c) for what in ("prefix-only", "backward")]
+        times = [median(records, what, TRITON, c) for what in ("prefix-only", "backward")]
         return None if times[0] is None or times[1] is None else times[0] / times[1]
 
     return Target(
@@ -248,7 +248,7 @@ def flat() -> Target:
     """Copies of the prefix that a forward and backward keep per row."""
 
     def measured(records: Records) -> float | None:
-        mine = [r for r in records if (r["suite"], r["what"], r["way"]) == ("memory", "both", OURS) and "extra" in r]
+        mine = [r for r in records if (r["suite"], r["what"], r["way"]) == ("memory", "both", TRITON) and "extra" in r]
         extras = {(r["case"]["B"], r["case"]["P"]): r["extra"] for r in mine}
         return growth(extras, mine[0]["copy"]) if extras and complete(extras) else None
 

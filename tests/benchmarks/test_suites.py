@@ -206,7 +206,7 @@ def test_a_slice_of_a_suite_is_listed(capsys: pytest.CaptureFixture[str]) -> Non
 
 
 def test_suites_under_pytest_benchmark() -> None:
-    """benchmarks/test_suites.py, each call once."""
+    """benchmarks/test_ways.py, each call once."""
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:xdist", "benchmarks", "--benchmark-disable"]
     done = subprocess.run(
         [*command, "-k", "decode and (cpu or tiny)"], cwd=ROOT, capture_output=True, text=True, check=False

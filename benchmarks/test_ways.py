@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import model, models, operator
+from benchmarks import model, model_ways, operator
 from benchmarks.operator import GPT2, case, step, way
 from benchmarks.peers import PEERS, inputs, prepare
 
@@ -57,10 +57,10 @@ def test_operator(benchmark: Any, what: str, name: str) -> None:
 @pytest.mark.parametrize("shape", ["tiny", "gpt2"])
 def test_model(benchmark: Any, what: str, name: str, shape: str) -> None:
     P = 0 if name == "bare" else 16
-    loaded = models.Prefixed(name, shape, "cpu", [16])
-    batch = models.random_batch(4, 32, "cpu")
+    loaded = model_ways.Prefixed(name, shape, "cpu", [16])
+    batch = model_ways.random_batch(4, 32, "cpu")
     benchmark.group = f"{shape}, {what}"
-    benchmark.extra_info.update(model=models.MODELS[shape], way=name, P=P, threads=1, torch=torch.__version__)
+    benchmark.extra_info.update(model=model_ways.MODELS[shape], way=name, P=P, threads=1, torch=torch.__version__)
     if what == "train":
         run, setup = loaded.training(P, batch)
         benchmark.pedantic(run, setup=lambda: ((setup(),), {}), rounds=5, warmup_rounds=1)
