@@ -1,0 +1,89 @@
+"""Every example runs as its docstring says, and what it prints shows what it promises."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
+CLOSE = 1e-5  # of what is the same computation in another order, in float32
+
+
+def run(name: str) -> str:
+    """What ``python examples/NAME.py`` prints."""
+    command = [sys.executable, "-W", "error", f"examples/{name}.py"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def changes(text: str) -> list[tuple[float, float]]:
+    """Every "before -> after"."""
+    return [(float(a), float(b)) for a, b in re.findall(r"([\d.]+)%? -> ([\d.]+)", text)]
+
+
+def test_prefix_attention() -> None:
+    lines = run("prefix_attention").splitlines()
+    assert 0 < float(re.findall(r"at most (\S+) from", lines[0])[0]) < CLOSE
+    ((first, last),) = changes(lines[1])
+    assert last < 0.7 * first
+    assert lines[1].endswith("query has no gradient")
+    assert float(re.findall(r"at most (\S+) from", lines[2])[0]) < CLOSE
+    assert lines[3].startswith("4. auto -> ")
+
+
+def test_vit() -> None:
+    """The frozen trunk knows another task: prefixes reach in it what a head alone does not."""
+    text = run("vit")
+    everything, head, prefixes = changes(text)
+    assert everything[1] > 95
+    assert prefixes[0] < 65
+    assert prefixes[1] > max(95, head[1])
+    count = [int(number) for number in re.findall(r"(\d+) parameters", text)]
+    assert count[2] - count[1] == 2 * 2 * 8 * 32  # two layers, keys and values, eight tokens of width 32
+    assert count[2] < 0.1 * count[0]
+
+
+def test_many_prefixes() -> None:
+    """Each row counts as its prefix says, in one batch as alone."""
+    text = run("many_prefixes")
+    ((first, last),) = changes(text)
+    assert last < 0.1 * first
+    rows = re.findall(r"^(\w[\w ]*?) +(5(?: \d+)+)$", text, re.MULTILINE)
+    assert [name for name, _ in rows] == ["threes", "ones", "no prefix", "twos", "threes"]
+    for name, counted in rows:
+        if name != "no prefix":
+            step = ("ones", "twos", "threes").index(name) + 1
+            assert counted == " ".join(str((5 + step * i) % 16) for i in range(6))
+    assert text.endswith("5 of 5 rows are the same alone\n")
+
+
+@pytest.mark.peft
+def test_peft_migration() -> None:
+    text = run("peft_migration")
+    trained = changes(text)
+    assert len(trained) == 2
+    assert all(last < first - 0.5 for first, last in trained)
+    differences = [float(number) for number in re.findall(r"differ by (\S+)", text)]
+    assert len(differences) == 3
+    assert all(difference < CLOSE for difference in differences)
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+def test_an_example_is_short_and_hides_no_standard_module(path: Path) -> None:
+    assert path.stem not in sys.stdlib_module_names
+    text = path.read_text(encoding="utf-8")
+    assert f"``python examples/{path.name}``" in text
+    assert len(text.splitlines()) <= (80 if path.stem != "demo" else 120)
+
+
+def test_every_example_is_in_the_readme_and_run() -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    named = set(re.findall(r"\]\(examples/(\w+)\.py\)", readme))
+    assert named == {path.stem for path in EXAMPLES}
+    assert {f"test_{name}" for name in named - {"demo"}} <= globals().keys()  # .ci/run runs the demo
