@@ -1,7 +1,7 @@
 """The benchmark suite: ``python -m benchmarks``.
 
-One method for every suite. Ways of doing the same run side by side in one process, each in every round and first in
-turn, so that drift of the machine hits all alike. Results are compared with float64 before anything is timed, and a
-peer that is wrong is not timed. Preparing, compiling and tuning are not timed but reported; a peer that cannot run
-gives its reason. A file of results holds the machine, versions, clocks, the noise floor and every sample.
+Every suite uses the same method. All ways of doing the same thing run in one process. Each runs once per round, and
+they take turns at being first, so drift of the machine affects all of them alike. Results are checked against float64
+first, and a peer that is wrong is not timed. Preparation, compilation and tuning are reported but not timed. A peer
+that cannot run gives a reason. A file of results holds the machine, versions, clocks, noise floor and every sample.
 """

@@ -24,20 +24,20 @@ from benchmarks.results import Plan
 PROGRAM = "python -m benchmarks"
 SUITES = ("operator", "model", "memory", "overhead")
 DESCRIPTION = """\
-Benchmarks of attention with a shared prefix, beside every peer.
+Benchmarks of attention with a shared prefix, compared with other implementations.
 
-  run       times a suite and writes a file of results
-  plot      pictures of files of results
-  compare   two files, case by case
-  report    markdown of files of results, with pictures
-  regret    did auto choose the fastest backend? exit status 1 if it lost more than 10 % anywhere
+  run       time a suite and write a file of results
+  plot      draw pictures from files of results
+  compare   compare two files, case by case
+  report    write a markdown report with pictures from files of results
+  regret    check that auto chose the fastest backend; exit status 1 if any choice took over 10 % longer
 """
 RUN = """\
 Suites:
-  operator   one call of attention, forward, backward, decoding and prefill, against torch's own and other libraries
-  model      a training step and decoding of whole models, with longer and longer prefixes, against PEFT
-  memory     what is allocated, against batch and prefix
-  overhead   microseconds of a call that has nothing to compute
+  operator   one attention call (forward, backward, decoding, prefill) compared with torch and other libraries
+  model      training steps and decoding of whole models with prefixes of growing length, compared with PEFT
+  memory     peak memory for growing batches and prefixes
+  overhead   microseconds of a call that computes almost nothing
 
 Examples:
   run --suite operator --out operator.json
@@ -49,13 +49,13 @@ Ways of a whole model: {ways}.
 """
 
 
-GRID = """default: ten minutes on two cores; quick: tiny shapes; full: the whole product; flex: few shapes, with the
-peers that compile for minutes"""
-SELECT = "only these cases: what=decode P=0,128; None for what a case has not"
+GRID = """default: ten minutes on two cores; quick: tiny shapes; full: every combination; flex: a few shapes, with the
+peers that take minutes to compile"""
+SELECT = "run only these cases, such as what=decode P=0,128; None matches cases without the field"
 
 
 def positive(text: str) -> int:
-    """A number of an option."""
+    """Parses a positive integer."""
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"must be a positive integer, got {text!r}")
     return int(text)
@@ -69,20 +69,20 @@ def parser() -> argparse.ArgumentParser:
     described = RUN.format(calls=", ".join(PEERS), ways=", ".join(model.WAYS))
     run = commands.add_parser("run", help="time a suite", description=described, formatter_class=raw)
     run.add_argument("--suite", choices=SUITES, required=True)
-    run.add_argument("--out", type=Path, help="file of results (JSON); it is replaced")
-    run.add_argument("--figures", type=Path, help="draw the pictures of this run in this folder; needs --out")
+    run.add_argument("--out", type=Path, help="file of results (JSON); an existing file is replaced")
+    run.add_argument("--figures", type=Path, help="folder for pictures of this run; needs --out")
     run.add_argument("--grid", choices=("default", "quick", "full", "flex"), default="default", help=GRID)
     run.add_argument("--select", nargs="+", default=[], metavar="NAME=VALUES", help=SELECT)
-    run.add_argument("--list", action="store_true", help="show the cases and stop")
-    run.add_argument("--peers", nargs="+", metavar="NAME", help="default: all that are worth their time here")
-    run.add_argument("--rounds", type=positive, help="samples of each way at most (default: 30; models: 3)")
-    run.add_argument("--seconds", type=float, default=1.5, help="of sampling per case of the operator, after 5 rounds")
-    run.add_argument("--budget", type=float, help="seconds after which no new case begins (default grid: 420)")
+    run.add_argument("--list", action="store_true", help="list the cases and stop")
+    run.add_argument("--peers", nargs="+", metavar="NAME", help="default: all that are reasonably fast on this device")
+    run.add_argument("--rounds", type=positive, help="maximum number of samples per way (default: 30; models: 3)")
+    run.add_argument("--seconds", type=float, default=1.5, help="sampling time per operator case, at least 5 rounds")
+    run.add_argument("--budget", type=float, help="seconds after which no new case starts (default grid: 420)")
     run.add_argument("--threads", type=positive, default=os.cpu_count() or 1)
     run.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cpu", "cuda"))
     files = {
-        "plot": "draw files of results", "report": "markdown of files of results, with pictures",
-        "compare": "two files, case by case", "regret": "what the automatic choice of a backend lost",
+        "plot": "draw pictures from files of results", "report": "write a markdown report with pictures",
+        "compare": "compare two files, case by case", "regret": "how much longer auto's choices took than the fastest",
     }  # fmt: skip
     for name, help_ in files.items():
         command = commands.add_parser(name, help=help_, description=help_)
@@ -92,14 +92,14 @@ def parser() -> argparse.ArgumentParser:
                 "--out", type=Path, required=True, help="folder" if name == "plot" else "markdown file"
             )
         if name == "report":
-            command.add_argument("--figures", type=Path, help="folder of the pictures (default: that of the results)")
+            command.add_argument("--figures", type=Path, help="folder for the pictures (default: that of the results)")
     return found
 
 
 def main(arguments: Sequence[str] | None = None, restart: Sequence[str] | None = None) -> int:
-    """Exit status. Errors of the user are one line on stderr, status 2.
+    """Runs a command and returns the exit status. User errors print one line to stderr and return 2.
 
-    A run starts itself again as ``python *restart *arguments``, if that is given, where malloc is not as it needs it.
+    If malloc needs other settings, a run restarts itself as ``python *restart *arguments``; None = it does not.
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
     args = parser().parse_args(given)
@@ -115,7 +115,7 @@ def main(arguments: Sequence[str] | None = None, restart: Sequence[str] | None =
 
 
 def afterwards(args: argparse.Namespace) -> int:
-    """The commands that read results."""
+    """The commands that read files of results."""
     if args.command == "regret":
         found = regret.regrets(results.records(args.results))
         for r in found[:20]:
@@ -197,14 +197,14 @@ def run(args: argparse.Namespace, command: str) -> int:
 
 
 def _noise_case(device: str) -> Any:
-    """Attention of torch itself, about a millisecond."""
+    """A call of torch's attention that takes about a millisecond."""
     x = inputs(8, 12, 12, 128, 128, 16, 64, is_causal=True, dtype=torch.float32, device=device)
     return operator.way(prepare({"sdpa": PEERS["sdpa"]}, x, gradients=False).ready["sdpa"], "forward")
 
 
 def _sweep(args: argparse.Namespace, pairs: Plan, log: results.Results, ceilings: dict[str, float]) -> Plan:
-    """Runs the pairs; returns those for which there was no time."""
-    # A whole model's group takes up to three minutes on two cores: what began in time ends within ten minutes.
+    """Runs the pairs; returns those that did not fit in the time."""
+    # A group of whole models takes up to three minutes on two cores, so a run of 420 s ends within ten minutes.
     seconds = 420.0 if args.budget is None and args.grid == "default" else args.budget
     budget, flat = results.Budget(seconds), lambda groups: list(chain.from_iterable(groups))
     if args.suite == "operator":

@@ -1,4 +1,4 @@
-"""Pictures of results, from their files and from nothing else."""
+"""Pictures, drawn from files of results alone."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Figure = Any
 
 
 class Panel(NamedTuple):
-    """One set of axes: of each way, y against what ``axis`` names in the case."""
+    """One set of axes: y against the case's ``axis``, a line for each way."""
 
     title: str
     records: list[Record]
@@ -28,7 +28,7 @@ class Panel(NamedTuple):
 
 
 def varying(found: Sequence[Record], axis: str, least: int) -> dict[tuple[Any, ...], list[Record]]:
-    """Groups of one run's cases equal but for ``axis``, with ``least`` values of it. B follows S: as many tokens."""
+    """Groups of one run's cases that differ only in ``axis`` and have ``least`` values of it. B may vary with S."""
     free = {axis, "B", "T"} if axis == "S" else {axis}
     groups: dict[tuple[Any, ...], list[Record]] = {}
     for r in found:
@@ -46,7 +46,7 @@ def short(case: Iterable[tuple[str, Any]]) -> str:
 
 
 def curves(panel: Panel) -> dict[str, tuple[list[float], list[float]]]:
-    """Of each way, x and y in ascending x."""
+    """x and y of each way, in ascending x."""
     found: dict[str, tuple[list[float], list[float]]] = {}
     for r in sorted(panel.records, key=lambda r: r["case"][panel.axis]):
         xs, ys = found.setdefault(r["way"], ([], []))
@@ -56,7 +56,7 @@ def curves(panel: Panel) -> dict[str, tuple[list[float], list[float]]]:
 
 
 def latency(found: Sequence[Record], axis: str) -> list[Panel]:
-    """Time of every peer against P or S, a panel for each kind and shape."""
+    """Time of every peer against P or S; one panel for each kind and shape."""
     panels = []
     for what in KINDS:
         for key, group in varying(latest(found, "operator", what), axis, 4 if axis == "P" else 5).items():
@@ -99,7 +99,7 @@ def grid_of_axes(count: int, width: float = 4.8, height: float = 3.7) -> tuple[F
 
 
 def prefix_axis(axis: Any, ticks: Iterable[float]) -> None:
-    """P on a logarithmic scale, on which 0 has its place."""
+    """P on a logarithmic scale that includes 0."""
     ticks = sorted(set(ticks))
     axis.set_xscale("symlog", base=2, linthresh=8)
     axis.set_xlim(-1 if ticks[0] == 0 else None, 1.3 * ticks[-1])
@@ -134,7 +134,7 @@ def legend(figure: Figure, axes: Sequence[Any]) -> None:
 
 
 def draw_latency(panels: Sequence[Panel]) -> Figure:
-    """Lines, on logarithmic scales."""
+    """Lines on logarithmic scales."""
     figure, axes = grid_of_axes(len(panels))
     for axis, panel in zip(axes, panels):
         lines = curves(panel)
@@ -155,7 +155,7 @@ def draw_latency(panels: Sequence[Panel]) -> Figure:
 
 
 def speedups(found: Sequence[Record]) -> dict[tuple[str, str, str], dict[tuple[int, int], tuple[float, str]]]:
-    """Per (what, shape, row axis): by (row, P) the fastest peer over what auto chose, and that peer."""
+    """By (what, shape, row axis), then (row, P): the fastest peer's time over that of auto's choice; its name."""
     cells: dict[tuple[Any, ...], dict[tuple[int, int], dict[str, Record]]] = {}
     for what, axis in (("decode", "B"), ("both", "S")):
         for r in latest(found, "operator", what):
@@ -181,7 +181,7 @@ def speedups(found: Sequence[Record]) -> dict[tuple[str, str, str], dict[tuple[i
 
 
 def draw_speedup(found: Sequence[Record]) -> Figure | None:
-    """Heat maps; a red cell is a loss."""
+    """Heat maps. In a red cell, the peer is faster."""
     tables = speedups(found)
     if not tables:
         return None
@@ -207,7 +207,7 @@ def draw_speedup(found: Sequence[Record]) -> Figure | None:
 
 
 def draw_roofline(found: Sequence[Record], ceilings: Mapping[str, float]) -> Figure | None:
-    """What auto chose: FLOP/s against FLOPs per byte, under the measured ceilings."""
+    """FLOP/s of auto's choice against FLOPs per byte, with the measured ceilings."""
     import numpy
 
     chosen = [r for what in KINDS for r in latest(found, "operator", what) if r["way"] == r["auto"]]
@@ -237,7 +237,7 @@ def draw_roofline(found: Sequence[Record], ceilings: Mapping[str, float]) -> Fig
 
 
 def draw_memory(found: Sequence[Record]) -> Figure | None:
-    """What is allocated against B * P: flat lines are the aim."""
+    """Peak memory against B * P. Flat lines are the aim."""
     groups: dict[tuple[str, str], list[Record]] = {}
     for r in found:
         if r["suite"] == "memory" and "extra" in r:
@@ -266,7 +266,7 @@ def draw_memory(found: Sequence[Record]) -> Figure | None:
 
 
 def draw_model(found: Sequence[Record]) -> Figure | None:
-    """Latency over that of the frozen model without a prefix."""
+    """Time over that of the frozen model without a prefix."""
     groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for r in model.relative(found):
         c = {k: v for k, v in r["case"].items() if k not in ("P", "on")}
@@ -293,7 +293,7 @@ def draw_model(found: Sequence[Record]) -> Figure | None:
 
 
 def draw_regret(found: Sequence[Record]) -> Figure | None:
-    """What auto chose over the fastest of our backends, every case of the sweep."""
+    """How much longer auto's choice took than the fastest of our backends, in every case."""
     rows = regret.regrets([r for r in found if r["suite"] == "operator"])
     if not rows:
         return None

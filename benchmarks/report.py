@@ -1,4 +1,4 @@
-"""Markdown of files of results: the machine, the pictures, the tables, every loss to a peer."""
+"""A markdown report from files of results: machine, pictures, tables, and every case where a peer is faster."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from benchmarks.plot import KINDS, NAMES, short
 from benchmarks.results import Record, key, read, records, title
 
 CAPTIONS = {
-    "latency": "One call against the length of the prefix. P = 0 has no prefix.",
-    "lengths": "One call against the length of the sequence.",
-    "speedup": "The fastest peer over what `auto` chose. Below 1 the peer named in the cell is faster.",
-    "roofline": "What `auto` chose, under this machine's measured rates. Points above the slope came from a cache.",
-    "regret": "What `auto` chose over the fastest of our own backends, both timed in the same rounds.",
+    "latency": "Time of one call against the length of the prefix.",
+    "lengths": "Time of one call against the length of the sequence.",
+    "speedup": "Time of the fastest peer over that of `auto`'s choice. Below 1, the peer named in the cell is faster.",
+    "roofline": "`auto`'s choices under the measured limits of this machine. Points above the slope ran from cache.",
+    "regret": "How much longer `auto`'s choice took than our fastest backend, timed in the same rounds.",
     "memory": "Peak memory against B * P.",
-    "model": "Whole models: time over that of the same frozen model without a prefix, in the same run.",
+    "model": "Time over that of the same frozen model without a prefix, in the same run.",
 }
 
 
@@ -34,7 +34,7 @@ def rows(head: Sequence[str], body: Iterable[Sequence[Any]]) -> list[str]:
 
 
 def about(documents: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Where and how each file was measured."""
+    """How and on which machine each file was measured."""
     lines = []
     for d in documents:
         m = d["machine"]
@@ -42,7 +42,7 @@ def about(documents: Sequence[Mapping[str, Any]]) -> list[str]:
         clocks = m["clocks"].get("cpu_mhz")
         clock = f" at {max(clocks) / 1e3:.1f} GHz" if clocks else f", {m['clocks']}"
         packages = ", ".join(f"{name} {number}" for name, number in m["versions"].items() if number)
-        malloc = "malloc keeps what is freed" if all(m["malloc"].values()) else "malloc as it is"
+        malloc = "malloc keeps freed memory" if all(m["malloc"].values()) else "default malloc"
         lines.append(
             f"* {d['suite']}: {m['device']}, {m['processors']} cores{clock}, {m['threads']} threads, C++ kernels "
             f"{m['instruction_set']}; {packages}; Python {m['python']}; {malloc}. Ceilings in G/s: {ceilings}. "
@@ -52,7 +52,7 @@ def about(documents: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def cases(found: Sequence[Record]) -> dict[tuple[Any, ...], dict[str, Record]]:
-    """Records of the operator by (what, run, case), by way; with those that only have a reason."""
+    """The operator's records by (what, run, case), then by way. Those with a reason and no time are included."""
     groups: dict[tuple[Any, ...], dict[str, Record]] = {}
     for r in found:
         if r["suite"] == "operator" and r["way"]:
@@ -61,7 +61,7 @@ def cases(found: Sequence[Record]) -> dict[tuple[Any, ...], dict[str, Record]]:
 
 
 def operator(found: Sequence[Record]) -> list[str]:
-    """One row per case: ours, and of the peers the three fastest."""
+    """One row per case: ours and the three fastest peers."""
     lines: list[str] = []
     groups = cases(found)
     for what in KINDS:
@@ -85,7 +85,7 @@ def operator(found: Sequence[Record]) -> list[str]:
 
 
 def losses(found: Sequence[Record]) -> list[str]:
-    """Every case in which a peer was faster than what auto chose."""
+    """Every case in which a peer was faster than the backend that auto chose."""
     body = []
     for (what, *_), group in cases(found).items():
         timed = {name: r for name, r in group.items() if "seconds" in r}
@@ -101,12 +101,12 @@ def losses(found: Sequence[Record]) -> list[str]:
     body.sort(key=lambda item: -item[0])
     lines = [f"A peer is faster in {len(body)} of {total} cases.", ""]
     if body:
-        lines += rows(("what", "case", "fastest peer", "ours takes times as long"), [cells for _, cells in body])
+        lines += rows(("what", "case", "fastest peer", "our time over theirs"), [cells for _, cells in body])
     return lines
 
 
 def absent(found: Sequence[Record]) -> list[str]:
-    """Peers that never ran, and why."""
+    """Peers that never ran, or not in every case, and why."""
     ran = {r["way"] for r in found if "reason" not in r}
     reasons = {r["way"]: r["reason"] for r in found if "reason" in r and r["way"] and r["way"] not in ran}
     partly = {
@@ -121,7 +121,7 @@ def absent(found: Sequence[Record]) -> list[str]:
 
 
 def whole_models(found: Sequence[Record]) -> list[str]:
-    """Relative latency of whole models, one row per model and way."""
+    """Relative times of whole models, one row per model and way; then all times."""
     table: dict[tuple[str, str, str], dict[int, str]] = {}
     for r in model.relative(found):
         rest = title((k, v) for k, v in r["case"].items() if k not in ("P", "on"))
@@ -142,17 +142,17 @@ def whole_models(found: Sequence[Record]) -> list[str]:
     ]  # fmt: skip
     heads = ("what", "case", "way", "s (median)", "min", "IQR", "tokens/s")
     return [
-        "Time over that of P = 0, by the fastest samples (by the medians):",
+        "Time over that of P = 0, by the fastest samples (in parentheses: by the medians):",
         "",
         *lines,
-        "Seconds per step, or per token of the whole batch:",
+        "Seconds per training step, or per decoded token of the whole batch:",
         "",
         *rows(heads, body),
     ]
 
 
 def allocated(found: Sequence[Record]) -> list[str]:
-    """Growth with B * P, in copies of the prefix per row."""
+    """Growth of memory with B * P, in copies of the prefix per row."""
     body = []
     for (what, rest, way, copy), extras in memory.rectangles(found).items():
         if not memory.complete(extras):
@@ -169,14 +169,14 @@ def allocated(found: Sequence[Record]) -> list[str]:
 
 
 def calls(found: Sequence[Record]) -> list[str]:
-    """The overhead of a call."""
+    """Microseconds of a call that computes almost nothing."""
     body = [[r["what"], r["way"], f"{1e6 * r['minimum']:.1f}", f"{1e6 * r['median']:.1f}"]
             for r in found if r["suite"] == "overhead" and "seconds" in r]  # fmt: skip
     return rows(("what", "way", "us (min)", "us (median)"), body) if body else []
 
 
 def markdown(paths: Sequence[Path], pictures: Sequence[Path], out: Path) -> str:
-    """The whole report, for the file ``out``. ``notes.md`` beside the first file of results, if any, comes first."""
+    """The whole report, with links relative to ``out``. It begins with the first results' ``notes.md``, if any."""
     documents, found = [read(path) for path in paths], records(paths)
     link = {p.stem: f"![{CAPTIONS[p.stem]}]({os.path.relpath(p, out.parent)})" for p in pictures}
     images = lambda *names: [line for n in names if n in link for line in (link[n], "", CAPTIONS[n], "")]
@@ -191,8 +191,8 @@ def markdown(paths: Sequence[Path], pictures: Sequence[Path], out: Path) -> str:
     suites = {d["suite"] for d in documents}
     if "operator" not in suites:
         del parts["One call"], parts["The choice of a backend"]
-    made = f"Made by `python -m benchmarks report {' '.join(map(str, paths))} --out {out}`, and by nothing else."
-    how = "How it is measured is in `benchmarks/__init__.py`."
+    made = f"Made by `python -m benchmarks report {' '.join(map(str, paths))} --out {out}`. Do not edit by hand."
+    how = "The method is described in `benchmarks/__init__.py`."
     notes = paths[0].with_name("notes.md")
     said = [notes.read_text(encoding="utf-8").strip(), ""] if notes.is_file() else []
     lines = ["# Benchmarks", "", made, how, "", *said, "## Machine and method", "", *about(documents)]

@@ -1,4 +1,4 @@
-"""Files of results: one JSON document per run, with the machine, the versions, and every sample of every record."""
+"""Files of results. Each run is one JSON document: machine, versions, and every sample of every record."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ T = TypeVar("T")
 
 
 class Results:
-    """One run. A record is a case, what of it was done (forward, decode, ...), the way, and its numbers or a reason."""
+    """One run. A record has a case, what was done (forward, decode, ...), the way, and its numbers or a reason."""
 
     def __init__(self, suite: str, out: Path | None, **about: Any) -> None:
         """``about`` stands at the head of the file ``out``; None = no file."""
@@ -30,7 +30,7 @@ class Results:
         return self.records[-1]
 
     def save(self) -> None:
-        """Writes the whole file under another name, then renames it: a run that is killed leaves what it had."""
+        """Writes the file under a temporary name, then renames it. A killed run keeps its earlier results."""
         if self.out is None:
             return
         self.out.parent.mkdir(parents=True, exist_ok=True)
@@ -43,7 +43,7 @@ class Results:
 
 
 def _short(value: Any) -> Any:
-    """Floats with the six digits that they have at best."""
+    """Floats rounded to six digits; no measurement has more."""
     if isinstance(value, float):
         return float(f"{value:.6g}")
     if isinstance(value, Mapping):
@@ -67,7 +67,7 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def records(paths: Iterable[Path]) -> list[Record]:
-    """The records of several files, each with its suite and its run, the file: only what is of one run is compared."""
+    """The records of several files. Each also gets its suite and its run (the file), since only one run is compared."""
     found = []
     for path in paths:
         document = read(path)
@@ -76,17 +76,17 @@ def records(paths: Iterable[Path]) -> list[Record]:
 
 
 def key(record: Record) -> tuple[Any, ...]:
-    """What two records of the same measurement share."""
+    """Identifies a measurement: two records with the same key measured the same thing."""
     return (record.get("suite"), record["what"], record["way"], *sorted(record["case"].items()))
 
 
 def title(case: Iterable[tuple[str, Any]]) -> str:
-    """A case in words, without what is the same everywhere."""
+    """A case in words, without the device."""
     return ", ".join(f"{name} {value}" for name, value in case if name != "on")
 
 
 def latest(found: Iterable[Record], suite: str, what: str) -> list[Record]:
-    """The last measurement of every case and way."""
+    """The latest measurement of each case and way."""
     wanted = [r for r in found if (r["suite"], r["what"]) == (suite, what) and "reason" not in r]
     return list({(r["run"], *key(r)): r for r in wanted}.values())
 
@@ -107,10 +107,10 @@ def parse_filters(texts: Sequence[str]) -> dict[str, set[str]]:
 
 
 def selected(cases: Plan, filters: Mapping[str, set[str]]) -> Plan:
-    """The (case, what) pairs that every filter lets through.
+    """The (case, what) pairs that pass every filter.
 
     Raises:
-        ValueError: a filter names what no case has, or nothing is left.
+        ValueError: a filter names a field that no case has, or nothing is left.
     """
     known = {"what"} | {name for case, _ in cases for name in case}
     if unknown := sorted(set(filters) - known):
@@ -126,10 +126,10 @@ def selected(cases: Plan, filters: Mapping[str, set[str]]) -> Plan:
 
 
 class Budget:
-    """Seconds that a sweep may take. What no longer fits is listed, not dropped silently."""
+    """Seconds that a sweep may take."""
 
     def __init__(self, seconds: float | None, clock: Callable[[], float] = time.monotonic) -> None:
-        """It begins now. None = no limit."""
+        """The time starts now. None = no limit."""
         self.seconds, self.clock, self.start = seconds, clock, clock()
 
     def spent(self) -> bool:
@@ -138,7 +138,7 @@ class Budget:
 
 
 def sweep(items: Sequence[T], run: Callable[[T], None], results: Results, budget: Budget) -> list[T]:
-    """Runs the items while there is time and saves after each; returns those that are left."""
+    """Runs items until the time is up, and saves after each. Returns the items that are left."""
     left = list(items)
     while left and not budget.spent():
         run(left.pop(0))
