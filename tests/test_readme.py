@@ -134,6 +134,16 @@ def test_commands_and_links_exist() -> None:
     assert [link for link in links - anchors if not (ROOT / link).is_file()] == []
 
 
+@pytest.mark.parametrize("path", sorted((ROOT / "docs").glob("*.md")), ids=lambda path: path.stem)
+def test_documents_name_what_exists(path: Path) -> None:
+    """Their links, and the files of the repository that they name."""
+    text = path.read_text(encoding="utf-8")
+    links = [link for link in re.findall(r"\]\(([^)#]+)\)", text) if not link.startswith("http")]
+    assert [link for link in links if not (path.parent / link).is_file()] == []
+    named = re.findall(r"\b(?:benchmarks|csrc|docs|examples|prefix_attn|tests)(?:/[\w.-]+)+\.\w+", text)
+    assert [name for name in named if not (ROOT / name).is_file()] == []
+
+
 def test_file_tree_is_the_repository() -> None:
     """Every module and room is in the tree, and the tree names no other. A folder stands for the modules in it."""
     (tree,) = blocks(section("Files"), "")
