@@ -1,4 +1,4 @@
-"""How wrong a peer is: against float64, as a multiple of what torch's own attention in the same dtype loses."""
+"""A peer's error against float64, as a multiple of the error of torch's own attention in the same dtype."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Errors = dict[str, tuple[float, float]]
 
 
 def exact(x: Inputs, *, gradients: bool) -> dict[str, Tensor]:
-    """The float64 eager result and its gradients. The scores of one key head exist at a time, not those of all."""
+    """The float64 eager result and its gradients. Holds the scores of one key head at a time."""
     Hkv = x.key.shape[1]
     G = x.query.shape[1] // Hkv
     parts: dict[str, list[Tensor]] = {}
@@ -37,7 +37,7 @@ def exact(x: Inputs, *, gradients: bool) -> dict[str, Tensor]:
 
 
 def errors(peer: Ready, truth: Mapping[str, Tensor]) -> Errors:
-    """Of each result, the largest error and its rms. Gradients are compared where ``truth`` has them."""
+    """The largest and the rms error of each result. Gradients are compared if ``truth`` has them."""
     gradients = len(truth) > 1 and bool(peer.leaves)
     with peer.context(), torch.set_grad_enabled(gradients), warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -54,7 +54,7 @@ def errors(peer: Ready, truth: Mapping[str, Tensor]) -> Errors:
 
 
 def multiple(of: Errors, baseline: Errors) -> float:
-    """The worst error as a multiple of the baseline's: of every result, the largest and the rms error. NaN stays."""
+    """The worst error as a multiple of the baseline's, over all results, largest and rms errors. NaN stays NaN."""
     pairs = [pair for name in of for pair in zip(of[name], baseline[name])]
     ratios = [a / b if b else (math.inf if a else 0.0) for a, b in pairs]
     return math.nan if any(map(math.isnan, ratios)) else max(ratios, default=0.0)

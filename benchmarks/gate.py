@@ -1,8 +1,8 @@
-"""The gate of CI: paired ratios in one process against torch's own attention, never absolute times.
+"""The speed gate of CI: paired ratios to torch's own attention in one process, never absolute times.
 
-Each pair times prefix_attention (backend ``auto``) and a baseline that does not change with this package, alternating.
-``least`` is 0.85 times the ratio, baseline over ours, that was recorded; a pair fails if neither the median of the
-paired ratios nor the ratio of minima reaches it, twice. One thread, so that a busy machine disturbs both alike.
+Each pair alternates prefix_attention (backend ``auto``) and a baseline that this package does not change. ``least`` is
+0.85 times the recorded ratio, baseline over ours. A try fails if neither the median of the paired ratios nor the ratio
+of minima reaches it; a pair fails after two such tries. One thread, so a busy machine disturbs both alike.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ class Pair(NamedTuple):
 
     @property
     def least(self) -> float:
-        """What must be reached."""
+        """The ratio that must be reached."""
         return 0.85 * self.recorded
 
 
-# Where there is AMX torch's bfloat16 attention loses by far less: 5.0 was recorded on a Xeon that has it.
+# With AMX, torch's bfloat16 attention is much faster: 5.0 was recorded on a Xeon that has it.
 AMX = torch.cpu._is_amx_tile_supported()
 
 PAIRS = (
@@ -60,7 +60,7 @@ def ratio(pair: Pair, rounds: int = 15, seconds: float = 2.0) -> Ratio:
 
 
 def holds(pair: Pair) -> tuple[bool, Ratio]:
-    """Whether the pair reaches what it must, on the second try at the latest."""
+    """Whether the pair reaches its ratio in one of two tries; and the last ratio."""
     found = ratio(pair)
     if max(found.median, found.of_minima) < pair.least:
         found = ratio(pair)

@@ -1,4 +1,4 @@
-"""Interleaved timing: every way runs in every round, in rotating order, so that drift of the machine hits all alike."""
+"""Interleaved timing. Every way runs in every round, in rotating order, so drift of the machine affects all alike."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ FEWEST = 5  # rounds, however long they take
 
 
 class Way(NamedTuple):
-    """What is timed: ``run`` on what ``setup``, not timed, returns. ``context`` is entered outside as well."""
+    """What is timed: ``run`` on the result of ``setup``, which is not timed. Both run inside ``context``."""
 
     run: Callable[[Any], Any]
     setup: Callable[[], Any] = lambda: None
@@ -25,21 +25,21 @@ class Way(NamedTuple):
 
 
 class Ratio(NamedTuple):
-    """How many times as long the one took as the other, round by round."""
+    """How many times as long one way took as another, compared round by round."""
 
     median: float
-    low: float  # of the middle eight tenths
+    low: float  # the middle 80 % lies between low and high
     high: float
     of_minima: float
 
     @property
     def cautious(self) -> float:
-        """The ratio nearer to 1: noise has to move both to make a difference."""
+        """The ratio closer to 1, so that noise must move both to make a difference."""
         return min(self.median, self.of_minima, key=lambda ratio: abs(ratio - 1))
 
 
 def rotations(names: Sequence[Name], rounds: int) -> list[list[Name]]:
-    """The order of each round: each way is first in turn."""
+    """The order of each round. The ways take turns at being first."""
     return [[names[(start + i) % len(names)] for i in range(len(names))] for start in range(rounds)]
 
 
@@ -53,19 +53,19 @@ def back_to_back(
     warmup: int = 1,
     clock: Callable[[], float] = time.perf_counter,
 ) -> dict[Name, list[float]]:
-    """Seconds per call as a program sees them, by the host's clock.
+    """Seconds per call on the host's clock.
 
     Args:
         ways: what to time, by name.
         device: a sample on "cuda" ends with a synchronisation.
         rounds: samples of each way.
-        calls: calls in one sample, one after the other; the sample is their mean. More than one for microseconds.
-        seconds: after so many no new round begins, but for the first ``FEWEST``.
+        calls: calls per sample; the sample is their mean. Use several for calls of microseconds.
+        seconds: no new round begins after this time, except the first ``FEWEST``.
         warmup: untimed samples of each way before the first round.
-        clock: returns seconds; another one in tests.
+        clock: returns seconds; tests pass their own.
 
     Returns:
-        Of each way one list of samples, in the order of the rounds.
+        The samples of each way, in the order of the rounds.
     """
     synchronize = torch.cuda.synchronize if device == "cuda" else lambda: None
     samples: dict[Name, list[float]] = {name: [] for name in ways}
@@ -92,10 +92,10 @@ def back_to_back(
 def interleave(
     ways: Mapping[Name, Way], device: str, *, rounds: int, seconds: float | None = None
 ) -> dict[Name, list[float]]:
-    """Seconds of each way in every round: on a GPU those of the device alone, with a cold L2.
+    """Seconds of each way in every round. On a GPU: device time only, with a cold L2.
 
-    Before each sample the device sleeps while the host enqueues what follows, then overwrites a buffer larger than its
-    L2. So the launches wait in the queue and the host's own time is not in the sample; ``back_to_back`` measures that.
+    Before each sample the device sleeps while the host enqueues the work, then overwrites a buffer larger than its L2.
+    The launches are thus already queued, and the host's time is not in the sample. ``back_to_back`` includes it.
     """
     if device != "cuda":
         return back_to_back(ways, device, rounds=rounds, seconds=seconds, warmup=2)
@@ -125,7 +125,7 @@ def interleave(
 
 
 def captured(way: Way) -> Callable[[], None]:
-    """The call as a CUDA graph's replay."""
+    """Captures the call in a CUDA graph and returns its replay."""
     with way.context():
         state = way.setup()
         stream = torch.cuda.Stream()
@@ -141,7 +141,7 @@ def captured(way: Way) -> Callable[[], None]:
 
 
 def launches(way: Way) -> list[str]:
-    """The kernels, copies and fills that one call puts on the GPU, by name."""
+    """Names of the kernels, copies and fills that one call launches on the GPU."""
     from torch.profiler import ProfilerActivity, profile
 
     with way.context():
@@ -156,7 +156,7 @@ def launches(way: Way) -> list[str]:
 
 
 def spread(seconds: Sequence[float]) -> dict[str, float | None]:
-    """Minimum, median, and the distance of the quartiles, which one sample does not have."""
+    """Minimum, median, and interquartile range (None for a single sample)."""
     found: dict[str, float | None] = {"minimum": min(seconds), "median": median(seconds), "iqr": None}
     if len(seconds) > 1:
         low, _, high = quantiles(seconds, n=4)
@@ -165,14 +165,14 @@ def spread(seconds: Sequence[float]) -> dict[str, float | None]:
 
 
 def paired(one: Sequence[float], other: Sequence[float]) -> Ratio:
-    """``one`` over ``other``, samples of the same rounds."""
+    """``one`` over ``other``; their samples come from the same rounds."""
     ratios = sorted(a / b for a, b in zip(one, other))
     edge = len(ratios) // 10
     return Ratio(median(ratios), ratios[edge], ratios[-1 - edge], min(one) / min(other))
 
 
 def noise(way: Way, device: str, *, groups: int = 5, rounds: int = 10) -> float:
-    """The noise floor: the largest difference from 1 between a way's median and its own, both timed as two ways."""
+    """The noise floor: times one way as if it were two. Returns the largest relative difference of their medians."""
     found = []
     for _ in range(groups):
         samples = interleave({"one": way, "other": way}, device, rounds=rounds)

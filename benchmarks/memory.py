@@ -1,18 +1,19 @@
-"""The memory suite: the most that is allocated at once, against B and P. Is it flat in B * P?
+"""The memory suite: peak allocation against B and P. Is it flat in B * P?
 
-Two products of batches and prefix lengths. Of the operator, forward and forward + backward ("both"):
+Both parts cover every combination of some batches and prefix lengths. The operator, forward and forward + backward
+("both"):
 
-    extra    the most that was allocated at once, less what every way must have: the five inputs, the output and, with a
-             backward, its gradient and theirs. A concatenation that a peer was handed counts as the peer's
+    extra    peak allocation minus what every way must have: the five inputs, the output and, with a backward, their
+             gradients. If a peer was given a concatenation, it counts as the peer's
 
-Of a whole model, one training step and decoding: the most that was allocated at once above what was there before.
+Whole models, one training step and decoding: peak allocation minus what was allocated before.
 
-    growth   what B and P add only together, per row and prefix position, over what a copy of the prefix would take:
+    growth   the part that needs both B and P, per row and prefix position, in copies of the prefix:
              (extra(B2, P2) - extra(B1, P2) - extra(B2, P1) + extra(B1, P1)) / (copy * (B2 - B1) * (P2 - P1))
              1 = a copy of the prefix per row; "flat" = less than 0.02. B1 < B2 are the largest two batches, P1 and P2
              the smallest and the largest prefix; what grows with P alone (partial sums of its gradient) cancels
 
-Allocations are torch's own: on a GPU its allocator's peak, on a CPU counted by its profiler.
+Only torch's allocations count: on a GPU its allocator's peak, on a CPU those that its profiler reports.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ WHAT = ("forward", "both")
 
 
 def grid(device: str, name: str = "default") -> list[tuple[Case, str]]:
-    """Batches and prefixes; the sequence is short, so that a copy of the prefix per row would be most of it."""
+    """Batches and prefixes. The sequence is short, so a copy of the prefix per row would dominate."""
     if name == "quick":
         shape, axes = {"Hq": 4, "Hkv": 2, "S": 8, "D": 16}, ((16, 32), (512, 1536))
     elif device == "cuda":
@@ -43,13 +44,13 @@ def grid(device: str, name: str = "default") -> list[tuple[Case, str]]:
 
 
 def unavoidable(x: Inputs, *, gradients: bool) -> int:
-    """Bytes of what every way must have beside its inputs."""
+    """Bytes that every way must allocate in addition to its inputs."""
     sizes = {name: t.numel() * t.itemsize for name in (*FIVE, "grad") for t in [getattr(x, name)]}
     return sizes["grad"] + gradients * sum(sizes.values())
 
 
 def peak(run: Callable[[], Any], device: str) -> int:
-    """The most bytes that ``run`` had allocated at once above what was allocated before, its results included."""
+    """Peak bytes allocated during ``run``, its results included, minus those allocated before."""
     if device == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
@@ -71,7 +72,7 @@ def peak(run: Callable[[], Any], device: str) -> int:
 
 
 def extra(name: str, x: Inputs, what: str, device: str) -> int | str:
-    """Bytes that the peer needs beyond inputs and results, or why it does not run."""
+    """Bytes that the peer needs beyond inputs and results, or the reason why it does not run."""
     gradients = what == "both"
     before = torch.cuda.memory_allocated() if device == "cuda" else 0
     ready, reasons, _ = prepare({name: PEERS[name]}, x, gradients=gradients)
@@ -98,7 +99,7 @@ def extra(name: str, x: Inputs, what: str, device: str) -> int | str:
 
 
 def growth(extras: Mapping[tuple[int, int], float], copy: float) -> float:
-    """What B and P add only together, in copies of the prefix, of ``copy`` bytes a position; ``extras`` by (B, P)."""
+    """The growth defined above. ``extras`` is by (B, P); a copy of the prefix takes ``copy`` bytes a position."""
     batches, prefixes = (sorted({key[i] for key in extras}) for i in (0, 1))
     (B1, B2), (P1, P2) = batches[-2:], (prefixes[0], prefixes[-1])
     mixed = extras[B2, P2] - extras[B1, P2] - extras[B2, P1] + extras[B1, P1]
@@ -131,13 +132,13 @@ def rectangles(records: Sequence[Record]) -> dict[tuple[Any, ...], dict[tuple[in
 
 
 def complete(extras: Mapping[tuple[int, int], float]) -> bool:
-    """Whether two batches or more were each measured with the same two prefixes or more."""
+    """Whether at least two batches were each measured with the same prefixes, at least two."""
     batches, prefixes = ({key[i] for key in extras} for i in (0, 1))
     return min(len(batches), len(prefixes)) > 1 and len(extras) == len(batches) * len(prefixes)
 
 
 def verdict(records: Sequence[Record]) -> str:
-    """One line per way: its extra memory at each B and P, and its growth; then why others have none."""
+    """One line per way with its extra memory at each B and P and its growth; then the peers without, with reasons."""
     lines = []
     for (what, _, name, copy), extras in rectangles(records).items():
         sizes = "  ".join(f"{B}x{P}: {size / 1e6:.1f}" for (B, P), size in sorted(extras.items()))

@@ -1,12 +1,12 @@
-"""The whole-model suite: does the length of the prefix cost anything? A training step, and decoding, against P = 0.
+"""The whole-model suite: does a longer prefix cost anything? Training steps and decoding, compared with P = 0.
 
     train     forward, backward and AdamW of B rows of S tokens; P = 0 is the frozen model with a backward to its input
               embeddings, which no prefix tuning can avoid
     decode    seconds per token of greedy ``generate``, B rows after a prompt of S tokens; the first token, which reads
               the prompt, is not counted; P = 0 is the frozen model
 
-All lengths of all ways run in turn in one process, so that relative latency is a ratio of one run. ``adapters`` and
-PEFT are left out with a reason where they are not installed or would need more memory than there is.
+All lengths of all ways take turns in one process, so relative times come from one run. PEFT and ``adapters`` are left
+out, with a reason, if they are not installed or need more memory than there is.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def grid(device: str, name: str = "default") -> Plan:
 
 
 def memory_grid(device: str, name: str = "default") -> Plan:
-    """Of the memory suite. The rows are short, so that a prefix per row would be most of what is allocated."""
+    """Cases of the memory suite. The rows are short, so a prefix per row would dominate."""
     if name == "quick":
         return [(case("tiny", B, 8, P), what) for what in WHAT for B in (1, 2) for P in (4, 64)]
     plan = [(case("smollm2", B, 16, P), "decode") for B in (1, 8, 32) for P in (10, 512, 2048)]
@@ -63,7 +63,7 @@ def memory_grid(device: str, name: str = "default") -> Plan:
 
 
 def grouped(plan: Plan) -> list[Plan]:
-    """What runs in one rotation: all that differs in P alone, or for memory in B and P."""
+    """Groups of cases that differ only in P; each runs in one rotation."""
     groups: dict[tuple[Any, ...], Plan] = {}
     for c, what in plan:
         groups.setdefault((what, *((n, v) for n, v in c.items() if n != "P")), []).append((c, what))
@@ -71,7 +71,7 @@ def grouped(plan: Plan) -> list[Plan]:
 
 
 def load(plan: Plan, device: str, asked: Sequence[str] | None, results: Results) -> dict[str, Prefixed]:
-    """Every way that can be had, with all prefixes of the plan."""
+    """Every way that is installed, with all prefixes of the plan."""
     prefixes = sorted({c["P"] for c, _ in plan} - {0})
     first, what = plan[0]
     found = {}
@@ -84,7 +84,7 @@ def load(plan: Plan, device: str, asked: Sequence[str] | None, results: Results)
 
 
 def fitting(plan: Plan, loaded: Mapping[str, Prefixed], device: str, results: Results) -> dict[tuple[str, int], Case]:
-    """(way, P) that run here. A prefix in every row that does not fit in memory is left out with a reason."""
+    """The (way, P) that fit in memory. Others are recorded with a reason."""
     found = {}
     for name, way in loaded.items():
         for c, what in plan:
@@ -103,7 +103,7 @@ def fitting(plan: Plan, loaded: Mapping[str, Prefixed], device: str, results: Re
 
 
 def measure(plan: Plan, results: Results, device: str, rounds: int, asked: Sequence[str] | None = None) -> None:
-    """One group: every length of every way in turn."""
+    """Measures one group: every length of every way in turn."""
     what = plan[0][1]
     loaded = load(plan, device, asked, results)
     cases = fitting(plan, loaded, device, results)
@@ -142,7 +142,7 @@ def _decode(
 
 
 def token_times(way: Prefixed, P: int, ids: torch.Tensor, new: int) -> list[float]:
-    """Seconds of each new token but the first."""
+    """Seconds of each new token except the first."""
     from transformers import LogitsProcessorList
 
     times: list[float] = []
@@ -177,9 +177,9 @@ def measure_memory(plan: Plan, results: Results, device: str, asked: Sequence[st
 
 
 def relative(records: Sequence[Record]) -> list[dict[str, Any]]:
-    """The answer to "a longer prefix costs nothing": latency over that of P = 0 in the same run.
+    """Time over that of P = 0 in the same run: what a longer prefix costs.
 
-    "ratio" is of the fastest samples, since noise only adds time, "of_medians" of the medians.
+    "ratio" compares the fastest samples, since noise only adds time; "of_medians" compares medians.
     """
     found = []
     floors = {_group(r): r for r in records if r["way"] == "bare" and "seconds" in r}

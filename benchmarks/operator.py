@@ -1,15 +1,15 @@
-"""The operator suite: one call of attention over [prefix ; sequence], beside every peer.
+"""The operator suite: one attention call over [prefix ; sequence], compared with every peer.
 
     forward, prefill    4 * Hq * D * B * pairs useful FLOPs; pairs = S * P + visible pairs of the sequence. Prefill is a
                         forward of one long row
     decode              a forward with one query per row
-    backward            2.5 times a forward: five products where it has two; what a kernel computes twice does not count
+    backward            2.5 times a forward: five products instead of two; recomputation does not count
     both                3.5 times: forward and backward
-    prefix-only         8 * Hq * D * B * S * P: a backward to the prefix alone, four products
+    prefix-only         8 * Hq * D * B * S * P: a backward to the prefix alone; four products
 
-Bytes are those that must pass through memory once: inputs and results. The roofline of a case is the larger of its
-FLOPs over the rate of a large product and its bytes over the rate of a large read (on a GPU: copy), both measured in
-the same run. What stays in a cache may be faster than that.
+Bytes count inputs and results once. The roofline of a case is the larger of two times: its FLOPs over the rate of a
+large product, and its bytes over the rate of a large read (on a GPU: copy). Both rates are measured in the same run.
+Data that stays in a cache can be faster than that.
 """
 
 from __future__ import annotations
@@ -46,8 +46,8 @@ TOKENS = 16384  # of a batch on a GPU
 PREFIXES = (0, 1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
 FEW = (0, 16, 128, 512, 2048)
 GPT2, SMOLLM2, LLAMA = (12, 12, 64), (9, 3, 64), (32, 8, 128)  # query heads, key heads, head size
-# How many times torch's own rounding error is wrong. A wrong mask is off by hundreds of times that of half precision,
-# and by 1e5 times that of float32, of which sums in another order make ten. Every record says how many it was.
+# A peer is wrong if its error is this many times torch's own. A wrong mask gives hundreds of times in half precision,
+# and 1e5 times in float32, where another order of summation gives ten. Every record has its multiple.
 WRONG = {torch.float32: 100.0, torch.bfloat16: 10.0}
 EAGER_CALLS = 20
 
@@ -55,7 +55,7 @@ EAGER_CALLS = 20
 def case(
     B: int, S: int, T: int, P: int, heads: tuple[int, int, int], dtype: str = "float32", *, is_causal: bool = True
 ) -> Case:
-    """Heads are query heads, key heads, head size."""
+    """``heads``: query heads, key heads, head size."""
     Hq, Hkv, D = heads
     return {"B": B, "Hq": Hq, "Hkv": Hkv, "S": S, "T": T, "P": P, "D": D, "is_causal": is_causal, "dtype": dtype}
 
@@ -66,12 +66,12 @@ def step(B: int, T: int, P: int, heads: tuple[int, int, int] = LLAMA, dtype: str
 
 
 def batch(S: int, P: int, heads: tuple[int, int, int], *, is_causal: bool = True) -> Case:
-    """Training on a GPU, ``TOKENS`` at once."""
+    """Training on a GPU, with ``TOKENS`` tokens in the batch."""
     return case(max(TOKENS // S, 1), S, S, P, heads, "bfloat16", is_causal=is_causal)
 
 
 def grid(device: str, name: str = "default") -> Plan:
-    """(case, what) pairs without repetition. ``name``: default, quick (tiny), full (the product), flex (a few)."""
+    """Distinct (case, what) pairs. ``name``: default, quick (tiny), full (every combination), flex (a few)."""
     if device == "cuda":
         makers = {"default": _on_gpu, "quick": _tiny, "flex": _flex_on_gpu, "full": _all_on_gpu}
     else:
@@ -80,7 +80,7 @@ def grid(device: str, name: str = "default") -> Plan:
 
 
 def _on_cpu() -> Iterator[tuple[Case, str]]:
-    """One thing varies at a time, and the two products of the heat maps: at most ten minutes on two cores."""
+    """Varies one dimension at a time, plus two for the heat maps. At most ten minutes on two cores."""
     half = "bfloat16"
     for P in PREFIXES:
         yield step(64, 128, P, GPT2, "float32"), "decode"
@@ -111,7 +111,7 @@ def _all_on_cpu() -> Iterator[tuple[Case, str]]:
 
 
 def _on_gpu() -> Iterator[tuple[Case, str]]:
-    """The cases of the targets first."""
+    """Cases with a performance target come first."""
     square, wide = (16, 16, 128), (16, 16, 64)
     causal = (False, True)
     training = [batch(S, 128, H, is_causal=c) for S, H, c in product((8192, 1024), (square, wide), causal)]
@@ -137,20 +137,20 @@ def _all_on_gpu() -> Iterator[tuple[Case, str]]:
 
 
 def _flex_on_cpu() -> Iterator[tuple[Case, str]]:
-    """Compiling FlexAttention takes half a minute per case: two, with a length that the other grids have not."""
+    """Two cases, as compiling FlexAttention takes half a minute each. The other grids have no P of 100."""
     yield case(8, 128, 128, 100, GPT2), "forward"
     yield case(1, 1024, 1024, 100, GPT2), "prefill"
 
 
 def _flex_on_gpu() -> Iterator[tuple[Case, str]]:
-    """Compiling and tuning FlexAttention takes minutes per case: few."""
+    """Few cases, as compiling and tuning FlexAttention takes minutes each."""
     cases = [batch(S, 128, (16, 16, 128), is_causal=c) for S, c in product((8192, 1024), (False, True))]
     yield from product(cases, ("forward", *BACKWARD))
     yield from ((step(B, T, P), "decode") for B, T, P in ((256, 512, 512), (64, 2048, 128), (8, 2048, 128)))
 
 
 def _tiny() -> Iterator[tuple[Case, str]]:
-    """For the logic. P varies for the figures; the last case's peers round."""
+    """Tiny shapes that exercise the logic. P varies for the pictures."""
     for P in (0, 5, 16):
         yield step(2, 16, P, (4, 2, 16)), "decode"
     yield step(2, 8, 4, (4, 1, 16), "float32"), "decode"
@@ -173,7 +173,7 @@ def flops(c: Mapping[str, Any], what: str) -> float:
 
 
 def traffic(c: Mapping[str, Any], what: str) -> float:
-    """Bytes that must pass through memory once: inputs and results, in training the log-sum-exp too."""
+    """Bytes of inputs and results, each counted once; in training, of the log-sum-exp too."""
     B, Hq, Hkv, S, T, P, D = (c[name] for name in ("B", "Hq", "Hkv", "S", "T", "P", "D"))
     item = getattr(torch, c["dtype"]).itemsize
     query, lse = item * B * Hq * S * D, 4 * B * Hq * S
@@ -195,7 +195,7 @@ def roofline(c: Mapping[str, Any], what: str, ceilings: Mapping[str, float]) -> 
 
 
 def needed_bytes(c: Mapping[str, Any]) -> float:
-    """About what decoding allocates: inputs, concatenation, two copies of ``cat + sdpa``, one head in float64."""
+    """About what decoding allocates: inputs, concatenation, the two copies of ``cat + sdpa``, one head in float64."""
     whole = 2.0 * c["B"] * c["Hkv"] * (c["T"] + c["P"]) * c["D"]
     return 4 * whole * getattr(torch, c["dtype"]).itemsize + 3 * whole / c["Hkv"] * 8
 
@@ -214,7 +214,7 @@ class RunOptions(NamedTuple):
 
 
 def grouped(plan: Plan) -> list[tuple[Case, list[str]]]:
-    """What is done with the same tensors, together."""
+    """Groups the plan by tensors: what is done with the same ones runs together."""
     groups: dict[tuple[Any, ...], tuple[Case, list[str]]] = {}
     for c, what in plan:
         share = what if what in ("prefix-only", "decode", "prefill") else ""
@@ -223,7 +223,7 @@ def grouped(plan: Plan) -> list[tuple[Case, list[str]]]:
 
 
 def measure(c: Case, kinds: Sequence[str], results: Results, options: RunOptions) -> None:
-    """One case: prepare, verify, time, record."""
+    """Prepares, verifies, times and records one case."""
     device, gradients = options.device, any(what in WITH_GRADIENTS for what in kinds)
     labelled = c | {"on": device}
     if device == "cuda" and needed_bytes(c) > 0.95 * free_bytes(device):
@@ -258,7 +258,7 @@ def measure(c: Case, kinds: Sequence[str], results: Results, options: RunOptions
 
 
 def way(peer: Ready, what: str) -> Way:
-    """What of the peer's call is timed."""
+    """The part of the peer's call that is timed."""
 
     @contextmanager
     def context() -> Iterator[None]:
@@ -275,7 +275,7 @@ def way(peer: Ready, what: str) -> Way:
 def verified(
     ready: dict[str, Ready], reasons: dict[str, str], x: Inputs, *, gradients: bool
 ) -> tuple[dict[str, Errors], dict[str, float]]:
-    """Errors of each peer, and as multiples of torch's own. A wrong peer moves from ``ready`` to ``reasons``."""
+    """Each peer's errors, absolute and as multiples of torch's. A wrong peer moves from ``ready`` to ``reasons``."""
     truth = exact(x, gradients=gradients)
     found: dict[str, Errors] = {}
     for name, peer in ready.items():
@@ -292,7 +292,7 @@ def verified(
 def timed(
     ready: Mapping[str, Ready], what: str, reasons: dict[str, str], options: RunOptions
 ) -> dict[str, dict[str, Any]]:
-    """Samples of every peer. A step of decoding on a GPU is a graph's replay, and the call from Python beside it."""
+    """Samples of every peer. Decoding on a GPU is timed twice: as a graph's replay, and called from Python."""
     ways = {name: way(peer, what) for name, peer in ready.items()}
     limits: dict[str, Any] = {"rounds": options.rounds, "seconds": options.seconds}
     if options.device != "cuda":
@@ -324,7 +324,7 @@ def timed(
 
 
 def _counted(call: Way) -> int | None:
-    """How many launches a call makes; None where the profiler cannot tell."""
+    """The number of launches in a call; None if the profiler cannot tell."""
     try:
         return len(launches(call))
     except RuntimeError:
@@ -332,7 +332,7 @@ def _counted(call: Way) -> int | None:
 
 
 def table(c: Mapping[str, Any], what: str, records: Sequence[Record], *, reasons: bool = True) -> str:
-    """The records of one case as text, the fastest first, then the reasons of those that did not run."""
+    """The records of one case as text: times, the fastest first, then the reasons of peers that did not run."""
     lines = [f"\n{what}  " + " ".join(f"{name}={value}" for name, value in c.items())]
     heads = ("median us", "IQR us", "eager us", "launches", "TFLOP/s", "GB/s", "roofline", "error x")
     lines.append(f"  {'':20}" + "".join(f"{head:>10}" for head in heads))

@@ -1,10 +1,8 @@
-"""Microseconds per call of prefix_attention where there is nearly nothing to compute: one token, as in decoding.
+"""The overhead suite: microseconds per call of prefix_attention on one token, where there is almost nothing to compute.
 
-The arithmetic is 4 * B * H * S * (P + T) * D = 1,536 FLOP, nanoseconds on any device: what is timed is the way through
-Python and the dispatcher. Peers: scaled_dot_product_attention on tensors that already hold prefix and sequence (what
-no model has for free), and the same with the concatenation inside the call (what models do).
-
-One thread: a second one has nothing to do.
+The arithmetic is 4 * B * H * S * (P + T) * D = 1,536 FLOP, nanoseconds on any device. So the time is that of Python and
+the dispatcher. Peers: scaled_dot_product_attention on tensors that already hold prefix and sequence (no model gets
+those for free), and with the concatenation inside the call (what models do). One thread: more have nothing to do.
 """
 
 from __future__ import annotations
@@ -41,7 +39,7 @@ def concatenate(key: Tensor, prefix: Tensor) -> Tensor:
 
 
 def backends(*tensors: Tensor) -> list[str]:
-    """What ``backend=`` may name on this device, Triton's interpreter excepted."""
+    """The backends that can run on this device, without Triton's interpreter."""
     refused = explain(*tensors).refused
     return ["auto", *(backend.NAME for backend in AUTO if backend.NAME not in refused)]
 
@@ -86,7 +84,7 @@ def training_ways(device: str) -> dict[str, Call]:
 
 
 def same_results(ways: dict[str, Call]) -> None:
-    """Speed is only shown of ways that compute the same."""
+    """Raises unless all ways compute the same: only then are they timed."""
     expected = ways[REFERENCE]()
     for name, way in ways.items():
         error = (way() - expected).abs().max().item()
@@ -95,7 +93,7 @@ def same_results(ways: dict[str, Call]) -> None:
 
 
 def measure(kinds: Sequence[str], results: Results, device: str, rounds: int, calls: int = CALLS) -> None:
-    """What a call costs, forward and with the prefix's gradient."""
+    """Times a call, forward and with the prefix's gradient."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     for what in kinds:

@@ -1,7 +1,7 @@
-"""The dispatcher's regret: how much longer the backend of ``auto`` took than the fastest of all, case by case.
+"""The dispatcher's regret: how much longer the backend of ``auto`` took than the fastest of ours, case by case.
 
-Both were timed in the same rounds. A difference counts as far as the median of the paired ratios and the ratio of
-minima both show it, so that noise has to move both.
+Both are timed in the same rounds. The regret is the smaller of the median of the paired ratios and the ratio of minima,
+so noise has to move both.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class Regret(NamedTuple):
 
 
 def regrets(records: Sequence[Record]) -> list[Regret]:
-    """Of every case of an operator suite that two backends or more ran, the largest first."""
+    """The regret of every operator case that at least two backends ran, the largest first."""
     groups: dict[tuple[object, ...], dict[str, Record]] = {}
     for r in records:
         if r["way"] in OURS and "seconds" in r:
