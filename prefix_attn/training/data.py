@@ -214,7 +214,7 @@ def aws_records(split: str = "train", task: str = "aws") -> tuple[Example, ...]:
         raise ValueError(f"split must be one of {SPLITS}, got {split!r}")
     spec = importlib.util.find_spec("botocore")
     if spec is None or not spec.submodule_search_locations:
-        raise ValueError("the data 'aws' comes from the botocore package: pip install botocore")
+        raise ValueError(f"the data {task!r} come from the botocore package: pip install 'prefix-attn[demo]'")
     return _aws_splits(Path(spec.submodule_search_locations[0]) / "data", task)[split]
 
 

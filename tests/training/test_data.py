@@ -211,6 +211,12 @@ def test_aws_of_the_installed_botocore() -> None:
     assert read_examples("aws", split="dev") == list(splits["dev"])
 
 
+def test_aws_without_botocore_says_which_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"the data 'aws' come from .*: pip install 'prefix-attn\[demo\]'"):
+        aws_records("dev")
+
+
 def test_aws_refuses_other_splits() -> None:
     with pytest.raises(ValueError, match="split must be one of"):
         aws_records("validation")
