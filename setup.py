@@ -1,4 +1,4 @@
-"""Builds the optional CPU extension; everything else about the package is in pyproject.toml.
+"""Builds the optional CPU extension and the package page; everything else about the package is in pyproject.toml.
 
 torch is never imported here: under pip's build isolation it cannot be, and the extension uses torch's stable ABI, so
 the headers of whichever torch the target environment holds are enough. Without headers or without a compiler the
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 import sys
 import sysconfig
 from pathlib import Path
@@ -19,6 +20,7 @@ from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
+REPOSITORY = "https://github.com/prefix-attn/prefix-attn"
 # The oldest torch whose stable ABI the extension may use: 2.10, the minimum in pyproject.toml.
 TORCH_TARGET_VERSION = "0x020a000000000000"
 
@@ -26,6 +28,19 @@ TORCH_TARGET_VERSION = "0x020a000000000000"
 def say(message: str) -> None:
     """Writes to stderr, where pip shows it with -v or on failure."""
     print(f"prefix_attn: {message}", file=sys.stderr, flush=True)
+
+
+def package_page() -> str:
+    """README.md with absolute links. A package page has no files beside it, so relative links would lead nowhere."""
+
+    def absolute(link: re.Match[str]) -> str:
+        text, target = link.groups()
+        if target.startswith("#"):
+            return f"{text}({REPOSITORY}{target})"
+        return f"{text}({REPOSITORY}/{'raw' if text.startswith('!') else 'blob'}/main/{target})"
+
+    page = (ROOT / "README.md").read_text(encoding="utf-8")
+    return re.sub(r"(!?\[[^\]]*\])\((?!https?:)([^)\s]+)\)", absolute, page)
 
 
 def is_torch(directory: Path) -> bool:
@@ -103,6 +118,8 @@ def extensions() -> list[Extension]:
 
 EXTENSIONS = extensions()
 setup(
+    long_description=package_page(),
+    long_description_content_type="text/markdown",
     packages=[*find_packages(include=["prefix_attn", "prefix_attn.*"]), "prefix_attn.csrc"],
     package_dir={"prefix_attn.csrc": "csrc"},
     ext_modules=EXTENSIONS,

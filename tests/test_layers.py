@@ -206,19 +206,16 @@ def test_base_import_needs_torch_alone() -> None:
 
 
 def tracked() -> list[Path]:
-    """The files that git tracks or would track; without git, the sources by name."""
-    command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    """The files that git tracks or would track; in an unpacked sdist, all that are neither hidden nor built."""
+    command = ["git", "--git-dir=.git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
     try:
         listing = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
-        names = [name for name in listing.split("\0") if name]
+        paths = [Path(name) for name in listing.split("\0") if name]
     except (OSError, subprocess.CalledProcessError):
-        names = [
-            str(path.relative_to(ROOT))
-            for top in ("prefix_attn", "tests", "benchmarks", "csrc")
-            for path in (ROOT / top).rglob("*.*")
-            if "__pycache__" not in path.parts
-        ]
-    return sorted(ROOT / name for name in names if (ROOT / name).is_file())
+        built = re.compile(r"\..*|__pycache__|build|dist|runs|.*\.egg-info|.*\.so")
+        paths = [path.relative_to(ROOT) for path in ROOT.rglob("*")]
+        paths = [path for path in paths if not any(built.fullmatch(part) for part in path.parts)]
+    return sorted(ROOT / path for path in paths if (ROOT / path).is_file())
 
 
 def text(path: Path) -> str | None:

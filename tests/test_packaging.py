@@ -1,19 +1,27 @@
-"""setup.py: the extension is built without importing torch, and its absence never stops an installation."""
+"""What is released: the extension, the source distribution, and what a user's tools see once it is installed."""
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 import sysconfig
+import tarfile
+from importlib.metadata import Distribution, PathDistribution
 from pathlib import Path
 
 import pytest
 import torch
 
+from tests.test_layers import tracked
+
 ROOT = Path(__file__).resolve().parent.parent
 TORCH = Path(torch.__file__).parent
+(VERSION,) = re.findall('^__version__ = "(.+)"$', (ROOT / "prefix_attn/__init__.py").read_text(), re.MULTILINE)
+REPOSITORY = "https://github.com/prefix-attn/prefix-attn"
 
 # Registers prefix_attn_packaging::same through the stable ABI.
 BINDING = """
@@ -40,7 +48,7 @@ def project(tmp_path: Path) -> Path:
         shutil.copy(ROOT / name, root)
     (root / "README.md").write_text("prefix_attn\n")
     (root / "prefix_attn").mkdir()
-    (root / "prefix_attn/__init__.py").touch()
+    (root / "prefix_attn/__init__.py").write_text('__version__ = "0.1.0"\n')
     (root / "csrc").mkdir()
     (root / "csrc/README.md").touch()
     return root
@@ -121,3 +129,201 @@ def test_no_sources_no_extension(project: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert "_C_cpu" not in done.stdout + done.stderr
     assert built(project) == []
+
+
+def python(*arguments: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Runs Python without git, with no extension to build."""
+    return subprocess.run(
+        [sys.executable, *arguments],
+        cwd=cwd,
+        env={**os.environ, "PREFIX_ATTN_BUILD": "0", "PYTHONDONTWRITEBYTECODE": "1", **environment},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+
+
+@pytest.fixture(scope="module")
+def sdist(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The source distribution of the working tree, unpacked."""
+    folder = tmp_path_factory.mktemp("sdist")
+    for path in tracked():
+        to = folder / "tree" / path.relative_to(ROOT)
+        to.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, to)
+    for name in ("tests/__pycache__/old.pyc", "prefix_attn/_C_cpu.abi3.so", "docs/.draft.md"):
+        (folder / "tree" / name).parent.mkdir(exist_ok=True)
+        (folder / "tree" / name).touch()
+    done = python(
+        "-c", f"from setuptools import build_meta; build_meta.build_sdist({str(folder)!r})", cwd=folder / "tree"
+    )
+    assert done.returncode == 0, done.stderr
+    (archive,) = folder.glob("*.tar.gz")
+    with tarfile.open(archive) as file:
+        file.extractall(folder / "unpacked", filter="data")
+    (unpacked,) = (folder / "unpacked").iterdir()
+    return unpacked
+
+
+@pytest.fixture(scope="module")
+def installed(sdist: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder into which pip has installed the wheel that it made of the source distribution."""
+    folder = tmp_path_factory.mktemp("installed")
+    (archive,) = sdist.parents[1].glob("*.tar.gz")
+    options = ("--quiet", "--no-deps", "--no-index", "--no-build-isolation", "--disable-pip-version-check")
+    done = python("-m", "pip", "install", *options, "--target", str(folder / "site"), str(archive), cwd=folder)
+    assert done.returncode == 0, done.stderr
+    return folder / "site"
+
+
+@pytest.fixture(scope="module")
+def metadata(installed: Path) -> Distribution:
+    (found,) = installed.glob("*.dist-info")
+    return PathDistribution(found)
+
+
+def test_sdist_is_the_repository(sdist: Path) -> None:
+    """All but hidden files, and nothing that was built."""
+    ours = {path.relative_to(ROOT) for path in tracked()}
+    expected = {str(path) for path in ours if not any(part.startswith(".") for part in path.parts)}
+    made = {"PKG-INFO", "setup.cfg"}
+    packed = {str(path.relative_to(sdist)) for path in sdist.rglob("*") if path.is_file()}
+    assert {name for name in packed - made if ".egg-info/" not in name} == expected - made
+
+
+def test_tests_pass_in_an_unpacked_sdist(sdist: Path) -> None:
+    """Without git: what asks git for the files of the repository looks for them itself."""
+    done = python("-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/test_layers.py", cwd=sdist)
+    assert done.returncode == 0, done.stdout
+    assert int(re.findall(r"(\d+) passed", done.stdout)[-1]) > len(list((sdist / "prefix_attn").rglob("*.py")))
+
+
+def test_the_wheel_passes_the_operators_tests(sdist: Path, installed: Path, tmp_path: Path) -> None:
+    """Tests of the source distribution, copied to where no other package is found than the installed one.
+
+    Those of the backends that are there without a compiler.
+    """
+    shutil.copytree(sdist / "tests", tmp_path / "tests")
+    shutil.copy(sdist / "pyproject.toml", tmp_path)
+    code = (
+        "import prefix_attn, pytest, sys; print(prefix_attn.__file__);"
+        "which = ['tests/test_functional.py', '-k', 'error or eager or composed'];"
+        "sys.exit(pytest.main(['-q', '-p', 'no:cacheprovider', *which]))"
+    )
+    done = python("-c", code, cwd=tmp_path, PYTHONPATH=str(installed))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.startswith(f"{installed / 'prefix_attn/__init__.py'}\n")
+
+
+def test_the_wheel_holds_every_module_and_the_kernels(installed: Path) -> None:
+    def files(folder: Path, *patterns: str) -> set[str]:
+        return {str(path.relative_to(folder)) for pattern in patterns for path in folder.rglob(pattern)}
+
+    package = installed / "prefix_attn"
+    modules = files(ROOT / "prefix_attn", "*.py", "*.json", "py.typed")
+    assert files(package, "*.py", "*.json", "py.typed") == modules
+    assert files(package / "csrc", "*.h", "*.cpp") == files(ROOT / "csrc", "*.h", "*.cpp")
+    assert {path.name for path in installed.iterdir()} <= {"bin", "prefix_attn", f"prefix_attn-{VERSION}.dist-info"}
+
+
+def test_metadata(metadata: Distribution) -> None:
+    """One version, the addresses of the project, and a package page whose links lead somewhere."""
+    assert metadata.version == VERSION
+    urls = dict(url.split(", ") for url in metadata.metadata.get_all("Project-URL") or ())
+    assert set(urls) == {"Homepage", "Repository", "Documentation", "Issues", "Changelog"}
+    assert all(url.startswith(REPOSITORY) for url in urls.values())
+    page = metadata.metadata.get_payload()
+    links = re.findall(r"\]\(([^)\s]+)\)", page)
+    assert [link for link in links if not link.startswith("https://")] == []
+    ours = re.findall(rf"\(({re.escape(REPOSITORY)}[^)\s]+)\)", page)
+    files = [re.sub(rf"{re.escape(REPOSITORY)}/(?:blob|raw)/main/", "", link) for link in ours if "#" not in link]
+    assert len(files) > 3
+    assert [name for name in files if not (ROOT / name).is_file()] == []
+
+
+def test_extras(metadata: Distribution) -> None:
+    """Nothing but the operator's torch without an extra, and no exact version but in dev and for the demo's data."""
+    requires = metadata.requires or []
+    assert [line for line in requires if "extra ==" not in line] == ["torch>=2.10"]
+    assert [line for line in requires if "==" in line.split(";")[0] and 'extra == "dev"' not in line] == [
+        'botocore==1.44.5; extra == "demo"'
+    ]
+
+
+# What a user's type checker has to accept, and what it finds out.
+RIGHT = """
+import torch
+from prefix_attn import PrefixAttention, PrefixConfig, PrefixModel, explain, get_prefix_model, prefix_attention
+from torch import nn
+from typing_extensions import reveal_type
+
+x = torch.ones(1, 1, 1, 8)
+reveal_type(prefix_attention(x, x, x, None, None))
+reveal_type(prefix_attention(x, x, x, None, None, return_lse=True))
+reveal_type(explain(x, x, x, None, None))
+reveal_type(PrefixAttention(64, 4, 10))
+config = PrefixConfig(num_virtual_tokens=10)
+
+
+def tune(base: nn.Module) -> None:
+    reveal_type(get_prefix_model(base, config))
+    reveal_type(PrefixModel.from_pretrained(base, "folder"))
+"""
+REVEALED = [
+    "Tensor | tuple[Tensor, Tensor]",
+    "Tensor | tuple[Tensor, Tensor]",
+    "Explanation",
+    "PrefixAttention",
+    "PrefixModel",
+    "PrefixModel",
+]
+# Every line that ends in a comment is wrong.
+WRONG = """
+import torch
+from prefix_attn import PrefixConfig, get_prefix_model, prefix_attention
+
+x = torch.ones(1, 1, 1, 8)
+prefix_attention("x")  # no tensor
+prefix_attention(x, x, x, None, None, return_lse="yes")  # no bool
+n: int = prefix_attention(x, x, x, None, None)  # no int
+PrefixConfig(num_virtual_tokens="ten")  # no number
+get_prefix_model(torch.nn.Linear(1, 1), 10)  # no config
+PrefixConfig().num_virtual_token  # no such field
+"""
+
+
+def checked(source: str, installed: Path, folder: Path) -> str:
+    """What pyrefly says about a user's file; a package without py.typed would have no types for it."""
+    (folder / "use.py").write_text(source)
+    (folder / "pyrefly.toml").write_text('replace-untyped-imports-with-any = ["prefix_attn", "prefix_attn.*"]\n')
+    pyrefly = Path(sys.executable).with_name("pyrefly")
+    options = ("--output-format", "min-text", "--python-interpreter-path", sys.executable)
+    command = [pyrefly, "check", *options, "--site-package-path", installed, "use.py"]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False).stdout
+
+
+def test_users_type_checkers_see_types(installed: Path, tmp_path: Path) -> None:
+    found = checked(RIGHT, installed, tmp_path)
+    assert re.findall(r"revealed type: (.*) \[", found) == REVEALED
+    assert "ERROR" not in found
+    found = checked(WRONG, installed, tmp_path)
+    expected = [number for number, line in enumerate(WRONG.splitlines(), start=1) if "  # no" in line]
+    assert sorted({int(line) for line in re.findall(r"ERROR use.py:(\d+):", found)}) == expected, found
+
+
+def test_a_folder_with_the_package_is_enough(tmp_path: Path) -> None:
+    """Nothing installed, and nothing there but torch: what the extras bring cannot be imported."""
+    shutil.copytree(ROOT / "prefix_attn", tmp_path / "prefix_attn", ignore=shutil.ignore_patterns("*.so"))
+    code = """
+import json, sys
+extras = "transformers", "safetensors", "accelerate", "gguf", "huggingface_hub", "peft", "triton", "typer", "rich"
+sys.modules.update(dict.fromkeys(extras))
+import torch, prefix_attn
+x = torch.ones(1, 1, 1, 8)
+out = prefix_attn.prefix_attention(x, x, x, None, None)
+print(json.dumps([prefix_attn.__file__, prefix_attn.__version__, torch.equal(out, x)]))
+"""
+    done = python("-c", code, cwd=tmp_path, PYTHONPATH=str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == [str(tmp_path / "prefix_attn/__init__.py"), VERSION, True]
