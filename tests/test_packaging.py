@@ -327,3 +327,16 @@ print(json.dumps([prefix_attn.__file__, prefix_attn.__version__, torch.equal(out
     done = python("-c", code, cwd=tmp_path, PYTHONPATH=str(tmp_path))
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout) == [str(tmp_path / "prefix_attn/__init__.py"), VERSION, True]
+
+
+def test_the_changelog_says_where_modules_went() -> None:
+    moved = re.findall(r"^\| `(\S+)`[^|]*\| `(\S+)`", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), re.MULTILINE)
+    assert len(moved) > 30
+
+    def files(name: str) -> list[Path]:
+        """The module, script, folder or files of that name."""
+        path = name if "/" in name else name.replace(".", "/")
+        return [*ROOT.glob(path), *ROOT.glob(f"{path}.py")]
+
+    assert [new for _, new in moved if not files(new)] == []
+    assert [old for old, _ in moved if any(path.is_file() for path in files(old))] == []
