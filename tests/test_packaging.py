@@ -132,7 +132,7 @@ def test_no_sources_no_extension(project: Path) -> None:
 
 
 def python(*arguments: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Runs Python without git, with no extension to build."""
+    """Runs Python, with no extension to build."""
     return subprocess.run(
         [sys.executable, *arguments],
         cwd=cwd,
