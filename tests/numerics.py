@@ -5,16 +5,32 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from prefix_attn import prefix_attention
-from prefix_attn.backends import eager
-from prefix_attn.call import Call
-from prefix_attn.functional import _split
+from tests import oracle
+
+
+class Tolerance(NamedTuple):
+    """Results agree where |got - expected| <= atol + rtol * |expected|; in norm, up to rtol."""
+
+    rtol: float
+    atol: float
+
+
+DOUBLE = Tolerance(1e-13, 1e-12)  # float64: the same sums in another order
+FLOAT = Tolerance(1e-6, 1e-6)  # float32: one operation, whose results are shares or near 1
+MODEL = Tolerance(1e-5, 2e-5)  # float32: through all the layers of a tiny model
+GRADIENT = Tolerance(1e-4, 1e-6)  # float32: back through them; gradients are small, and sums of larger terms
+LONG = Tolerance(1e-4, 1e-4)  # float32: sums of hundreds of terms, or of terms that are not near 1
+ROUNDED = Tolerance(2**-9, 2**-8)  # bfloat16: one rounding on the way, or several that average out
+HALF = Tolerance(2**-6, 2**-6)  # bfloat16 or float16: through a few layers
+DRAWS = Tolerance(0, 0.02)  # a share or a mean of thousands of random draws
 
 NAMES = ("query", "key", "value", "prefix_key", "prefix_value", "sinks", "bias", "prefix_gate")
 
@@ -171,13 +187,16 @@ def run(backend: str, arguments: dict[str, Any], *, lse_gradient: bool) -> dict[
     """out, lse and a gradient per differentiable tensor, for upstream gradients that are the same for every backend.
 
     backend "torch" is scaled_dot_product_attention on the concatenated tensors, which has no lse; "torch kernel" the
-    same without a gradient of the sinks, which makes torch take the kernel that rounds its output.
+    same without a gradient of the sinks, which makes torch take the kernel that rounds its output. "oracle" is the
+    definition, in tests/oracle.py.
     """
     leaves = {n: arguments[n].detach().requires_grad_() for n in NAMES if arguments.get(n) is not None}
     for name in frozen(backend, arguments):
         leaves[name] = leaves[name].detach()
     if backend.startswith("torch"):
         out, lse = concatenated(arguments | leaves), None
+    elif backend == "oracle":
+        out, lse = oracle.attention(arguments | leaves)
     else:
         out, lse = prefix_attention(**arguments | leaves, backend=backend, return_lse=True)
     objective = (out * _upstream(out)).sum()
@@ -193,7 +212,7 @@ def run(backend: str, arguments: dict[str, Any], *, lse_gradient: bool) -> dict[
 
 def frozen(backend: str, arguments: dict[str, Any]) -> list[str]:
     """Tensors whose gradient a backend may refuse, and is therefore not asked for."""
-    if backend == "eager":
+    if backend in ("eager", "oracle"):
         return []
     half = arguments["query"].dtype.itemsize < 4 and backend in ("composed", "torch kernel")
     return [n for n in ("bias", *(("sinks",) if half else ())) if arguments.get(n) is not None]
@@ -204,29 +223,38 @@ def concatenated(arguments: dict[str, Any]) -> Tensor:
 
     A sink is one more key, with score ``sink`` and value 0. Equal head sizes let torch take its own kernel.
     """
-    fields = {n: a for n, a in arguments.items() if n in Call._fields}
-    call = Call(**{"scale": arguments["query"].shape[-1] ** -0.5} | fields)
-    if (gate := arguments.get("prefix_gate")) is not None:
-        sequence, prefix = _split(call)
-        return (_attention(sequence) + gate[:, None, None] * _attention(prefix)).to(call.query.dtype)
-    return _attention(call)
+    query, gate, bias = arguments["query"], arguments.get("prefix_gate"), arguments.get("bias")
+    B, Hq, S, _ = query.shape
+    T = arguments["key"].shape[2]
+    visible = oracle.visible(arguments)[:, None]  # [B, 1, S, P + T]
+    P = visible.shape[-1] - T
+    rows = [oracle.concatenation(arguments, b) for b in range(B)]
+    key, value = (torch.stack(parts) for parts in zip(*rows)) if rows else (arguments["key"], arguments["value"])
+    mask = query.new_zeros(B, Hq, S, P + T)
+    if bias is not None:
+        mask = mask + F.pad(bias, (P, 0))
+    mask = mask.masked_fill(~visible, -torch.inf)
+    attend = partial(_attention, query, scale=arguments.get("scale"))
+    if gate is None:
+        return attend(key, value, mask, arguments.get("sinks"))
+    sequence = attend(key[:, :, P:], value[:, :, P:], mask[..., P:], arguments.get("sinks"))
+    prefix = attend(key[:, :, :P], value[:, :, :P], mask[..., :P], None)
+    return (sequence + gate[..., None, None] * prefix).to(query.dtype)
 
 
-def _attention(call: Call) -> Tensor:
-    key, value, visible = eager._concatenate(call)
-    mask = call.query.new_zeros(*call.query.shape[:3], key.shape[2])
-    if call.bias is not None:
-        mask = mask + F.pad(call.bias, (call.prefix_length, 0))
-    if visible is not None:
-        mask = mask.masked_fill(~visible, -torch.inf)
-    if call.sinks is not None:
+def _attention(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor, sinks: Tensor | None, *, scale: float | None
+) -> Tensor:
+    group = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(group, dim=1), value.repeat_interleave(group, dim=1)
+    if sinks is not None:
         key, value = F.pad(key, (0, 0, 0, 1)), F.pad(value, (0, 0, 0, 1))
-        sink = call.sinks.to(mask.dtype)[:, None, None].expand(*mask.shape[:3], 1)
+        sink = sinks.to(mask.dtype)[:, None, None].expand(*mask.shape[:3], 1)
         mask = torch.cat([mask, sink], dim=-1)
-    Dv = value.shape[-1]
-    size = max(call.query.shape[-1], Dv)
-    query, key, value = (F.pad(t, (0, size - t.shape[-1])) for t in (call.query, key, value))
-    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=call.scale)[..., :Dv]
+    D, Dv = query.shape[-1], value.shape[-1]
+    query, key, value = (F.pad(t, (0, max(D, Dv) - t.shape[-1])) for t in (query, key, value))
+    scale = D**-0.5 if scale is None else scale
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)[..., :Dv]
 
 
 def _upstream(tensor: Tensor) -> Tensor:
@@ -238,6 +266,17 @@ def _upstream(tensor: Tensor) -> Tensor:
 def widen(arguments: dict[str, Any]) -> dict[str, Any]:
     """The same numbers in float64."""
     return {n: a.double() if isinstance(a, Tensor) and a.is_floating_point() else a for n, a in arguments.items()}
+
+
+def close(got: Any, expected: Any, tolerance: Tolerance) -> None:
+    """Fail unless two numbers, tensors or collections of them agree, element by element."""
+    torch.testing.assert_close(got, expected, **tolerance._asdict())
+
+
+def close_in_norm(got: Tensor, expected: Tensor, tolerance: Tolerance, *, name: str = "", dim: Any = None) -> None:
+    """Fail unless the difference is small beside ``expected``, both measured over ``dim`` (over everything)."""
+    error = ((got - expected).norm(dim=dim) / expected.norm(dim=dim)).max()
+    assert error <= tolerance.rtol, f"{name}: relative error {error:.1e}"
 
 
 def as_accurate(name: str, got: Tensor, exact: Tensor, roughs: list[Tensor], *, few: bool = False) -> None:

@@ -311,3 +311,9 @@ def test_private_uses_sees_other_objects_alone() -> None:
     source = "self._a\ncls._b\nx.__len__\nx._replace()\nmodel._find(1)\nself.model._c\nx._d._e\n"
     found = sorted(private_uses(ast.parse(source)))
     assert found == ["5: model._find", "6: self.model._c", "7: x._d", "7: x._d._e"]
+
+
+def test_the_oracle_is_independent() -> None:
+    """It imports neither the package nor other tests, which do."""
+    found = imports(ast.parse((ROOT / "tests/oracle.py").read_text()))
+    assert {name.split(".")[0] for name in found} <= {"math", "torch", "typing", "__future__"}
