@@ -246,7 +246,6 @@ def test_builds_at_first_use_or_says_why_not(checkout: Path) -> None:
     assert built.stderr.strip() == "building the CPU kernels: once, about 20 seconds"
 
 
-@pytest.mark.slow
 def test_sanitizers_find_nothing(checkout: Path) -> None:
     """AddressSanitizer and UndefinedBehaviorSanitizer over the numerics, and over packed lengths that lie.
 

@@ -37,7 +37,6 @@ def compiled(tmp_path: Path, *options: str) -> list[list[str]]:
     return [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arch", "sizes"), {"sm_80": (64,), "sm_90": SIZES, "sm_100": (128,), "gfx942": (256,)}.items(), ids=str
 )
@@ -49,7 +48,6 @@ def test_what_is_shipped_compiles(tmp_path: Path, arch: str, sizes: tuple[int, .
     assert found == {(arch, kernel, "half", str(size)) for kernel in KERNELS for size in sizes}
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("dtype", "sizes"), [("half", SIZES), ("float", (64,))], ids=str)
 def test_all_options_at_once_compile(tmp_path: Path, dtype: str, sizes: tuple[int, ...]) -> None:
     """Masks, window, softcap, sinks, dropout, bias and a ragged bank in one call."""

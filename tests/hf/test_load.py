@@ -24,7 +24,6 @@ PARAGRAPH = (
 
 
 @smollm2
-@pytest.mark.slow
 def test_smollm2_knows_english_and_when_to_stop() -> None:
     load_base("smollm2", dtype=torch.float32, device="cpu")  # converts, the first time
     start = time.perf_counter()
