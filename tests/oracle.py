@@ -94,7 +94,7 @@ def attention(a: dict[str, Any]) -> tuple[Tensor, Tensor]:
 
 
 def logits(a: dict[str, Any], b: int, h: int, i: int, q: Tensor, keys: Tensor, columns: Tensor) -> Tensor:
-    """One for each key: scaled, capped, with its bias. ``columns``: its place in the sequence, below 0 in the prefix."""
+    """One for each key: scaled, capped, with its bias. ``columns``: its place among the keys, below 0 in the prefix."""
     scale = a.get("scale")
     scores = (len(q) ** -0.5 if scale is None else scale) * (keys @ q)
     if (cap := a.get("softcap")) is not None:

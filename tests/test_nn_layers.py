@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from prefix_attn import PrefixAttention
 from tests.multihead import CAUSAL, PADDING, SQUARE, B, Concatenated, E, H, P, S, T, additive
+from tests.numerics import FLOAT, HALF, close_in_norm
 
 pytestmark = pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors is in prototype")
 
@@ -119,8 +120,8 @@ def test_inside_a_layer_no_prefix_is_the_original(name: str, dtype: torch.dtype)
         assert torch.equal(*outs)
     prefixed = attach(original, P)
     expected = by_concatenation(prefixed)(**tokens, **options)
-    error = (prefixed.train()(**tokens, **options) - expected).float().norm() / expected.float().norm()
-    assert error <= (1e-6 if dtype == torch.float32 else 1e-2)
+    got = prefixed.train()(**tokens, **options)
+    close_in_norm(got.float(), expected.float(), FLOAT if dtype == torch.float32 else HALF)
 
 
 def test_an_encoder_made_of_a_prefixed_layer_does_not_nest() -> None:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from prefix_attn import prefix_attention, prefix_attention_varlen
-from tests.numerics import Case, as_accurate, widen
+from tests.numerics import ROUNDED, Case, as_accurate, widen
 
 NAMES = ("query", "key", "value", "prefix_key", "prefix_value", "sinks")
 
@@ -103,4 +103,4 @@ def test_gradients_under_dropout_are_those_of_the_output(case: Case) -> None:
         ahead, behind = (objective(**{name: arguments[name] + s * direction}) for s in (step, -step))
         slope, expected = float(ahead - behind) / (2 * step), float((grads[name].double() * direction).sum())
         size = float(grads[name].norm() * direction.norm())
-        assert abs(slope - expected) <= 2e-3 * size, f"{name}: {slope} along the output, {expected} by backward"
+        assert abs(slope - expected) <= ROUNDED.rtol * size, f"{name}: {slope} along the output, {expected} by backward"

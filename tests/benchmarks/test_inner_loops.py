@@ -44,7 +44,7 @@ def test_one_block_adds_its_units_and_many_hide_all_but_the_busiest() -> None:
     assert inner_loops.overlapped(1024, 750, 1) == 1774
     assert inner_loops.overlapped(1, 1, 2) == pytest.approx(3 / 2)  # n customers at two equal queues: (n + 1) / n
     assert inner_loops.overlapped(1, 1, 9) == pytest.approx(10 / 9)
-    assert inner_loops.overlapped(1024, 100, 8) == pytest.approx(1024, rel=1e-6)
+    assert inner_loops.overlapped(1024, 100, 8) == pytest.approx(1024)
 
 
 def test_of_the_peak() -> None:

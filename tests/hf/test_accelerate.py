@@ -16,6 +16,7 @@ from prefix_attn import accelerate
 from prefix_attn.hf.attach import attention
 from prefix_attn.hf.attach.gradient_checkpointing import set_checkpointing
 from tests.hf.models import tiny, tokens
+from tests.numerics import GRADIENT, LONG, MODEL, close
 
 pytestmark = pytest.mark.peft
 P = 5
@@ -50,9 +51,7 @@ def results(model: Any) -> dict[str, Tensor]:
 
 
 def assert_same(got: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    assert got.keys() == expected.keys()
-    for name, value in expected.items():
-        torch.testing.assert_close(got[name], value, rtol=1e-5, atol=1e-5, msg=lambda m, name=name: f"{name}: {m}")
+    close(got, expected, MODEL)
 
 
 @pytest.mark.parametrize("adapter", ADAPTERS)
@@ -105,7 +104,7 @@ def test_the_adapter_stays_pefts() -> None:
         model.set_adapter(name)
         assert_same(results(model), wanted)
     with model.disable_adapter():
-        torch.testing.assert_close(model(input_ids=tokens()).logits, bare, rtol=1e-5, atol=1e-5)
+        close(model(input_ids=tokens()).logits, bare, MODEL)
     assert_same(results(model), expected["default"])
     assert all(torch.equal(t, state[n]) for n, t in model.state_dict().items())
 
@@ -124,7 +123,7 @@ def test_trainer_ends_where_it_ended(tmp_path: Path) -> None:
         Trainer(model, arguments, train_dataset=rows).train()
         trained.append(model.prompt_encoder["default"].embedding.weight.detach())
         assert (trained[-1] - start).abs().max() > 0.1
-    torch.testing.assert_close(trained[1], trained[0], rtol=1e-3, atol=1e-4)
+    close(trained[1], trained[0], LONG)
 
 
 def test_the_mlp_runs_once_per_batch() -> None:
@@ -152,7 +151,7 @@ def test_gradient_checkpointing(use_reentrant: bool) -> None:
     expected = grads()
     set_checkpointing(model.get_base_model(), use_reentrant=use_reentrant)
     for got, wanted in zip(grads(), expected, strict=True):
-        torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-6)
+        close(got, wanted, GRADIENT)
 
 
 def test_what_cannot_be_accelerated() -> None:

@@ -21,6 +21,7 @@ from prefix_attn.hf.attach import running
 from prefix_attn.hf.attach.gradient_checkpointing import set_checkpointing
 from tests.hf import test_gradients  # noqa: F401  registers the attention "concatenating"
 from tests.hf.models import CACHE, VOCABULARY, tiny, tokens
+from tests.numerics import GRADIENT, LONG, MODEL, close, close_in_norm
 
 CONFIGS = {
     "long": {"num_virtual_tokens": 7},
@@ -29,7 +30,6 @@ CONFIGS = {
 }
 ROWS = ["long", "short", None, "still", "long"]
 QUIET = {"do_sample": False, "pad_token_id": 0, "eos_token_id": None, "max_new_tokens": 6}
-CLOSE = {"rtol": 1e-5, "atol": 2e-5}
 
 
 def prefixed(name: str = "llama", layers: int = 3, **options: Any) -> PrefixModel:
@@ -73,7 +73,7 @@ def test_every_row_is_as_if_alone(name: str) -> None:
     for row, prefix in enumerate(ROWS):
         prompt = ids[row : row + 1, row:]
         with only(model, prefix), torch.no_grad():
-            torch.testing.assert_close(logits[row, row:], model(prompt).logits[0], **CLOSE)
+            close(logits[row, row:], model(prompt).logits[0], MODEL)
             for way, options in ways.items():
                 expected = model.generate(prompt, **QUIET, **options)
                 count = len(expected)
@@ -89,7 +89,7 @@ def test_sampled_sequences_have_the_prefix_of_their_row() -> None:
     for row, sequence in enumerate(out.sequences):
         with only(model, ["short", None, "still"][row // 2]), torch.no_grad():
             expected = model(sequence[None]).logits[0, 4:-1]
-        torch.testing.assert_close(torch.stack([step[row] for step in out.logits]), expected, **CLOSE)
+        close(torch.stack([step[row] for step in out.logits]), expected, MODEL)
 
 
 @pytest.mark.parametrize("assistant", ["another model", "the prompt"])
@@ -113,7 +113,7 @@ def test_turns_that_share_a_cache(name: str) -> None:
         expected = model(ids, prefix_names=ROWS).logits
         first = model(ids[:, :8], prefix_names=ROWS, use_cache=True)
         second = model(ids[:, 8:], prefix_names=ROWS, **{CACHE: first[CACHE]})
-    torch.testing.assert_close(torch.cat([first.logits, second.logits], dim=1), expected, **CLOSE)
+    close(torch.cat([first.logits, second.logits], dim=1), expected, MODEL)
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gemma2", "mistral"])
@@ -135,11 +135,10 @@ def test_gradients_against_concatenation(name: str) -> None:
         with model.disable_prefix():
             expected.append(model(row[None], **options).logits)
     reference = torch.cat(expected)
-    torch.testing.assert_close(logits, reference, **CLOSE)
+    close(logits, reference, MODEL)
     for prefix, got, wanted in zip(CONFIGS, grads, torch.autograd.grad((reference * weight).sum(), leaves)):
         per_layer = (len(wanted), 6, -1)
-        errors = (got - wanted).view(per_layer).norm(dim=(0, 2)) / wanted.view(per_layer).norm(dim=(0, 2))
-        assert errors.max() <= 1e-5, f"{prefix}: relative errors {errors.tolist()}"
+        close_in_norm(got.view(per_layer), wanted.view(per_layer), MODEL, dim=(0, 2), name=prefix)
 
 
 @pytest.mark.parametrize("projection", [False, True], ids=["flat", "mlp"])
@@ -168,7 +167,7 @@ def test_training(checkpointing: str | None, projection: bool) -> None:
                 assert grad is None
             else:
                 assert expected[name].abs().max() > 0
-                torch.testing.assert_close(grad, expected[name], rtol=1e-4, atol=1e-4)
+                close(grad, expected[name], LONG)
 
 
 def test_frozen_and_trainable_prefixes_share_a_batch() -> None:
@@ -202,7 +201,7 @@ def test_compiled() -> None:
         ids = tokens(len(ROWS), length)
         losses = [m(ids, labels=ids, prefix_names=ROWS, use_cache=False).loss for m in (compiled, model)]
         torch.testing.assert_close(*losses)
-        torch.testing.assert_close(*(torch.autograd.grad(loss, parameters) for loss in losses), rtol=1e-4, atol=1e-6)
+        close(*(torch.autograd.grad(loss, parameters) for loss in losses), GRADIENT)
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])

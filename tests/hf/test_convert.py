@@ -54,13 +54,13 @@ def test_peft_s_encoder_decoder_models_there_and_back(name: str, layers: int, tm
     assert len(report["notes"]) == (0 if layers % 2 else 2)
     assert report["parameters"] == P * 2 * layers * 32
     model = ours(tiny(name, **changes), tmp_path / "ours")
-    assert (logits(model) - expected).abs().max() <= 1e-5
+    torch.testing.assert_close(logits(model), expected)
     model.prefixes["default"].embedding.data += torch.randn(P, 2 * layers * 32)  # no two layers are alike any more
     model.save_pretrained(tmp_path / "edited")
     back = convert(tmp_path / "edited", tmp_path / "back", to="peft")
     assert back["peft_type"] == "PREFIX_TUNING"
     again = PeftModel.from_pretrained(tiny(name, **changes), tmp_path / "back")
-    assert (logits(again) - logits(model)).abs().max() <= 1e-5
+    torch.testing.assert_close(logits(again), logits(model))
     assert (logits(again) - expected).abs().max() > 0.1
 
 
@@ -70,13 +70,13 @@ def test_cartridges_to_peft_and_back(tmp_path: Path) -> None:
     convert(tmp_path / "cache.pt", tmp_path / "peft", to="peft")
     peft = PeftModel.from_pretrained(tiny("llama"), tmp_path / "peft")
     assert peft.peft_config["default"].num_frozen_tokens == 1
-    assert (logits(peft) - logits(ours(tiny("llama"), tmp_path / "cache.pt"))).abs().max() <= 1e-5
+    torch.testing.assert_close(logits(peft), logits(ours(tiny("llama"), tmp_path / "cache.pt")))
     expected = saved_by_peft(
         tiny("llama"), tmp_path / "theirs", CartridgeConfig(task_type="CAUSAL_LM", num_virtual_tokens=P)
     )
     report = convert(tmp_path / "theirs", tmp_path / "ours")
     assert (report["peft_type"], report["num_frozen_tokens"]) == ("CARTRIDGE", 1)
-    assert (logits(ours(tiny("llama"), tmp_path / "ours")) - expected).abs().max() <= 1e-5
+    torch.testing.assert_close(logits(ours(tiny("llama"), tmp_path / "ours")), expected)
 
 
 @pytest.mark.peft
@@ -87,7 +87,7 @@ def test_the_original_to_peft(tmp_path: Path) -> None:
     convert(tmp_path / "theirs", tmp_path / "peft", to="peft")
     assert torch.equal(load_file(tmp_path / "peft" / checkpoint.ADAPTER)[checkpoint.KEY], rows)
     peft = PeftModel.from_pretrained(tiny("gpt2"), tmp_path / "peft")
-    assert (logits(peft) - logits(ours(tiny("gpt2"), tmp_path / "theirs"))).abs().max() <= 1e-5
+    torch.testing.assert_close(logits(peft), logits(ours(tiny("gpt2"), tmp_path / "theirs")))
 
 
 def test_adapters_to_ours(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from prefix_attn import PrefixConfig, PrefixModel, get_prefix_model
 from prefix_attn.hf.attach.gradient_checkpointing import set_checkpointing
 from tests.hf.concatenation import concatenation
 from tests.hf.models import ENCODERS, tiny, tokens
+from tests.numerics import GRADIENT, MODEL, close, close_in_norm
 
 P = 4
 PATHS = {
@@ -52,9 +53,9 @@ def test_every_layer_against_concatenation(name: str, mode: str) -> None:
     with model.disable_prefix(), concatenation(base, prefixes):
         expected = base(**given, position_ids=positions).logits
     (expected_grad,) = torch.autograd.grad((expected * weight).sum(), leaf)
-    torch.testing.assert_close(logits, expected, rtol=1e-5, atol=2e-5)
+    close(logits, expected, MODEL)
     for got, wanted in zip(*(g.view(P, 6, -1).unbind(1) for g in (grad, expected_grad))):
-        assert (got - wanted).norm() <= 1e-5 * wanted.norm()
+        close_in_norm(got, wanted, MODEL)
 
 
 @pytest.mark.peft
@@ -69,12 +70,12 @@ def test_peft_s_prefixes_and_heads(name: str, tmp_path: Path) -> None:
     peft.save_pretrained(tmp_path / "theirs")
     ours = PrefixModel.from_pretrained(tiny(name), tmp_path / "theirs").eval()
     expected = peft(**inputs()).logits
-    assert (ours(**inputs()).logits - expected).abs().max() <= 1e-5
+    torch.testing.assert_close(ours(**inputs()).logits, expected)
     with ours.disable_prefix():
         assert (ours(**inputs()).logits - expected).abs().max() > 0.1
     ours.save_pretrained(tmp_path / "ours")
     again = PeftModel.from_pretrained(tiny(name), str(tmp_path / "ours")).eval()
-    assert (again(**inputs()).logits - expected).abs().max() <= 1e-5
+    torch.testing.assert_close(again(**inputs()).logits, expected)
 
 
 HEADS = {
@@ -110,7 +111,7 @@ def test_training_moves_the_prefix_and_a_copy_of_the_head(name: str, tmp_path: P
     assert base.state_dict().keys() == before.keys()
     assert all(torch.equal(p, before[n]) for n, p in base.state_dict().items())
     with model.eval().disable_prefix():
-        torch.testing.assert_close(model(**inputs()).logits, expected, rtol=1e-5, atol=2e-5)
+        close(model(**inputs()).logits, expected, MODEL)
     model.save_pretrained(tmp_path)
     again = PrefixModel.from_pretrained(tiny(name), tmp_path).eval()
     assert torch.equal(again(**inputs()).logits, model(**inputs()).logits)
@@ -166,7 +167,7 @@ def test_gradient_checkpointing_changes_no_gradient(name: str, use_reentrant: bo
     expected = grads()
     set_checkpointing(model, use_reentrant=use_reentrant)
     for _ in range(2):
-        torch.testing.assert_close(grads(), expected, rtol=1e-4, atol=1e-6)
+        close(grads(), expected, GRADIENT)
 
 
 def test_second_sentence_of_a_pair() -> None:

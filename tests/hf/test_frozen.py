@@ -13,6 +13,7 @@ from torch import Tensor
 
 from prefix_attn import PrefixConfig, PrefixModel, get_prefix_model
 from tests.hf.models import tiny, tokens
+from tests.numerics import GRADIENT, MODEL, close
 
 P, F, WIDTH = 5, 2, 2 * 3 * 2 * 8
 FORMS: dict[str, dict[str, Any]] = {"flat": {}, "mlp": {"prefix_projection": True, "encoder_hidden_size": 8}}
@@ -55,15 +56,15 @@ def test_start_and_gradient_are_those_of_a_prefix_without_frozen_tokens(form: st
     grads = [
         torch.autograd.grad(m(ids).logits.square().sum(), m.prefixes["default"].embedding)[0] for m in (model, plain)
     ]
-    torch.testing.assert_close(model(ids).logits, plain(ids).logits, rtol=0, atol=0)
+    assert torch.equal(model(ids).logits, plain(ids).logits)
     if form == "flat":
-        torch.testing.assert_close(grads[0], grads[1][F:], rtol=0, atol=0)
+        assert torch.equal(grads[0], grads[1][F:])
 
 
 def test_dropout_is_for_trained_tokens() -> None:
     encoder = prefixed(dropout=0.5).train().prefixes["default"]
     kv = encoder()
-    torch.testing.assert_close(kv[:, :, :F], encoder.eval()()[:, :, :F], rtol=0, atol=0)
+    assert torch.equal(kv[:, :, :F], encoder.eval()()[:, :, :F])
     assert (kv[:, :, F:] == 0).float().mean() > 0.2
 
 
@@ -78,7 +79,7 @@ def test_all_frozen_is_a_hard_prompt() -> None:
     assert model.get_nb_trainable_parameters()[0] == 0
     loss = model(ids, labels=ids)
     loss.loss.backward()
-    torch.testing.assert_close(loss.logits, expected, rtol=1e-5, atol=1e-5)
+    close(loss.logits, expected, MODEL)
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -108,7 +109,7 @@ def test_peft_loads_a_cartridge_of_ours(name: str, tmp_path: Path) -> None:
     assert (written["peft_type"], written["num_frozen_tokens"]) == ("CARTRIDGE", F)
     peft = PeftModel.from_pretrained(tiny(name), tmp_path).eval()
     assert torch.equal(peft.prompt_encoder["default"].frozen_embedding, frozen_rows(ours))
-    torch.testing.assert_close(peft(input_ids=tokens()).logits, ours(tokens()).logits, rtol=1e-5, atol=1e-5)
+    close(peft(input_ids=tokens()).logits, ours(tokens()).logits, MODEL)
 
 
 @pytest.mark.peft
@@ -119,11 +120,11 @@ def test_a_cartridge_of_peft_loads(name: str, tmp_path: Path) -> None:
     peft.save_pretrained(tmp_path)
     ours = PrefixModel.from_pretrained(tiny(name), tmp_path, is_trainable=True).eval()
     assert torch.equal(frozen_rows(ours), peft.prompt_encoder["default"].frozen_embedding)
-    torch.testing.assert_close(ours(tokens()).logits, peft(input_ids=tokens()).logits, rtol=1e-5, atol=1e-5)
+    close(ours(tokens()).logits, peft(input_ids=tokens()).logits, MODEL)
     ours(tokens(), labels=tokens()).loss.backward()
     peft(input_ids=tokens(), labels=tokens()).loss.backward()
     theirs = peft.prompt_encoder["default"].trainable_embedding.grad
-    torch.testing.assert_close(ours.prefixes["default"].embedding.grad, theirs, rtol=1e-4, atol=1e-6)
+    close(ours.prefixes["default"].embedding.grad, theirs, GRADIENT)
 
 
 def test_frozen_and_other_prefixes_share_a_batch() -> None:
@@ -133,7 +134,7 @@ def test_frozen_and_other_prefixes_share_a_batch() -> None:
     together = model(ids, prefix_names=names).logits
     for row, name in enumerate(names):
         model.set_prefix(name)
-        torch.testing.assert_close(together[row], model(ids[row : row + 1]).logits[0], rtol=1e-5, atol=2e-5)
+        close(together[row], model(ids[row : row + 1]).logits[0], MODEL)
 
 
 ERRORS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {

@@ -15,9 +15,10 @@ from prefix_attn.hf.attach.gradient_checkpointing import set_checkpointing
 from prefix_attn.training.evaluate import generate_text, validation_loss
 from prefix_attn.training.tokens import collate
 from tests.hf.models import CACHE, VOCABULARY, tiny, tokens
-from tests.hf.test_banks import CLOSE, QUIET, left_padded, only
+from tests.hf.test_banks import QUIET, left_padded, only
 from tests.hf.test_gate import open_gates
 from tests.hf.test_gradients import full_mask
+from tests.numerics import GRADIENT, LONG, MODEL, close, close_in_norm
 from tests.tokens import byte_tokenizer
 
 P = 4
@@ -78,9 +79,9 @@ def test_equals_concatenation(name: str) -> None:
     leaf = model.prefixes["default"].embedding
     logits = model(ids, attention_mask=mask, infix_start=STARTS).logits
     expected = by_hand(model, ids, mask, STARTS)
-    torch.testing.assert_close(logits[mask.bool()], expected[mask.bool()], rtol=1e-5, atol=2e-5)
+    close(logits[mask.bool()], expected[mask.bool()], MODEL)
     got, wanted = (torch.autograd.grad((t * weight).sum(), leaf)[0].view(P, 6, -1) for t in (logits, expected))
-    assert ((got - wanted).norm(dim=(0, 2)) / wanted.norm(dim=(0, 2))).max() <= 5e-5
+    close_in_norm(got, wanted, MODEL, dim=(0, 2))
 
 
 def test_positions_of_padding_are_anything() -> None:
@@ -90,7 +91,7 @@ def test_positions_of_padding_are_anything() -> None:
     assert bool((positions.diff(dim=-1) < 0).any())
     got = model(ids, attention_mask=mask, position_ids=positions, infix_start=STARTS).logits
     expected = model(ids, attention_mask=mask, infix_start=STARTS).logits
-    torch.testing.assert_close(got[mask.bool()], expected[mask.bool()], **CLOSE)
+    close(got[mask.bool()], expected[mask.bool()], MODEL)
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama", "mistral"])
@@ -122,7 +123,7 @@ def test_start_from_labels() -> None:
         rows = [1, 2]
         first[CACHE].batch_select_indices(torch.tensor(rows))
         second = model(ids[rows, 5:], labels=labels[rows, 5:], **{CACHE: first[CACHE]}).logits
-    torch.testing.assert_close(second, expected[rows, 5:], **CLOSE)
+    close(second, expected[rows, 5:], MODEL)
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama", "mistral", "gemma2"])
@@ -159,7 +160,7 @@ def test_a_prompt_in_pieces(name: str) -> None:
             pieces = [
                 model(part, infix_start=start, **{CACHE: cache}).logits for part in ids.split((4, 4, 3, 1), dim=1)
             ]
-            torch.testing.assert_close(torch.cat(pieces, dim=1), whole, rtol=1e-4, atol=1e-4)
+            close(torch.cat(pieces, dim=1), whole, LONG)
 
 
 def test_assisted_decoding() -> None:
@@ -184,7 +185,7 @@ def test_checkpointing_with_gates_and_frozen_tokens(use_reentrant: bool) -> None
     set_checkpointing(model, use_reentrant=use_reentrant)
     for got, wanted in zip(grads(), expected):
         assert wanted.abs().max() > 0
-        torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-6)
+        close(got, wanted, GRADIENT)
 
 
 def test_infixes_and_prefixes_share_a_batch() -> None:
@@ -200,7 +201,7 @@ def test_infixes_and_prefixes_share_a_batch() -> None:
     for row, name in enumerate(names):
         with only(model, name):
             alone = model(ids[row : row + 1, row:], infix_start=starts[row : row + 1] - row).logits[0]
-            torch.testing.assert_close(logits[row, row:], alone, **CLOSE)
+            close(logits[row, row:], alone, MODEL)
             assert torch.equal(model.generate(ids[row : row + 1, row:], num_beams=2, **QUIET)[0], out[row, row:])
 
 
@@ -216,7 +217,7 @@ def test_compiled() -> None:
     labels = torch.where(torch.arange(12) > STARTS[:, None], ids, -100)
     losses = [m(ids, labels=labels, use_cache=False).loss for m in (compiled, model)]
     torch.testing.assert_close(*losses)
-    torch.testing.assert_close(*(torch.autograd.grad(loss, parameters) for loss in losses), rtol=1e-4, atol=1e-6)
+    close(*(torch.autograd.grad(loss, parameters) for loss in losses), GRADIENT)
 
 
 @pytest.mark.parametrize("projection", [False, True], ids=["flat", "mlp"])
@@ -250,9 +251,9 @@ def test_batches_of_the_package_carry_the_start() -> None:
     out = model.generate(
         torch.tensor([prompt]), max_new_tokens=1, output_logits=True, return_dict_in_generate=True, do_sample=False
     )
-    torch.testing.assert_close(out.logits[0][0].log_softmax(-1), logits[len(prompt) - 1], **CLOSE)
+    close(out.logits[0][0].log_softmax(-1), logits[len(prompt) - 1], MODEL)
     nll = -sum(logits[len(prompt) - 1 + i, token] for i, token in enumerate(target)) / len(target)
-    assert abs(validation_loss(model, [collate([row], 0)]) - nll.item()) < 1e-4
+    close(validation_loss(model, [collate([row], 0)]), nll.item(), MODEL)
 
 
 ERRORS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {

@@ -15,8 +15,9 @@ from transformers import (
 )
 
 from prefix_attn import PrefixTuning
-from tests.hf.by_hand import WIDTH, P, concatenated, other, relative
+from tests.hf.by_hand import WIDTH, P, concatenated, other
 from tests.hf.models import CACHE, tiny, tokens
+from tests.numerics import MODEL, close, close_in_norm
 
 
 @pytest.mark.parametrize("name", ["t5", "bart"])
@@ -30,10 +31,10 @@ def test_encoder_decoder(name: str) -> None:
     got = model(ids, attention_mask=mask, labels=target)
     given = concatenated(base, model.prefix, ids, mask)
     expected = base(**given, labels=target)
-    torch.testing.assert_close(got.logits, expected.logits, rtol=1e-5, atol=2e-5)
+    close(got.logits, expected.logits, MODEL)
     torch.testing.assert_close(got.loss, expected.loss)
     grads = [torch.autograd.grad(out.loss, model.prefix)[0] for out in (got, expected)]
-    assert relative(*grads) <= 1e-5
+    close_in_norm(*grads, MODEL)
     for options in ({}, {"num_beams": 3}):
         options |= {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False}
         assert torch.equal(model.generate(ids, attention_mask=mask, **options), base.generate(**given, **options))
@@ -49,13 +50,13 @@ def test_encoder(name: str) -> None:
     mask[1, 7:] = 0
     got = model(ids, attention_mask=mask, labels=ids, output_hidden_states=True)
     expected = base(**concatenated(base, model.prefix, ids, mask), output_hidden_states=True)
-    torch.testing.assert_close(got.logits, expected.logits[:, P:], rtol=1e-5, atol=2e-5)
+    close(got.logits, expected.logits[:, P:], MODEL)
     assert got.hidden_states
     for ours, theirs in zip(got.hidden_states, expected.hidden_states):
-        torch.testing.assert_close(ours, theirs[:, P:], rtol=1e-5, atol=2e-5)
+        close(ours, theirs[:, P:], MODEL)
     weight = torch.randn_like(got.logits)
     grads = [torch.autograd.grad((t * weight).sum(), model.prefix)[0] for t in (got.logits, expected.logits[:, P:])]
-    assert relative(*grads) <= 1e-5
+    close_in_norm(*grads, MODEL)
 
 
 def test_a_pooler_sees_the_first_real_token() -> None:
@@ -69,7 +70,7 @@ def test_a_pooler_sees_the_first_real_token() -> None:
     expected = base.classifier(base.bert.pooler(hidden))
     for return_dict in (True, False):
         out = model(ids, token_type_ids=types, labels=torch.tensor([0, 1]), return_dict=return_dict)
-        torch.testing.assert_close(out[1], expected, rtol=1e-5, atol=1e-6)
+        close_in_norm(out[1], expected, MODEL)
         torch.testing.assert_close(out[0], nn.functional.cross_entropy(expected, torch.tensor([0, 1])))
 
 

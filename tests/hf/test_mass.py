@@ -16,6 +16,7 @@ from prefix_attn.hf.mass import plot_mass
 from tests.hf.models import tiny, tokens
 from tests.hf.test_banks import left_padded
 from tests.hf.test_gradients import full_mask
+from tests.numerics import FLOAT, close
 
 P = 4
 _given: dict[str, Any] = {}
@@ -83,7 +84,7 @@ def test_equals_softmax_sums(name: str, mode: str) -> None:
         counted = batch["attention_mask"] * (torch.arange(positions.shape[1]) >= starts[:, None])
         sums += torch.stack([(share * counted[:, None]).sum((0, 2)) for share in _given["shares"]]).double()
         count += counted.sum().item()
-    torch.testing.assert_close(got["decoder"], sums / count, rtol=0, atol=2e-6)
+    close(got["decoder"], sums / count, FLOAT)
     assert got["decoder"].std() > 1e-3
 
 
@@ -113,7 +114,7 @@ def test_where_all_keys_weigh_the_same(name: str, shift: bool) -> None:
     assert got.keys() == wanted.keys()
     for site, share in wanted.items():
         assert got[site].shape == (3 if site == "encoder" else 2, 4)
-        torch.testing.assert_close(got[site], torch.full_like(got[site], share), rtol=0, atol=1e-6)
+        close(got[site], torch.full_like(got[site], share), FLOAT)
 
 
 def test_some_layers_and_the_heat_map(tmp_path: Path) -> None:

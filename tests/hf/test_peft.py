@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from prefix_attn import PrefixConfig, PrefixModel, get_prefix_model
 from prefix_attn.hf.load import load_base
 from tests.hf.models import tiny, tokens
+from tests.numerics import GRADIENT, MODEL, close, close_in_norm
 
 pytestmark = pytest.mark.peft
 NAMES = ("llama", "gpt2", "qwen2", "mistral", "opt", "gpt_neox")
@@ -55,7 +56,7 @@ def test_logits_of_a_peft_checkpoint(pair: tuple[Any, PrefixModel]) -> None:
         expected, got = peft(input_ids=ids).logits, ours(input_ids=ids).logits
         with ours.disable_prefix():
             bare = ours(input_ids=ids).logits
-    assert (got - expected).abs().max() <= 1e-5
+    torch.testing.assert_close(got, expected)
     assert (bare - expected).abs().max() > 0.1
 
 
@@ -74,7 +75,7 @@ def test_left_padding_changes_nothing(pair: tuple[Any, PrefixModel]) -> None:
     with torch.no_grad():
         padded = ours(input_ids=ids, attention_mask=mask).logits[0, 4:]
         alone = ours(input_ids=ids[:1, 4:]).logits[0]
-    torch.testing.assert_close(padded, alone, rtol=1e-5, atol=1e-5)
+    close(padded, alone, MODEL)
 
 
 @pytest.mark.parametrize("projection", [False, True], ids=["flat", "mlp"])
@@ -87,7 +88,7 @@ def test_peft_loads_what_we_save(name: str, projection: bool, tmp_path: Path) ->
     peft = PeftModel.from_pretrained(base(name), tmp_path).eval()
     ids = tokens(3, 12)
     with torch.no_grad():
-        assert (ours(input_ids=ids).logits - peft(input_ids=ids).logits).abs().max() <= 1e-5
+        torch.testing.assert_close(ours(input_ids=ids).logits, peft(input_ids=ids).logits)
     assert torch.equal(greedy(ours, ids), greedy(peft, ids))
 
 
@@ -101,7 +102,7 @@ def test_gradient_is_peft_s() -> None:
     ids = tokens(3, 12)
     for model in (peft, ours):
         model(input_ids=ids, labels=ids).loss.backward()
-    torch.testing.assert_close(ours.prefixes["default"].embedding.grad, theirs.grad, rtol=1e-4, atol=1e-6)
+    close(ours.prefixes["default"].embedding.grad, theirs.grad, GRADIENT)
 
 
 def test_smollm2_logits_of_a_peft_checkpoint(tmp_path: Path) -> None:
@@ -115,4 +116,4 @@ def test_smollm2_logits_of_a_peft_checkpoint(tmp_path: Path) -> None:
     ids = tokenizer("name : Aromi | eatType : coffee shop\n=> Aromi is a coffee shop", return_tensors="pt")["input_ids"]
     with torch.no_grad():
         assert torch.equal(greedy(ours, ids), greedy(peft, ids))
-        assert (ours(input_ids=ids).logits - peft.double()(input_ids=ids).logits).abs().max() <= 5e-4
+        close_in_norm(ours(input_ids=ids).logits, peft.double()(input_ids=ids).logits, MODEL)

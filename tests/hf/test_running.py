@@ -24,10 +24,10 @@ from prefix_attn.hf.attach.attention import AttentionCall, PrefixState
 from prefix_attn.hf.attach.banks import BatchRows
 from tests.hf import test_gradients
 from tests.hf.models import CACHE, CONFIGS, ENCODER_DECODERS, tiny, tokens
+from tests.numerics import GRADIENT, HALF, MODEL, close, close_in_norm
 
 P = 4
 QUIET = {"do_sample": False, "pad_token_id": 0, "eos_token_id": None, "max_new_tokens": 6}
-CLOSE = {"rtol": 1e-5, "atol": 2e-5}
 
 
 def prefixed(name: str, **changes: Any) -> PrefixModel:
@@ -48,9 +48,9 @@ def test_attentions_are_those_of_the_hard_prompt(name: str) -> None:
     config = PrefixConfig(num_virtual_tokens=P, init="text", init_token_ids=prompt.tolist())
     model = get_prefix_model(tiny(name, **wide), config).eval()
     got = model(ids, output_attentions=True).attentions
-    torch.testing.assert_close(got, tuple(weights[:, :, P:] for weights in expected), **CLOSE)
+    close(got, tuple(weights[:, :, P:] for weights in expected), MODEL)
     with model.disable_prefix():
-        torch.testing.assert_close(model(ids, output_attentions=True).attentions, frozen, **CLOSE)
+        close(model(ids, output_attentions=True).attentions, frozen, MODEL)
     assert model(ids).get("attentions") is None
 
 
@@ -61,7 +61,7 @@ def test_attentions_of_generate_and_of_more_keys_than_a_head_holds() -> None:
         (2, 4, 1, P + 270 + n) for n in range(1, 6)
     ]
     for step in out.attentions:
-        torch.testing.assert_close(step[0].sum(-1), torch.ones(step[0].shape[:3]), **CLOSE)
+        close(step[0].sum(-1), torch.ones(step[0].shape[:3]), MODEL)
     assert (out.attentions[0][0][:, :, 0, P + 1 :] == 0).all()
 
 
@@ -75,7 +75,7 @@ def test_attentions_of_every_site(name: str, mode: str) -> None:
     for site, shape in shapes.items():
         for weights in out[site]:
             assert weights.shape == (2, 4, *shape)
-            torch.testing.assert_close(weights.sum(-1), torch.ones(2, 4, shape[0]), **CLOSE)
+            close(weights.sum(-1), torch.ones(2, 4, shape[0]), MODEL)
     assert out.encoder_attentions[0][..., :P].std() > 1e-3
 
 
@@ -103,7 +103,7 @@ def test_token_by_token() -> None:
         out = model(ids[:, i : i + 1], use_cache=True, **({} if cache is None else {CACHE: cache}))
         cache = out[CACHE]
         logits.append(out.logits)
-    torch.testing.assert_close(torch.cat(logits, dim=1), model(ids).logits, **CLOSE)
+    close(torch.cat(logits, dim=1), model(ids).logits, MODEL)
 
 
 def test_static_cache_of_the_caller() -> None:
@@ -156,10 +156,10 @@ def test_flattened_batches_do_not_leak(name: str, training: bool) -> None:
     packed = DataCollatorWithFlattening()([{"input_ids": part.tolist()} for part in parts])
     logits = model(**packed).logits
     apart = torch.cat([model(part[None]).logits for part in parts], dim=1)
-    torch.testing.assert_close(logits, apart, **CLOSE)
+    close(logits, apart, MODEL)
     weight = torch.randn_like(logits)
     grads = [torch.autograd.grad((out * weight).sum(), leaf)[0] for out in (logits, apart)]
-    torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-5)
+    close_in_norm(*grads, MODEL)
     with pytest.raises(ValueError, match=r"packed sequences .* need use_cache=False, got True"):
         model(packed["input_ids"], position_ids=packed["position_ids"], use_cache=True)
 
@@ -176,7 +176,7 @@ def test_training_on_padded_rows(name: str, side: str) -> None:
     labels[:, 3 if side == "left" else 0] = -100  # alone, a row's first token is predicted by nothing
     losses = [model(padded, attention_mask=mask, labels=labels).loss, model(ids, labels=ids).loss]
     torch.testing.assert_close(*losses)
-    torch.testing.assert_close(*(torch.autograd.grad(loss, leaf)[0] for loss in losses), rtol=1e-4, atol=1e-6)
+    close(*(torch.autograd.grad(loss, leaf)[0] for loss in losses), GRADIENT)
 
 
 # Weights and devices --------------------------------------------------------------------------------------------------
@@ -200,7 +200,7 @@ def test_models_of_half_precision(name: str, dtype: torch.dtype) -> None:
         logits = model(**given).logits
         moved = exact.half() if dtype == torch.float16 else exact.to(dtype)
         assert moved.prefixes["default"].embedding.dtype == moved(**given).logits.dtype == dtype
-        torch.testing.assert_close(moved(**given).logits, logits, rtol=0.05, atol=0.1 * logits.abs().max().item())
+        close_in_norm(moved(**given).logits, logits, HALF)
 
 
 OFFLOADED: dict[str, Callable[[PreTrainedModel, Path], PreTrainedModel]] = {

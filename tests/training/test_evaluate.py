@@ -13,6 +13,7 @@ from prefix_attn.hf.model import get_prefix_model
 from prefix_attn.training.evaluate import generate_text, target_loss, validation_loss
 from prefix_attn.training.tokens import IGNORED, collate, prompt_ids
 from tests.hf.models import spread, tiny
+from tests.numerics import FLOAT, GRADIENT, close
 from tests.tokens import END, byte_tokenizer
 
 SIZES = {"vocab_size": 257, "max_position_embeddings": 128, "eos_token_id": END, "pad_token_id": END}
@@ -99,9 +100,9 @@ def test_target_loss_is_the_loss_of_the_model(name: str) -> None:
     expected = model(**BATCH).loss
     torch.manual_seed(0)  # of dropout
     found = target_loss(model, BATCH)
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(found, expected)
     grads = [torch.autograd.grad(loss, parameters, allow_unused=True) for loss in (found, expected)]
-    torch.testing.assert_close(*grads, rtol=1e-3, atol=1e-6)
+    close(*grads, GRADIENT)
 
 
 def test_target_loss_leaves_out_what_no_loss_reads(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -150,15 +151,15 @@ def test_target_loss_of_a_prefix(config: dict[str, Any]) -> None:
     model = get_prefix_model(tiny("llama"), PrefixConfig(num_virtual_tokens=3, **config))
     for head in model.heads["default"].parameters():
         head.data.mul_(2)
-    torch.testing.assert_close(target_loss(model, BATCH), model(**BATCH).loss, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(target_loss(model, BATCH), model(**BATCH).loss)
 
 
 def test_target_loss_of_packed_rows() -> None:
     model = get_prefix_model(tiny("llama"), PrefixConfig(num_virtual_tokens=3))
     batch = {"input_ids": BATCH["input_ids"][:1], "position_ids": torch.tensor([[0, 1, 2, 0, 1]])}
     batch["labels"] = torch.tensor([[IGNORED, 6, 7, IGNORED, 9]])
-    torch.testing.assert_close(target_loss(model, batch), model(**batch).loss, rtol=1e-5, atol=1e-6)
-    assert validation_loss(model, [batch]) == pytest.approx(float(model(**batch).loss.detach()), rel=1e-5)
+    torch.testing.assert_close(target_loss(model, batch), model(**batch).loss)
+    close(validation_loss(model, [batch]), float(model(**batch).loss.detach()), FLOAT)
 
 
 @pytest.mark.peft
@@ -167,7 +168,7 @@ def test_target_loss_of_peft(name: str) -> None:
     peft = pytest.importorskip("peft")
     sizes = {} if name == "LoraConfig" else {"num_virtual_tokens": 3}
     model = peft.get_peft_model(tiny("llama"), getattr(peft, name)(task_type="CAUSAL_LM", **sizes)).eval()
-    torch.testing.assert_close(target_loss(model, BATCH), model(**BATCH).loss, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(target_loss(model, BATCH), model(**BATCH).loss)
 
 
 def test_target_loss_is_float32() -> None:
@@ -179,7 +180,7 @@ def test_target_loss_is_float32() -> None:
         logits, labels = model(**BATCH).logits.float(), BATCH["labels"]
         logits, labels = (logits, labels) if name == "bart" else (logits[:, :-1], labels[:, 1:])
         expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
-        torch.testing.assert_close(loss, expected, rtol=1e-3, atol=0)
+        torch.testing.assert_close(loss, expected)
 
 
 # Validation loss ------------------------------------------------------------------------------------------------------
@@ -202,8 +203,8 @@ def test_validation_loss_weighs_tokens() -> None:
             if label != IGNORED:
                 total, count = total - float(logits[i, label].detach()), count + 1
     assert count == 6
-    assert apart == pytest.approx(total / count, rel=1e-5)
-    assert together == pytest.approx(total / count, rel=1e-5)
+    close(apart, total / count, FLOAT)
+    close(together, total / count, FLOAT)
     without = {"input_ids": [1, 2], "labels": [IGNORED, IGNORED]}
     assert validation_loss(model, [collate([without], END), collate(rows, END)]) == together
 
@@ -212,9 +213,9 @@ def test_validation_loss_of_an_encoder_decoder_counts_the_first_token() -> None:
     model = tiny("bart").train()
     rows = [{"input_ids": [5, 6, 7], "labels": [6, 7, 1]}, {"input_ids": [3, 1], "labels": [1]}]
     losses = [float(model(**collate([row], 0)).loss.detach()) for row in rows]
-    expected = pytest.approx((3 * losses[0] + losses[1]) / 4, rel=1e-5)
-    assert validation_loss(model, [collate(rows, 0)]) == expected
-    assert validation_loss(model, [collate([row], 0) for row in rows]) == expected
+    expected = (3 * losses[0] + losses[1]) / 4
+    close(validation_loss(model, [collate(rows, 0)]), expected, FLOAT)
+    close(validation_loss(model, [collate([row], 0) for row in rows]), expected, FLOAT)
 
 
 def test_validation_loss_needs_targets() -> None:
