@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import inspect
+import re
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from prefix_attn import explain, prefix_attention, prefix_attention_varlen
-from tests.numerics import Case
+from prefix_attn import dispatch, explain, prefix_attention, prefix_attention_varlen
+from tests.numerics import DOUBLE, Case, close
 
 PLAIN = Case(B=2, Hq=4, Hkv=2, S=3, T=5, P=2, D=8, Dv=8)
 BANK = Case(B=2, Hq=4, Hkv=2, S=3, T=5, P=2, D=8, Dv=8, N=3)
@@ -254,10 +257,10 @@ def test_gate_of_each_row() -> None:
         prefix_attention(**arguments | {n: arguments[n][b : b + 1] for n in rows}, prefix_gate=gate[b])
         for b in range(3)
     ]
-    torch.testing.assert_close(out, torch.cat(parts), rtol=1e-12, atol=1e-12)
+    close(out, torch.cat(parts), DOUBLE)
     upstream = r(out.shape)
     grads = (torch.autograd.grad((o * upstream).sum(), gate)[0] for o in (out, torch.cat(parts)))
-    torch.testing.assert_close(*grads, rtol=1e-12, atol=1e-12)
+    close(*grads, DOUBLE)
     with pytest.raises(ValueError, match=r"prefix_gate must be \(B, Hq\) = \(3, 4\), got \(2, 4\)"):
         prefix_attention(**arguments, prefix_gate=r(2, 4).double())
 
@@ -301,3 +304,17 @@ def test_autocast_casts_the_sequence_and_keeps_the_prefix() -> None:
     assert leaf.grad is not None and leaf.grad.dtype == torch.float32
     half = {n: a.bfloat16() if n in ("query", "key", "value") else a for n, a in arguments.items()}
     assert torch.equal(out, prefix_attention(**half))
+
+
+def argument(function: Callable[..., Any], name: str) -> str:
+    """What the docstring says about one argument."""
+    found = re.search(rf"^    {name}: (.*(?:\n {{8}}.*)*)", inspect.getdoc(function) or "", re.MULTILINE)
+    assert found is not None, name
+    return found[1]
+
+
+def test_docstrings_name_the_backends() -> None:
+    assert set(re.findall(r'"(\w+)"', argument(prefix_attention, "backend"))) == {"auto", *dispatch.BY_NAME}
+    said = argument(prefix_attention_varlen, "backend")
+    packed = {name for name, module in dispatch.BY_NAME.items() if module.PACKED}
+    assert {name for name in dispatch.BY_NAME if re.search(rf"\b{name}\b", said)} == packed
