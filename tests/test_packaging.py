@@ -255,13 +255,17 @@ def test_extras(metadata: Distribution) -> None:
 RIGHT = """
 import torch
 from prefix_attn import PrefixAttention, PrefixConfig, PrefixModel, explain, get_prefix_model, prefix_attention
+from prefix_attn import prefix_attention_varlen
 from torch import nn
 from typing_extensions import reveal_type
 
 x = torch.ones(1, 1, 1, 8)
 reveal_type(prefix_attention(x, x, x, None, None))
 reveal_type(prefix_attention(x, x, x, None, None, return_lse=True))
-reveal_type(explain(x, x, x, None, None))
+packed, cu = x[0], torch.tensor([0, 1])
+lengths = {"max_seqlen_q": 1, "max_seqlen_k": 1}
+reveal_type(prefix_attention_varlen(packed, packed, packed, None, None, cu_seqlens_q=cu, cu_seqlens_k=cu, **lengths))
+reveal_type(explain(x, x, x, None, None, window=3))
 reveal_type(PrefixAttention(64, 4, 10))
 config = PrefixConfig(num_virtual_tokens=10)
 
@@ -271,8 +275,9 @@ def tune(base: nn.Module) -> None:
     reveal_type(PrefixModel.from_pretrained(base, "folder"))
 """
 REVEALED = [
-    "Tensor | tuple[Tensor, Tensor]",
-    "Tensor | tuple[Tensor, Tensor]",
+    "Tensor",
+    "tuple[Tensor, Tensor]",
+    "Tensor",
     "Explanation",
     "PrefixAttention",
     "PrefixModel",
@@ -287,6 +292,9 @@ x = torch.ones(1, 1, 1, 8)
 prefix_attention("x")  # no tensor
 prefix_attention(x, x, x, None, None, return_lse="yes")  # no bool
 n: int = prefix_attention(x, x, x, None, None)  # no int
+t: torch.Tensor = prefix_attention(x, x, x, None, None, return_lse=True)  # no tensor
+prefix_attention(x, x, x, None, None, windoww=3)  # no such option
+explain(x, x, x, None, None, window="three")  # no number
 PrefixConfig(num_virtual_tokens="ten")  # no number
 get_prefix_model(torch.nn.Linear(1, 1), 10)  # no config
 PrefixConfig().num_virtual_token  # no such field
