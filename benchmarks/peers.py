@@ -259,7 +259,7 @@ def _masked(x: Inputs) -> dict[str, Any]:
 
 
 def elsewhere(module: str, name: str, *arguments: Any) -> Peer:
-    """The peer ``name`` of another module of this package; with ``arguments`` what it returns for them."""
+    """The peer ``name`` of another module of ``benchmarks``; with ``arguments`` what it returns for them."""
 
     def peer(x: Inputs) -> Ready:
         found = getattr(importlib.import_module(f"benchmarks.{module}"), name)

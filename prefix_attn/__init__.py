@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from prefix_attn._ops import PrefixAttentionFunction
@@ -26,6 +27,9 @@ __all__ = [
     "prefix_mass",
 ]
 __version__ = "0.1.0"
+if find_spec("transformers") is None:  # `from prefix_attn import *` then takes what can be imported
+    for _name in ("PrefixConfig", "PrefixModel", "PrefixTuning", "accelerate", "get_prefix_model", "prefix_mass"):
+        __all__.remove(_name)
 
 
 def __getattr__(name: str) -> Any:

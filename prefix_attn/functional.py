@@ -279,7 +279,8 @@ def explain(
 
 
 # help(explain) then shows the options by name.
-explain.__signature__ = inspect.signature(prefix_attention)  # pyrefly: ignore[missing-attribute]
+_signature = inspect.signature(prefix_attention).replace(return_annotation=dispatch.Explanation)
+explain.__signature__ = _signature  # pyrefly: ignore[missing-attribute]
 
 
 def _call(query: Tensor, key: Tensor, value: Tensor, *rest: Any, **named: Any) -> Call:

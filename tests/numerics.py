@@ -276,6 +276,7 @@ def close(got: Any, expected: Any, tolerance: Tolerance) -> None:
 
 def close_in_norm(got: Tensor, expected: Tensor, tolerance: Tolerance, *, name: str = "", dim: Any = None) -> None:
     """Fail unless the difference is small beside ``expected``, both measured over ``dim`` (over everything)."""
+    assert (got.shape, got.dtype) == (expected.shape, expected.dtype), name
     error = ((got - expected).norm(dim=dim) / expected.norm(dim=dim)).max()
     assert error <= tolerance.rtol, f"{name}: relative error {error:.1e}"
 

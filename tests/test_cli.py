@@ -73,7 +73,7 @@ WAYS: dict[str, tuple[tuple[object, ...], dict[str, object]]] = {
     ),
     "gate": (("--gate", "zero", "--init-document", "data.jsonl"), {"gate": "zero", "init": "document"}),
     "embedding": (("--mode", "embedding", "--init", "uniform"), {"mode": "embedding", "init": "uniform"}),
-    "from another": (("--init-prefix", "other", "--position-mode", "none"), {"init": "prefix", "init_path": "other"}),
+    "from another": (("--init-path", "other", "--position-mode", "none"), {"init": "prefix", "init_path": "other"}),
 }
 
 
@@ -84,7 +84,7 @@ def test_ways_of_training(
     """The adapter has what the options say, and evaluates to the loss at the end of its training."""
     monkeypatch.chdir(files)
     options, fields = WAYS[way]
-    if "--init-prefix" in options:
+    if "--init-path" in options:
         get_prefix_model(tiny("llama", vocab_size=257, max_position_embeddings=128), PrefixConfig()).save_pretrained(
             "other"
         )

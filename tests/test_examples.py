@@ -9,9 +9,11 @@ from pathlib import Path
 
 import pytest
 
+from tests.numerics import MODEL
+
 ROOT = Path(__file__).resolve().parent.parent
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
-CLOSE = 1e-5  # of what is the same computation in another order, in float32
+CLOSE = MODEL.atol  # of what is the same computation in another order, in float32
 
 
 def run(name: str) -> str:

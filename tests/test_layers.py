@@ -327,6 +327,13 @@ def literal_bounds(tree: ast.AST) -> list[int]:
             return isinstance(node.value, float) and 0 < node.value < 0.1
         return any(map(small, ast.iter_child_nodes(node)))
 
+    # A module's constant is a number of its own too, where it bounds something.
+    assigned = [node for node in getattr(tree, "body", []) if isinstance(node, ast.Assign) and small(node.value)]
+    names = {target.id for node in assigned for target in node.targets if isinstance(target, ast.Name)}
+
+    def bounds(node: ast.AST) -> bool:
+        return small(node) or any(isinstance(n, ast.Name) and n.id in names for n in ast.walk(node))
+
     found = []
     for node in ast.walk(tree):
         if isinstance(node, ast.keyword) and node.arg in words:
@@ -336,7 +343,7 @@ def literal_bounds(tree: ast.AST) -> list[int]:
         elif isinstance(node, ast.Compare):
             for left, sign, right in zip([node.left, *node.comparators], node.ops, node.comparators):
                 bound = right if isinstance(sign, ast.Lt | ast.LtE) else left
-                if isinstance(sign, ast.Lt | ast.LtE | ast.Gt | ast.GtE) and small(bound):
+                if isinstance(sign, ast.Lt | ast.LtE | ast.Gt | ast.GtE) and bounds(bound):
                     found.append(node.lineno)
     return found
 
@@ -359,6 +366,7 @@ def test_tolerances_live_in_one_place() -> None:
         ("assert error < (1e-5 if exact else 5e-5)", True),
         ("assert 0 <= error < 0.05", True),
         ("assert 0.05 > error", True),
+        ("CLOSE = 1e-5\nassert error < CLOSE", True),
         ("assert error < 2**-9", True),
         ("assert_close(a, b)", False),
         ("close(a, b, MODEL)", False),

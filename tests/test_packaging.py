@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import re
@@ -12,6 +13,7 @@ import sysconfig
 import tarfile
 from importlib.metadata import Distribution, PathDistribution
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -341,10 +343,31 @@ def test_the_changelog_says_where_modules_went() -> None:
     moved = re.findall(r"^\| `(\S+)`[^|]*\| `(\S+)`", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), re.MULTILINE)
     assert len(moved) > 30
 
-    def files(name: str) -> list[Path]:
-        """The module, script, folder or files of that name."""
+    def files(name: str) -> list[Any]:
+        """The module, script, folder or files of that name, or a module's own."""
         path = name if "/" in name else name.replace(".", "/")
-        return [*ROOT.glob(path), *ROOT.glob(f"{path}.py")]
+        if found := [*ROOT.glob(path), *ROOT.glob(f"{path}.py")]:
+            return found
+        module, _, own = name.rpartition(".")
+        inside = module and (ROOT / f"{module.replace('.', '/')}.py").is_file()
+        return [own] if inside and hasattr(importlib.import_module(module), own) else []
 
     assert [new for _, new in moved if not files(new)] == []
-    assert [old for old, _ in moved if any(path.is_file() for path in files(old))] == []
+    assert [
+        old for old, _ in moved if any(not isinstance(found, Path) or found.is_file() for found in files(old))
+    ] == []
+
+
+def test_without_its_extras_every_name_that_is_listed_can_be_had() -> None:
+    """`from prefix_attn import *` and inspect take the operator's names, where there is no transformers."""
+    code = """
+import importlib.util, inspect
+found = importlib.util.find_spec
+importlib.util.find_spec = lambda name, *rest: None if name == "transformers" else found(name, *rest)
+import prefix_attn
+from prefix_attn import *
+print(sorted(prefix_attn.__all__), len(inspect.getmembers(prefix_attn)) > 5)
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    names = ["PrefixAttention", "PrefixAttentionFunction", "explain", "prefix_attention", "prefix_attention_varlen"]
+    assert done.stdout.strip() == f"{names} True", done.stderr

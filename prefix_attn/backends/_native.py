@@ -61,7 +61,7 @@ def _built() -> str | None:
     from torch.utils import cpp_extension
 
     if not cpp_extension.is_ninja_available():
-        return f"{_missing}, and building it now needs ninja: pip install 'prefix-attn[jit]'"
+        return f"{_missing}, and building it now needs ninja on the PATH: pip install 'prefix-attn[jit]'"
     files = [str(sources / "bind_cpu.cpp"), *map(str, sorted((sources / "cpu").glob("*.cpp")))]
     if not any(Path(cpp_extension._get_build_directory("prefix_attn_cpu", verbose=False)).glob("*.so")):
         logging.getLogger(__name__).warning("building the CPU kernels: once, about 20 seconds")

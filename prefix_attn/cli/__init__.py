@@ -18,7 +18,7 @@ def main() -> None:
             raise
         extra = _extra_of(error.name)
         advice = f": pip install 'prefix-attn[{extra}]'" if extra else ""
-        print(f"error: {error}{advice}", file=sys.stderr)
+        print(f"error: {' '.join(str(error).split())}{advice}", file=sys.stderr)
         raise SystemExit(1) from None
 
 

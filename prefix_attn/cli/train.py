@@ -64,7 +64,10 @@ InitText = Annotated[str | None, start_option(help="Instead of --init: activatio
 InitDocument = Annotated[
     Path | None, start_option(help="Instead of --init: activations of pieces of this text file.", dir_okay=False)
 ]
-InitPrefix = Annotated[str | None, start_option(help="Instead of --init: the prefix of another adapter.")]
+InitPath = Annotated[
+    str | None,
+    start_option("--init-path", "--init-prefix", help="Instead of --init: another adapter, a folder, file or Hub id."),
+]
 
 Steps = Annotated[int, typer.Option(min=1, help="Training steps.")]
 LearningRate = Annotated[
@@ -104,7 +107,7 @@ def train(
     init: Init = None,
     init_text: InitText = None,
     init_document: InitDocument = None,
-    init_prefix: InitPrefix = None,
+    init_path: InitPath = None,
     steps: Steps = 200,
     batch_size: BatchSize = 8,
     learning_rate: LearningRate = None,
@@ -129,7 +132,7 @@ def train(
     The last one learns to do with 64 tokens what the whole text in front would do. It starts from pieces of the text.
     """
     _validate(data, distill_from, top_k)
-    start = _start(init, init_text, init_document, init_prefix, distill_from)
+    start = _start(init, init_text, init_document, init_path, distill_from)
     encoder = _encoder(mlp, mlp_depth, mlp_activation)
     config = _config(model, virtual_tokens, mode, sites, dropout, gate, frozen_tokens, position_mode, start | encoder)
     settings = TrainingSettings(
@@ -151,20 +154,21 @@ def _validate(data: str | None, distill_from: Path | None, top_k: int | None) ->
 
 
 def _start(
-    init: str | None, text: str | None, document: Path | None, prefix: str | None, distill_from: Path | None
+    init: str | None, text: str | None, document: Path | None, path: str | None, distill_from: Path | None
 ) -> dict[str, Any]:
     """The fields of PrefixConfig that say where a prefix starts."""
-    if distill_from is not None and (init, text, document, prefix) == (None,) * 4:
+    if distill_from is not None and (init, text, document, path) == (None,) * 4:
         document = distill_from
-    given = {"text": text, "document": document, "prefix": prefix}
+    given = {"text": text, "document": document, "path": path}
     named = [name for name, value in given.items() if value is not None]
     if len(named) > 1:
         raise ValueError(f"a prefix has one start, got {' and '.join(f'--init-{name}' for name in named)}")
-    if named and init not in (None, named[0]):
+    kind = "prefix" if named == ["path"] else named[0] if named else None
+    if kind is not None and init not in (None, kind):
         raise ValueError(f"a prefix has one start, got --init {init} and --init-{named[0]}")
     if document is not None:
         text = _document(document)
-    return {"init": named[0] if named else init or "random", "init_text": text, "init_path": prefix}
+    return {"init": kind or init or "random", "init_text": text, "init_path": path}
 
 
 def _encoder(width: int | None, depth: int, activation: str) -> dict[str, Any]:

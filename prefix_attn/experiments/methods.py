@@ -47,7 +47,11 @@ def wrap(base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, run: Run) ->
     if run.method in ("frozen", "full"):
         return base
     if run.method == "top2":
-        for layer in find_layers(base)[1][-2:]:
+        try:
+            layers = find_layers(base)[1]
+        except NotImplementedError as error:
+            raise NotImplementedError(f"top2: {error}") from None
+        for layer in layers[-2:]:
             layer.requires_grad_(True)
         return base
     if run.method in ("peft", "lora"):

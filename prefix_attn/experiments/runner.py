@@ -318,9 +318,7 @@ def _versions() -> dict[str, str]:
     for package in PACKAGES:
         try:
             found[package] = version(package)
-        except (
-            ModuleNotFoundError
-        ):  # PackageNotFoundError is a subclass; a source tree that is not installed has no version
+        except ModuleNotFoundError:  # PackageNotFoundError too: a source tree that is not installed has no version
             continue
     return found
 

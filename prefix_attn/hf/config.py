@@ -58,8 +58,8 @@ class PrefixConfig:
             (whose keys serve rows of any length, from positions of their own), otherwise "shift" where the model lets
             us.
         task_type: PEFT's name of what the model is for. Default: by the model's class.
-        modules_to_save: heads (children of the model) of which a copy is trained and saved with the prefix. Default:
-            all in classification and question answering, where they usually start at random; otherwise none.
+        modules_to_save: task heads (children of the model) of which a copy is trained and saved with the prefix.
+            Default: all in classification and question answering, where they usually start at random; otherwise none.
         base_model_name_or_path: the model that the prefix was trained for.
         backend: of ``prefix_attention``.
 
@@ -135,8 +135,8 @@ class PrefixConfig:
             raise ValueError(f"init={self.init!r} reads no init_text or init_token_ids: 'text' and 'document' do")
         if self.init_path is not None:
             self.init_path = os.fspath(self.init_path)  # as JSON can hold it
-        sources = bool(self.init_prefix) + bool(self.init_path)
-        if self.init == "prefix" and sources != 1:
+        sources = (self.init_prefix is not None) + (self.init_path is not None)
+        if self.init == "prefix" and (sources != 1 or "" in (self.init_prefix, self.init_path)):
             raise ValueError(
                 "init='prefix' needs either init_prefix, a name in the model, or init_path, a folder, file or Hub id"
             )

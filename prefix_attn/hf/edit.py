@@ -55,7 +55,7 @@ def concatenate(
     if len({config.mode == "infix" for config in configs}) > 1:
         raise ValueError("an infix and a prefix cannot be put together: tokens see them from different positions on")
     if own := [s for s, config in zip(sources, configs) if config.gate is not None or config.modules_to_save]:
-        raise ValueError(f"prefixes with gates or heads of their own cannot be put together: {own}")
+        raise ValueError(f"prefixes with gates or task heads of their own cannot be put together: {own}")
     _check_lengths(dict(zip(sources, configs)))
     parts, start = [], 0
     for source, config in zip(sources, configs):

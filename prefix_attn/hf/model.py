@@ -227,7 +227,7 @@ class PrefixModel(NamedPrefixes):
             if any(value != next(iter(values.values())) for value in values.values()):
                 raise ValueError(f"the prefixes of one batch must have one {field}, got {values}")
         if own := [name for name in configs if len(self.task_heads(name))]:
-            raise ValueError(f"prefixes with heads cannot share a batch with others, got {own}")
+            raise ValueError(f"prefixes with task heads cannot share a batch with others, got {own}")
 
     def _load(self, path: str | Path, *, is_trainable: bool) -> tuple[PrefixConfig, PrefixEncoder, nn.ModuleDict]:
         config, parameters, saved = checkpoint.load_prefix(path, self.attachment, is_trainable=is_trainable)

@@ -19,7 +19,7 @@ from prefix_attn.hf.initial import FromEmbeddings
 
 
 class NamedPrefixes(Wrapper):
-    """A frozen model and its prefixes by name; ``PrefixModel`` adds their starts, their files and running.
+    """A frozen model and its prefixes by name. ``PrefixModel`` adds initialisation, files, forward and generate.
 
     ``attachment`` is the way into the model. It and the methods under "For other modules" are for this package.
     """

@@ -181,9 +181,8 @@ class _Trainer(Trainer):
             return self.objective(model, inputs)
         if model is self.model:
             return target_loss(model, inputs)
-        return super().compute_loss(
-            model, inputs, *args, **kwargs
-        )  # a wrapper that spreads the model over several devices
+        # A wrapper that spreads the model over several devices.
+        return super().compute_loss(model, inputs, *args, **kwargs)
 
 
 class _Validation(TrainerCallback):

@@ -52,12 +52,12 @@ def find_layers(base: PreTrainedModel) -> tuple[nn.Module, nn.ModuleList]:
     config, stack, names = base.config.get_text_config(), base, ["num_hidden_layers"]
     if base.config.is_encoder_decoder:
         stack, names = base.get_decoder(), ["decoder_layers", "num_decoder_layers", *names]
-    count = getattr(config, next((name for name in names if hasattr(config, name)), names[-1]))
+    count = next((getattr(config, name) for name in names if hasattr(config, name)), None)
     for module in stack.modules():
         for child in module.children():
             if isinstance(child, nn.ModuleList) and len(child) == count:
                 return module, child
-    raise NotImplementedError(f"{type(base).__name__} has no list of {count} layers")
+    raise NotImplementedError(f"{type(base).__name__} has no list of {count or 'its'} layers")
 
 
 def find_slots(base: PreTrainedModel, calls: Sequence[AttentionCall]) -> list[Slot]:

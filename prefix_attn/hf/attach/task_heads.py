@@ -1,7 +1,7 @@
 """Task heads, such as classifiers, that are trained and saved with a prefix.
 
-Each prefix has copies of its own, which replace the base model's heads while the prefix runs. Without the word "task",
-heads are attention heads everywhere in this package.
+Each prefix has copies of its own, which replace the base model's heads while the prefix runs. Heads without the word
+"task" are attention heads, except in ``PrefixModel.heads``, whose name checkpoints hold.
 """
 
 from __future__ import annotations
