@@ -23,6 +23,8 @@ struct Arguments {
     Array prefix_key, prefix_value;                  // (N, HKV, P, D), (N, HKV, P, DV)
     const float* sinks = nullptr;                    // (HQ)
     const int64_t* ids = nullptr;                    // (B) bank entries; null: entry b where N > 1, else 0
+    const int64_t* order = nullptr;                  // (B) rows by their entry, see cpu/bank.h; null without ids
+    const int64_t* first = nullptr;                  // (N + 2) where in ``order`` each entry's rows begin
     const int64_t* prefix_lengths = nullptr;         // (N)
     const int64_t* prefix_start = nullptr;           // (B)
     const int64_t* key_lengths = nullptr;            // (B)

@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "args.h"
+#include "cpu/bank.h"
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
@@ -154,6 +155,7 @@ void forward(StableIValue* stack, uint64_t, uint64_t) {
     Reader r(stack);
     prefix_attn::Forward f;
     f.args = arguments(r);
+    const prefix_attn::Bank bank = prefix_attn::group_rows(f.args);
     f.out = array(r.tensor());
     f.lse = (float*)r.tensor().mutable_data_ptr();
     const float* prefix = packed(k, f.args, false);
@@ -168,6 +170,7 @@ void backward(StableIValue* stack, uint64_t, uint64_t) {
     Reader r(stack);
     prefix_attn::Backward f;
     f.args = arguments(r);
+    const prefix_attn::Bank bank = prefix_attn::group_rows(f.args);
     f.out = array(r.tensor());
     f.lse = (const float*)r.tensor().const_data_ptr();
     f.grad_out = array(r.tensor());

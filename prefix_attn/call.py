@@ -6,7 +6,8 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, NamedTuple
+import operator
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ from torch import Tensor
 MAX_HEAD_SIZE = 256
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _INTS = (torch.int32, torch.int64)
+NUMBERS = (int, float, torch.SymInt, torch.SymFloat)  # a head size that is traced gives a default scale that is too
 
 
 class Call(NamedTuple):
@@ -47,17 +49,15 @@ class Call(NamedTuple):
     softcap: float | None = None
     dropout_p: float = 0.0
 
-    @property
+    # Methods, not properties: Dynamo of torch 2.10 does not trace properties of a NamedTuple.
     def prefix_length(self) -> int:
         """P, the padded length of the prefix; 0 without one."""
         return 0 if self.prefix_key is None else self.prefix_key.shape[-2]
 
-    @property
     def batch(self) -> int:
         """B, the rows of the batch, or of the packed sequences."""
         return self.query.shape[0] if self.cu_seqlens_q is None else self.cu_seqlens_q.shape[0] - 1
 
-    @property
     def has_bank(self) -> bool:
         """Whether the prefix is a bank of N entries rather than one that all rows share."""
         return self.prefix_key is not None and self.prefix_key.dim() == 4
@@ -120,7 +120,7 @@ def check(call: Call) -> None:
             raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
     if (call.prefix_key is None) != (call.prefix_value is None):
         raise ValueError("prefix_key and prefix_value must be given together, or both be None")
-    sizes = {} if call.cu_seqlens_q is None else {"B": call.batch}
+    sizes = {} if call.cu_seqlens_q is None else {"B": call.batch()}
     for name, tensor in given:
         check_shape(name, tensor, _layout(name, call), sizes)
         if tensor.device != call.query.device:
@@ -156,25 +156,36 @@ def check_shape(name: str, tensor: Tensor, layout: str, sizes: dict[str, int]) -
             sizes[dim] = n
 
 
-def check_int(name: str, value: int, low: int) -> None:
-    """Raise unless ``value`` is an int, and at least ``low``."""
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be an int, got {type(value).__name__}")
+def as_int(name: str, value: Any, low: int) -> Any:
+    """``value``, which may be a numpy integer or a tensor of one, as an int of at least ``low``."""
+    if not isinstance(value, (int, torch.SymInt)):
+        try:
+            value = operator.index(value)
+        except TypeError:
+            raise TypeError(f"{name} must be an int, got {type(value).__name__}") from None
+    elif isinstance(value, bool):
+        raise TypeError(f"{name} must be an int, got bool")
     if value < low:
         raise ValueError(f"{name} must be at least {low}, got {value}")
+    return value
+
+
+def is_readable(tensor: Tensor) -> bool:
+    """Whether its values can be read here: no device to wait for, and nothing that is traced or mapped over."""
+    plain = type(tensor) is Tensor and tensor.device.type == "cpu"
+    return plain and not (torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active())
 
 
 def check_ids(name: str, tensor: Tensor, low: int, high: int) -> None:
     """Raise unless low <= tensor <= high. Only where reading the values needs no device synchronisation."""
-    readable = type(tensor) is Tensor and tensor.device.type == "cpu" and not torch.compiler.is_compiling()
-    if readable and tensor.numel() and (int(tensor.min()) < low or int(tensor.max()) > high):
+    if is_readable(tensor) and tensor.numel() and (int(tensor.min()) < low or int(tensor.max()) > high):
         raise ValueError(f"{name} must lie in {low}..{high}, got {tensor.tolist()}")
 
 
 def _layout(name: str, call: Call) -> str:
     if call.cu_seqlens_q is not None and name in ("query", "key", "value"):
         return _SHAPES[name].replace("B", "1")
-    if name.startswith("prefix_") and call.has_bank and name in ("prefix_key", "prefix_value"):
+    if name.startswith("prefix_") and call.has_bank() and name in ("prefix_key", "prefix_value"):
         return "N " + _SHAPES[name]
     if name == "bias" and call.bias is not None and call.bias.dim() == 4 and call.bias.shape[0] == 1:
         return "1 Hq S T"
@@ -209,7 +220,7 @@ def _check_heads(call: Call, sizes: dict[str, int]) -> None:
 
 
 def _check_bank(call: Call, sizes: dict[str, int]) -> None:
-    if not call.has_bank:
+    if not call.has_bank():
         for name in ("prefix_ids", "prefix_lengths"):
             if getattr(call, name) is not None:
                 raise ValueError(f"{name} needs a bank: prefix_key (N, Hkv, P, D), prefix_value (N, Hkv, P, Dv)")
@@ -220,11 +231,9 @@ def _check_bank(call: Call, sizes: dict[str, int]) -> None:
 def _check_options(call: Call) -> None:
     if not isinstance(call.is_causal, bool):
         raise TypeError(f"is_causal must be a bool, got {type(call.is_causal).__name__}")
-    if call.window is not None:
-        check_int("window", call.window, 1)
     for name in ("scale", "softcap", "dropout_p"):
         number = getattr(call, name)
-        if number is not None and (isinstance(number, bool) or not isinstance(number, (int, float))):
+        if number is not None and (isinstance(number, bool) or not isinstance(number, NUMBERS)):
             raise TypeError(f"{name} must be a number, got {type(number).__name__}")
     if not -math.inf < call.scale < math.inf:
         raise ValueError(f"scale must be finite, got {call.scale}")

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from prefix_attn import _ops, dispatch
-from prefix_attn.backends import eager
-from prefix_attn.call import Call, check, check_gate
-from prefix_attn.packing import Packed
+from prefix_attn.backends import eager, visibility
+from prefix_attn.call import Call, as_int, check, check_gate, is_readable
+from prefix_attn.packing import Packed, Padding
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -243,8 +243,8 @@ def prefix_attention_varlen(
         prefix_start=prefix_start,
         cu_seqlens_q=cu_seqlens_q,
         cu_seqlens_k=cu_seqlens_k,
-        max_seqlen_q=max_seqlen_q,
-        max_seqlen_k=max_seqlen_k,
+        max_seqlen_q=packed_q.max_seqlen,
+        max_seqlen_k=packed_k.max_seqlen,
         is_causal=is_causal,
         window=window,
         scale=scale,
@@ -255,8 +255,9 @@ def prefix_attention_varlen(
         out, lse = _run(call, module)
         out, lse = out[0].transpose(0, 1), lse[0]
     else:
-        out, lse = _attend(_padded(call, packed_q, packed_k), prefix_gate, backend)
-        out, lse = packed_q.unpad(out), packed_q.unpad(lse[..., None])[..., 0].transpose(0, 1)
+        queries = packed_q.padding()
+        out, lse = _attend(_padded(call, queries, packed_k.padding()), prefix_gate, backend)
+        out, lse = queries.unpad(out, 0.0), queries.unpad(lse[..., None], -torch.inf)[..., 0].transpose(0, 1)
     return (out, lse) if return_lse else out
 
 
@@ -287,23 +288,27 @@ def _call(query: Tensor, key: Tensor, value: Tensor, *rest: Any, **named: Any) -
     """A checked Call: query, key and value in autocast's dtype where it is on, the default scale filled in."""
     if all(isinstance(t, Tensor) for t in (query, key, value)):
         kind = query.device.type
-        if torch.is_autocast_enabled(kind) and query.dtype != torch.float64:
+        on = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+        if on and query.dtype != torch.float64:
             query, key, value = (t.to(torch.get_autocast_dtype(kind)) for t in (query, key, value))
     call = Call(query, key, value, *rest, **named)
     if call.scale is None and isinstance(query, Tensor) and query.dim():
-        call = call._replace(scale=max(query.shape[-1], 1) ** -0.5)
+        size = query.shape[-1]
+        call = call._replace(scale=max(size.item() if isinstance(size, Tensor) else size, 1) ** -0.5)  # torch.jit.trace
+    if call.window is not None:
+        call = call._replace(window=as_int("window", call.window, 1))
     check(call)
     return call
 
 
-def _padded(call: Call, queries: Packed, keys: Packed) -> Call:
+def _padded(call: Call, queries: Padding, keys: Padding) -> Call:
     """A packed call as a batch. Each sequence ends at the right edge, from where causality and windows count."""
     start = call.prefix_start
     return call._replace(
         query=queries.pad(call.query[0].transpose(0, 1)),
         key=keys.pad(call.key[0].transpose(0, 1)),
         value=keys.pad(call.value[0].transpose(0, 1)),
-        prefix_start=None if start is None else start + keys.padding,
+        prefix_start=None if start is None else start + keys.free,
         key_mask=keys.present,
         cu_seqlens_q=None,
         cu_seqlens_k=None,
@@ -328,14 +333,51 @@ def _run(call: Call, module: ModuleType) -> tuple[Tensor, Tensor]:
 
 
 def _gated(call: Call, gate: Tensor, backend: str) -> tuple[Tensor, Tensor]:
-    """attention(sequence) + gate * attention(prefix), and the sequence's lse: two calls that no backend tells apart."""
+    """attention(sequence) + gate * attention(prefix), and the sequence's lse: two calls that no backend tells apart.
+
+    What a gate of 0 shuts out may be NaN: it reaches neither the output nor a gradient, except that of the gate, which
+    learns from what it would let through.
+    """
     check_gate(gate, call)
     sequence, prefix = _split(call)
     out, lse = _run(sequence, dispatch.select(sequence, backend))
     if call.prefix_key is None:
         return out, lse
-    other, _ = _run(prefix, dispatch.select(prefix, backend))
-    return (out + gate[..., None, None] * other).to(call.query.dtype), lse
+    live = gate.detach() != 0
+    factor = gate[..., None, None]
+    if is_readable(live) and bool(live.all()):
+        other, _ = _run(prefix, dispatch.select(prefix, backend))
+        return (out + factor * other).to(call.query.dtype), lse
+    open_ = live[..., None, None]
+    some = _without_shut(prefix, live if live.dim() == 2 else live[None])
+    other, _ = _run(some, dispatch.select(some, backend))
+    total = out + torch.where(open_, factor * other, 0.0)
+    if gate.requires_grad and torch.is_grad_enabled():
+        with torch.no_grad():
+            shut, _ = _run(prefix, dispatch.select(prefix, backend))
+        total = total + torch.where(open_, 0.0, factor) * torch.nan_to_num(shut, 0.0, 0.0, 0.0)
+    return total.to(call.query.dtype), lse
+
+
+def _without_shut(call: Call, live: Tensor) -> Call:
+    """The call with 0 in the queries and prefixes that no gate lets through; ``live`` is (1 or B, Hq)."""
+    assert call.prefix_key is not None and call.prefix_value is not None
+    Hkv = call.prefix_key.shape[-3]
+    heads = live.unflatten(1, (Hkv, -1)).any(-1)  # [1 or B, Hkv]
+    if call.has_bank():
+        N = call.prefix_key.shape[0]
+        entries = visibility.prefix_entries(call)
+        seen = heads.new_zeros(N + 1, Hkv, dtype=torch.int32)  # the last for rows without an entry
+        seen = seen.index_add(0, torch.where(entries < 0, N, entries), heads.int().expand(entries.shape[0], -1))
+        used = seen[:N] > 0
+    else:
+        used = heads.any(0)
+    shut = ~used[..., None, None]
+    return call._replace(
+        query=call.query.masked_fill(~live[..., None, None], 0),
+        prefix_key=call.prefix_key.masked_fill(shut, 0),
+        prefix_value=call.prefix_value.masked_fill(shut, 0),
+    )
 
 
 def _split(call: Call) -> tuple[Call, Call]:

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from prefix_attn.call import check_shape
+from prefix_attn.call import check_shape, is_readable
 from prefix_attn.functional import prefix_attention
 
 
@@ -293,8 +293,7 @@ def _is_boolean(mask: Tensor) -> bool:
     The operator is about twice as fast with a ``key_mask`` as with a ``bias``. Values are read only where that needs no
     device synchronisation.
     """
-    readable = type(mask) is Tensor and mask.device.type == "cpu" and not torch.compiler.is_compiling()
-    return readable and not mask.requires_grad and bool(((mask == 0) | (mask == -torch.inf)).all())
+    return is_readable(mask) and not mask.requires_grad and bool(((mask == 0) | (mask == -torch.inf)).all())
 
 
 def _attend(

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-from functools import cached_property
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from prefix_attn.call import check_ids, check_int
+from prefix_attn.call import as_int, check_ids
 
 
 class Packed:
-    """The layout of B sequences in one packed axis of N tokens, and the way to a batch and back.
-
-    All on the device without synchronisation, and only when asked for: a backend that takes packed sequences needs none
-    of it.
-    """
+    """B sequences in one packed axis of N tokens, checked. A backend that takes them as they lie needs no more."""
 
     def __init__(self, cu_seqlens: Tensor, max_seqlen: int, tokens: Tensor, suffix: str) -> None:
         """``tokens`` is (N, H, D); ``suffix`` ("q" or "k") names the arguments in errors."""
@@ -31,51 +27,52 @@ class Packed:
             raise ValueError(f"{name} must be (B + 1,), got {tuple(cu_seqlens.shape)}")
         if cu_seqlens.device != tokens.device:
             raise ValueError(f"{name} must be on {owner}'s device {tokens.device}, got {cu_seqlens.device}")
-        check_int(length, max_seqlen, 0)
-        N = tokens.shape[0]
-        cu_seqlens = cu_seqlens.long()
-        lengths = cu_seqlens.diff()
-        check_ids(f"lengths in {name}", lengths, 0, max_seqlen)
-        check_ids(f"first of {name}", cu_seqlens[:1], 0, 0)
-        check_ids(f"last of {name}", cu_seqlens[-1:], N, N)
+        self.max_seqlen = as_int(length, max_seqlen, 0)
         self.batch = cu_seqlens.shape[0] - 1
-        self.length = max_seqlen if N else 0
-        self._tokens = N
-        self._cu_seqlens = cu_seqlens
+        self._cu_seqlens, self._tokens = cu_seqlens.long(), tokens.shape[0]
+        check_ids(f"lengths in {name}", self._cu_seqlens.diff(), 0, self.max_seqlen)
+        check_ids(f"first of {name}", self._cu_seqlens[:1], 0, 0)
+        check_ids(f"last of {name}", self._cu_seqlens[-1:], self._tokens, self._tokens)
 
-    @cached_property
-    def padding(self) -> Tensor:
-        """(B,): free places left of each sequence."""
-        return self.length - self._cu_seqlens.diff()
+    def padding(self) -> Padding:
+        """The way to a batch and back. On the device, without synchronisation.
 
-    @cached_property
-    def present(self) -> Tensor:
-        """(B, length): False in free places."""
-        return self._places >= self.padding[:, None]
-
-    @cached_property
-    def _places(self) -> Tensor:
-        return torch.arange(self.length, device=self._cu_seqlens.device)
-
-    @cached_property
-    def _source(self) -> Tensor:
+        Values that could not be checked are clamped: nothing out of bounds is read.
+        """
+        N, length = self._tokens, self.max_seqlen if self._tokens else 0
+        cu = self._cu_seqlens.clamp(0, N)
+        starts, counts = cu[:-1], cu.diff().clamp(0, length)
+        free = length - counts
+        places = torch.arange(length, device=cu.device)
+        present = places >= free[:, None]
         # Free places read token 0: a real one, so that what they hold is finite. It is masked, and gets no gradient.
-        token = self._cu_seqlens[:-1, None] + self._places - self.padding[:, None]
-        return torch.where(self.present, token, 0).flatten()
+        source = torch.where(present, starts[:, None] + places - free[:, None], 0)
+        token = torch.arange(N, device=cu.device)
+        if not N or not self.batch:
+            return Padding(free, present, source, token, token < 0)
+        row = torch.searchsorted(cu[1:].contiguous(), token, right=True).clamp(max=self.batch - 1)
+        step = token - starts[row]
+        within = (step >= 0) & (step < counts[row])
+        return Padding(free, present, source, torch.where(within, row * length + free[row] + step, 0), within)
 
-    @cached_property
-    def _target(self) -> Tensor:
-        token = torch.arange(self._tokens, device=self._cu_seqlens.device)
-        if not self._tokens:
-            return token
-        row = torch.searchsorted(self._cu_seqlens[1:], token, right=True).clamp(max=self.batch - 1)
-        return row * self.length + self.padding[row] + token - self._cu_seqlens[row]
+
+class Padding(NamedTuple):
+    """Where the N tokens of B sequences stand in a batch of rows of one length."""
+
+    free: Tensor  # (B,) places left of each sequence
+    present: Tensor  # (B, length) False in free places
+    source: Tensor  # (B, length) the token of each place
+    target: Tensor  # (N,) the place of each token
+    within: Tensor  # (N,) False for a token of no sequence
 
     def pad(self, tokens: Tensor) -> Tensor:
         """(N, H, D) -> (B, H, length, D), a view of (B, length, H, D)."""
-        batch = tokens.index_select(0, self._source)
-        return batch.view(self.batch, self.length, *tokens.shape[1:]).transpose(1, 2)
+        batch = tokens.index_select(0, self.source.flatten())
+        return batch.view(*self.source.shape, *tokens.shape[1:]).transpose(1, 2)
 
-    def unpad(self, batch: Tensor) -> Tensor:
-        """(B, H, length, D) -> (N, H, D)."""
-        return batch.transpose(1, 2).flatten(0, 1).index_select(0, self._target)
+    def unpad(self, batch: Tensor, fill: float) -> Tensor:
+        """(B, H, length, D) -> (N, H, D), with ``fill`` for the tokens of no sequence."""
+        flat = batch.transpose(1, 2).flatten(0, 1)
+        if not flat.shape[0]:
+            return flat.new_full((self.target.shape[0], *flat.shape[1:]), fill)
+        return flat.index_select(0, self.target).masked_fill(~self.within[:, None, None], fill)

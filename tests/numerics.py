@@ -5,7 +5,6 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -188,14 +187,14 @@ def run(backend: str, arguments: dict[str, Any], *, lse_gradient: bool) -> dict[
     """out, lse and a gradient per differentiable tensor, for upstream gradients that are the same for every backend.
 
     backend "torch" is scaled_dot_product_attention on the concatenated tensors, which has no lse; "torch kernel" the
-    same without a gradient of the sinks, which makes torch take the kernel that rounds its output. "oracle" is the
-    definition, in tests/oracle.py.
+    same without a gradient of the sinks, which makes torch take the kernel that rounds its output. "written out" has
+    its scores in memory. "oracle" is the definition, in tests/oracle.py.
     """
     leaves = {n: arguments[n].detach().requires_grad_() for n in NAMES if arguments.get(n) is not None}
     for name in frozen(backend, arguments):
         leaves[name] = leaves[name].detach()
-    if backend.startswith("torch"):
-        out, lse = concatenated(arguments | leaves), None
+    if backend in ("torch", "torch kernel", "written out"):
+        out, lse = concatenated(arguments | leaves, written_out if backend == "written out" else fused)
     elif backend == "oracle":
         out, lse = oracle.attention(arguments | leaves)
     else:
@@ -211,43 +210,62 @@ def run(backend: str, arguments: dict[str, Any], *, lse_gradient: bool) -> dict[
     return results
 
 
+def peers(arguments: dict[str, Any]) -> list[str]:
+    """What the errors of a call are compared with: plain torch in the call's dtype.
+
+    ``eager`` is that in float32. In half precision it is better, since it forms scores in float32.
+    """
+    if arguments["query"].dtype.itemsize >= 4:
+        return ["eager"]
+    return ["written out"] if arguments.get("softcap") else ["written out", "torch", "torch kernel"]
+
+
 def frozen(backend: str, arguments: dict[str, Any]) -> list[str]:
     """Tensors whose gradient a backend may refuse, and is therefore not asked for."""
-    if backend in ("eager", "oracle"):
+    if backend in ("eager", "oracle", "written out"):
         return []
     half = arguments["query"].dtype.itemsize < 4 and backend in ("composed", "torch kernel")
     return [n for n in ("bias", *(("sinks",) if half else ())) if arguments.get(n) is not None]
 
 
-def concatenated(arguments: dict[str, Any]) -> Tensor:
-    """The call in plain torch: everything concatenated, one scaled_dot_product_attention (two with a gate).
-
-    A sink is one more key, with score ``sink`` and value 0. Equal head sizes let torch take its own kernel.
-    """
+def concatenated(arguments: dict[str, Any], attend: Callable[..., tuple[Tensor, Tensor | None]]) -> Any:
+    """(out, lse) of the call in plain torch: everything concatenated, one ``attend`` (two with a gate)."""
     query, gate, bias = arguments["query"], arguments.get("prefix_gate"), arguments.get("bias")
     B, Hq, S, _ = query.shape
     T = arguments["key"].shape[2]
     visible = oracle.visible(arguments)[:, None]  # [B, 1, S, P + T]
     P = visible.shape[-1] - T
+    if not visible.numel():  # nothing to attend to: zeros, with a graph
+        empty = query.new_full((B, Hq, S), -torch.inf, dtype=torch.float32)
+        return query.sum() * 0 + query.new_zeros(B, Hq, S, arguments["value"].shape[-1]), empty
     rows = [oracle.concatenation(arguments, b) for b in range(B)]
-    key, value = (torch.stack(parts) for parts in zip(*rows)) if rows else (arguments["key"], arguments["value"])
+    key, value = (torch.stack(parts) for parts in zip(*rows))
+    group = Hq // key.shape[1]
+    key, value = key.repeat_interleave(group, dim=1), value.repeat_interleave(group, dim=1)
     mask = query.new_zeros(B, Hq, S, P + T)
     if bias is not None:
         mask = mask + F.pad(bias, (P, 0))
     mask = mask.masked_fill(~visible, -torch.inf)
-    attend = partial(_attention, query, scale=arguments.get("scale"))
+    options = {name: arguments.get(name) for name in ("scale", "softcap")}
     if gate is None:
-        return attend(key, value, mask, arguments.get("sinks"))
-    sequence = attend(key[:, :, P:], value[:, :, P:], mask[..., P:], arguments.get("sinks"))
-    prefix = attend(key[:, :, :P], value[:, :, :P], mask[..., :P], None)
-    return (sequence + gate[..., None, None] * prefix).to(query.dtype)
+        return attend(query, key, value, mask, arguments.get("sinks"), **options)
+    out, lse = attend(query, key[:, :, P:], value[:, :, P:], mask[..., P:], arguments.get("sinks"), **options)
+    other, _ = attend(query, key[:, :, :P], value[:, :, :P], mask[..., :P], None, **options)
+    return (out + gate[..., None, None] * other).to(query.dtype), lse
 
 
-def _attention(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor, sinks: Tensor | None, *, scale: float | None
-) -> Tensor:
-    group = query.shape[1] // key.shape[1]
-    key, value = key.repeat_interleave(group, dim=1), value.repeat_interleave(group, dim=1)
+def fused(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor,
+    sinks: Tensor | None,
+    *,
+    scale: float | None,
+    softcap: float | None,
+) -> tuple[Tensor, None]:
+    """torch's own kernel, which gives no lse. A sink is one more key with value 0; equal head sizes let it be taken."""
+    assert softcap is None
     if sinks is not None:
         key, value = F.pad(key, (0, 0, 0, 1)), F.pad(value, (0, 0, 0, 1))
         sink = sinks.to(mask.dtype)[:, None, None].expand(*mask.shape[:3], 1)
@@ -255,7 +273,31 @@ def _attention(
     D, Dv = query.shape[-1], value.shape[-1]
     query, key, value = (F.pad(t, (0, max(D, Dv) - t.shape[-1])) for t in (query, key, value))
     scale = D**-0.5 if scale is None else scale
-    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)[..., :Dv]
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)[..., :Dv], None
+
+
+def written_out(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor,
+    sinks: Tensor | None,
+    *,
+    scale: float | None,
+    softcap: float | None,
+) -> tuple[Tensor, Tensor]:
+    """What people write with matmul and softmax: products in the dtype of the tensors, the softmax in float32."""
+    exact = torch.promote_types(query.dtype, torch.float32)
+    scores = (query @ key.mT).to(exact) * (query.shape[-1] ** -0.5 if scale is None else scale)
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    scores = scores + mask
+    if sinks is not None:
+        scores = torch.cat([scores, sinks.to(exact)[:, None, None].expand(*scores.shape[:3], 1)], dim=-1)
+    lse = scores.detach().logsumexp(-1)
+    seen = (lse > -torch.inf)[..., None]
+    weights = torch.where(seen, scores, 0.0).softmax(-1) * seen
+    return weights[..., : mask.shape[-1]].to(query.dtype) @ value, lse
 
 
 def _upstream(tensor: Tensor) -> Tensor:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -318,3 +320,14 @@ def test_docstrings_name_the_backends() -> None:
     said = argument(prefix_attention_varlen, "backend")
     packed = {name for name, module in dispatch.BY_NAME.items() if module.PACKED}
     assert {name for name in dispatch.BY_NAME if re.search(rf"\b{name}\b", said)} == packed
+
+
+@pytest.mark.parametrize("number", [np.int64(3), np.int32(3), torch.tensor(3)], ids=["int64", "int32", "tensor"])
+def test_integers_of_other_libraries(number: Any) -> None:
+    query, prefix, cu = torch.randn(2, 4, 5, 16), torch.randn(4, 3, 16), torch.tensor([0, 2, 5])
+    got = prefix_attention(query, query, query, prefix, prefix, window=number)
+    assert torch.equal(got, prefix_attention(query, query, query, prefix, prefix, window=3))
+    packed = query[0].transpose(0, 1)
+    call = partial(prefix_attention_varlen, packed, packed, packed, prefix, prefix, cu_seqlens_q=cu, cu_seqlens_k=cu)
+    got = call(max_seqlen_q=number, max_seqlen_k=number)
+    assert torch.equal(got, call(max_seqlen_q=3, max_seqlen_k=3))

@@ -39,6 +39,7 @@ from tests.numerics import (
     as_accurate,
     close,
     frozen,
+    peers,
     random_case,
     run,
     widen,
@@ -46,7 +47,6 @@ from tests.numerics import (
 
 DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
 REPEATS = 100
-PEERS = ("eager", "torch", "torch kernel")
 
 # Sizes at which every loop of the kernels runs more than once, and no size is a multiple of a tile.
 ODD = {
@@ -88,9 +88,9 @@ def matches(case: Case, dtype: torch.dtype, device: str) -> None:
         got = run("triton", arguments, lse_gradient=not half)
     with poisoned(False):
         exact = run("eager", widen(arguments), lse_gradient=not half)
-        peers = [run(peer, arguments, lse_gradient=not half) for peer in (PEERS if half else PEERS[:1])]
+        rough = [run(peer, arguments, lse_gradient=not half) for peer in peers(arguments)]
     for name, result in got.items():
-        as_accurate(name, result, exact[name], [peer[name] for peer in peers if name in peer])
+        as_accurate(name, result, exact[name], [peer[name] for peer in rough if name in peer])
 
 
 def repeats(case: Case, dtype: torch.dtype, device: str) -> None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.autograd import forward_ad
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from prefix_attn import PrefixAttentionFunction, prefix_attention
 from prefix_attn._ops import attend
@@ -137,3 +138,47 @@ def test_activation_checkpointing() -> None:
     (grad,) = torch.autograd.grad(out.square().sum(), leaf)
     (expected,) = torch.autograd.grad(step(*arguments.values()).square().sum(), leaf)
     assert torch.equal(grad, expected)
+
+
+@pytest.mark.parametrize("trace", ["jit", "make_fx", "export"])
+@pytest.mark.filterwarnings(
+    "ignore"
+)  # of torch.jit.trace, which says that it is deprecated, and that sizes are constants
+def test_traces_without_a_scale(trace: str) -> None:
+    """The default scale is that of a head size that is traced."""
+    query, prefix = torch.randn(2, 4, 5, 16), torch.randn(4, 3, 16)
+
+    def call(query: Tensor, prefix: Tensor) -> Tensor:
+        out = prefix_attention(query, query, query, prefix, prefix)
+        assert isinstance(out, Tensor)
+        return out
+
+    if trace == "jit":
+        traced = torch.jit.trace(call, (query, prefix))
+    elif trace == "make_fx":
+        traced = make_fx(call, tracing_mode="symbolic")(query, prefix)
+    else:
+        module = torch.nn.Module()
+        module.forward = call
+        sizes = ({3: torch.export.Dim.AUTO}, {2: torch.export.Dim.AUTO})
+        traced = torch.export.export(module, (query, prefix), dynamic_shapes=sizes).module()
+    torch.testing.assert_close(traced(query, prefix), call(query, prefix))
+
+
+def test_meta_tensors_have_shapes() -> None:
+    query, prefix = torch.empty(2, 4, 5, 16, device="meta"), torch.empty(4, 3, 16, device="meta")
+    out, lse = prefix_attention(query, query, query, prefix, prefix, return_lse=True)
+    assert (out.device.type, out.shape, lse.shape) == ("meta", (2, 4, 5, 16), (2, 4, 5))
+
+
+@pytest.mark.parametrize("backend", ["eager", "composed", "cpu"])
+@pytest.mark.parametrize("name", ["prefix_ids", "prefix_lengths", "key_lengths"])
+def test_vmap_over_integers(name: str, backend: str) -> None:
+    """Their values cannot be read while they are mapped over."""
+    query, bank = torch.randn(2, 4, 5, 16), torch.randn(2, 4, 6, 16)
+    values = torch.tensor([[0, 1], [1, 0], [1, 1]])
+
+    def call(value: Tensor) -> Tensor:
+        return prefix_attention(query, query, query, bank, bank, **{name: value}, backend=backend)
+
+    torch.testing.assert_close(torch.vmap(call)(values), torch.stack([call(value) for value in values]))

@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "args.h"
+#include "cpu/bank.h"
 
 using namespace prefix_attn;
 
@@ -82,6 +83,7 @@ int main(int argc, char** argv) {
     for (int64_t b = 0; b < c.B; b++)
         ids[b] = b % c.N;
     c.ids = ids.data();
+    const Bank bank = group_rows(c);
 
     std::vector<float> lse(c.B * c.HQ * c.S);
     Work w{isa == "avx2" ? avx2::kernels : generic::kernels, {}, {}, what == "backward" || what == "prefix-only", {}};

@@ -28,11 +28,12 @@ void slopes(const Arguments& c, float* s, float* ds, int64_t width, const Range&
         const vec p = exponential(load(s + j) - lse);
         store(s + j, p);
         if (!ds) continue;
-        total += p * load(ds + j);
-        vec g = p * factor * (load(ds + j) - delta);
+        const vec dp = p == 0.f ? vec{} : load(ds + j);  // a hidden value may be huge, and 0 * inf is NaN
+        total += p * dp;
+        vec g = p * factor * (dp - delta);
         if (c.softcap) {
             const vec t = load(capped + j) * (1.f / c.softcap);
-            g *= 1.f - t * t;
+            g = p == 0.f ? vec{} : g * (1.f - t * t);
         }
         store(ds + j, g);
     }

@@ -51,13 +51,15 @@ void soften_lanes(const Arguments& c, const Lanes<T>& x, int64_t n, int64_t widt
     }
 }
 
-// Values as the products read them: pairs are of two rows.
-inline Matrix<float> values_of(const Array& x, int64_t at, int64_t n, int64_t size, int64_t width, float* to) {
-    return matrix(x, at, n, size, width, to);
+// Values as the products read them: pairs are of two rows. ``mask`` null: none is hidden.
+inline Matrix<float> values_of(const Array& x, int64_t at, int64_t n, int64_t size, int64_t width, const uint8_t* mask,
+                               float* to) {
+    return visible(x, at, n, size, width, mask, to);
 }
-inline Matrix<Pair> values_of(const Array& x, int64_t at, int64_t n, int64_t size, int64_t width, Pair* to) {
+inline Matrix<Pair> values_of(const Array& x, int64_t at, int64_t n, int64_t size, int64_t width, const uint8_t* mask,
+                              Pair* to) {
     Pair* zipped = to + NT * 128;
-    zip_rows(matrix(x, at, n, size, elements<Pair>(width), to), n, width, zipped);
+    zip_rows(visible(x, at, n, size, elements<Pair>(width), mask, to), n, width, zipped);
     return {zipped, width};
 }
 
@@ -83,7 +85,7 @@ void attend_in_lanes(const Arguments& c, const Row& row, int64_t kv, const T* q,
                 cap(c, x.s + i * NT, width);
         fetch(key, k0 + NT * key.row, std::min(NT, row.prefix - n0 - NT), c.D);
         soften_lanes(c, x, n, width);
-        const Matrix<T> v = values_of(value, v0, n, c.DV, c.DV, rows_of_tile);
+        const Matrix<T> v = values_of(value, v0, n, c.DV, c.DV, nullptr, rows_of_tile);
         product<true>(v.data, 1, v.ld, over_rows<T>(x.s, n, width, x.p), NT, x.acc, NT, c.DV, width, elements<T>(n));
     }
     transpose_tile(x.acc, NT, c.DV, M, state.acc + r0 * Vp, Vp);
@@ -127,7 +129,7 @@ void attend_in_place(const Arguments& c, const Row& row, const Row& next, int64_
                 store(s + r * NT + j, sums(dot) * query_factor(c));
             }
         const uint8_t* mask = c.key_mask ? c.key_mask + row.b * c.T + n0 : nullptr;
-        const Matrix<T> v = values_of(c.value, at, n, c.DV, Vp, rows_of_tile);
+        const Matrix<T> v = values_of(c.value, at, n, c.DV, Vp, mask, rows_of_tile);
         for (int64_t r = 0; r < R; r++) {
             float* p = s + r * NT;
             if (c.softcap) cap(c, p, up(n));
@@ -155,14 +157,9 @@ void forward_few(const Forward& f, int64_t unit) {
     T* q = (T*)at;
     const State x = state_at(c, s + R * NT, samples * R);
     // Samples with the same prefix side by side: each of its tiles is read once for all of them.
-    std::vector<int64_t> order(c.B);
-    for (int64_t b = 0; b < c.B; b++)
-        order[b] = b;
-    const auto entry = [&](int64_t b) { return row_of(c, b).entry; };
-    if (c.ids) std::stable_sort(order.begin(), order.end(), [&](auto a, auto b) { return entry(a) < entry(b); });
     Row rows[CHUNK];
     for (int64_t i = 0; i < samples; i++)
-        rows[i] = row_of(c, order[b0 + i]);
+        rows[i] = row_of(c, c.order ? c.order[b0 + i] : b0 + i);
     const auto sees_prefix = [&](int64_t r) {  // row r: sample r / R, head r % R / S, query r % S
         return rows[r / R].length - c.S + r % c.S >= rows[r / R].start;
     };

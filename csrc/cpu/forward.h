@@ -88,7 +88,7 @@ template <typename T>
 Keys<T> prefix_at(const Arguments& c, const float* packed, int64_t entry, int64_t head, bool backward) {
     const Array &k = c.prefix_key, &v = c.prefix_value;
     return keys_at<T>(c, k, entry * k.batch + head * k.head, v, entry * v.batch + head * v.head, c.P,
-                      packed + (entry * c.HKV + head) * keys_floats<T>(c, c.P, backward), backward);
+                      packed + (entry * c.HKV + head) * keys_floats<T>(c, c.P, backward), backward, false);
 }
 
 // The row's own keys for one head, packed at ``at``.
@@ -97,8 +97,9 @@ Keys<T> sequence_at(const Arguments& c, const Row& row, int64_t kv, float* at, b
     const int64_t key0 = key_at(c.key, row, kv, 0), value0 = key_at(c.value, row, kv, 0);
     const int64_t first =
         seen(c, row, row.length - row.S).lo / NT * NT;  // no query sees a key before the first's window
-    pack_keys<T>(c, c.key, key0, c.value, value0, row.length, backward, at, first, row.length);
-    return keys_at<T>(c, c.key, key0, c.value, value0, row.length, at, backward);
+    const uint8_t* mask = c.key_mask ? c.key_mask + row.b * c.T : nullptr;
+    pack_keys<T>(c, c.key, key0, c.value, value0, row.length, backward, mask, at, first, row.length);
+    return keys_at<T>(c, c.key, key0, c.value, value0, row.length, at, backward, mask);
 }
 
 // M queries against the n keys of the tile at n0; ``limits`` null = all are visible.

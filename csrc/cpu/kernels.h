@@ -42,11 +42,11 @@ int64_t packed_floats(const Arguments& c, bool backward) {
 void pack(const Arguments& c, bool backward, float* packed, int64_t unit) {
     const int64_t n = unit / c.HKV, kv = unit % c.HKV;
     // A bank may hold many more entries than a batch reads.
-    if (c.ids && std::find(c.ids, c.ids + c.B, n) == c.ids + c.B) return;
+    if (c.first && c.first[n] == c.first[n + 1]) return;
     const Array &k = c.prefix_key, &v = c.prefix_value;
     with_elements(c, [&](auto x) {
         pack_keys<decltype(x)>(c, k, n * k.batch + kv * k.head, v, n * v.batch + kv * v.head, c.P, backward,
-                               packed + unit * keys_floats<decltype(x)>(c, c.P, backward), 0, prefix_length(c, n));
+                               nullptr, packed + unit * keys_floats<decltype(x)>(c, c.P, backward), 0, prefix_length(c, n));
     });
 }
 

@@ -35,8 +35,8 @@ struct Keys {
 };
 
 template <typename T>
-bool in_place(const Array& x, int64_t size) {
-    return PER<T> == 1 && x.type == Type::f32 && size % VL == 0;
+bool in_place(const Array& x, int64_t size, bool masked) {
+    return PER<T> == 1 && x.type == Type::f32 && size % VL == 0 && !masked;
 }
 
 // Whether products can be of pairs of bfloat16: a float32 prefix is rounded to them.
@@ -50,21 +50,22 @@ int64_t keys_floats(const Arguments& c, int64_t n, bool backward) {
     return t * k + t / PER<T> * up(c.DV) + (backward ? t / PER<T> * up(c.D) + t * v : 0);
 }
 
-// Keys [0, n), whose rows begin at ``key0`` and ``value0``, and which were packed at ``at``.
+// Keys [0, n), whose rows begin at ``key0`` and ``value0``, and which were packed at ``at``. ``masked``: some of them are
+// hidden by the key mask, and packed as zeros.
 template <typename T>
 Keys<T> keys_at(const Arguments& c, const Array& key, int64_t key0, const Array& value, int64_t value0, int64_t n,
-                const float* at, bool backward) {
+                const float* at, bool backward, bool masked) {
     const int64_t t = tiles(n) * NT, Dp = up(c.D), Vp = up(c.DV);
     Keys<T> x{(const T*)at, nullptr, nullptr, (const T*)at + t * elements<T>(c.D), Dp, Vp};
     if (backward) {
         x.k = x.v + t / PER<T> * Vp;
         x.vt = x.k + t / PER<T> * Dp;
     }
-    if (in_place<T>(key, c.D)) {
+    if (in_place<T>(key, c.D, masked)) {
         x.k = (const T*)key.data + key0;
         x.ldk = key.row;
     }
-    if (in_place<T>(value, c.DV)) {
+    if (in_place<T>(value, c.DV, masked)) {
         x.v = (const T*)value.data + value0;
         x.ldv = value.row;
     }
@@ -100,6 +101,18 @@ Matrix<T> matrix(const Array& x, int64_t at, int64_t n, int64_t size, int64_t wi
         return {(const T*)((const char*)x.data + at * size_of(x)), x.row / PER<T>};
     for (int64_t i = 0; i < n; i++)
         load_row(x, at + i * x.row, size, width, to + i * width);
+    return {to, width};
+}
+
+// The same, but rows that ``mask`` hides are 0: a probability of 0 times a NaN in them would be NaN. Null hides none.
+template <typename T>
+Matrix<T> visible(const Array& x, int64_t at, int64_t n, int64_t size, int64_t width, const uint8_t* mask, T* to) {
+    if (!mask || std::all_of(mask, mask + n, [](uint8_t m) { return m; })) return matrix(x, at, n, size, width, to);
+    for (int64_t i = 0; i < n; i++)
+        if (mask[i])
+            load_row(x, at + i * x.row, size, width, to + i * width);
+        else
+            std::fill(to + i * width, to + (i + 1) * width, T{});
     return {to, width};
 }
 
@@ -148,16 +161,24 @@ const T* over_columns(float* s, int64_t n, int64_t width) {
 }
 
 // A tile's keys or values, transposed to ``across`` and by rows to ``down``; null: not wanted.
-inline void pack_tile(const Array& x, int64_t at, int64_t count, int64_t size, float* across, float* down) {
+inline void pack_tile(const Array& x, int64_t at, int64_t count, int64_t size, const uint8_t* mask, float* across,
+                      float* down) {
     alignas(64) float rows_of_tile[NT * 256];
-    const Matrix<float> rows = matrix(x, at, count, size, up(size), down ? down : rows_of_tile);
+    const Matrix<float> rows = visible(x, at, count, size, up(size), mask, down ? down : rows_of_tile);
+    if (down && rows.data != down)
+        for (int64_t i = 0; i < count; i++)
+            std::copy_n(rows.data + i * rows.ld, up(size), down + i * up(size));
     if (across) transpose_tile(rows.data, rows.ld, count, size, across, NT);
 }
-inline void pack_tile(const Array& x, int64_t at, int64_t count, int64_t size, Pair* across, Pair* down) {
+inline void pack_tile(const Array& x, int64_t at, int64_t count, int64_t size, const uint8_t* mask, Pair* across,
+                      Pair* down) {
     alignas(64) Pair rows_of_tile[NT * 128];
     const int64_t n = elements<Pair>(size), width = up(n);
     for (int64_t i = 0; i < count; i++)
-        load_row(x, at + i * x.row, size, width, rows_of_tile + i * width);
+        if (!mask || mask[i])
+            load_row(x, at + i * x.row, size, width, rows_of_tile + i * width);
+        else
+            std::fill(rows_of_tile + i * width, rows_of_tile + (i + 1) * width, Pair{});
     if (across) transpose_tile((const float*)rows_of_tile, width, count, n, (float*)across, NT);
     if (down) zip_rows({rows_of_tile, width}, count, up(size), down);
 }
@@ -166,16 +187,17 @@ inline void pack_tile(const Array& x, int64_t at, int64_t count, int64_t size, P
 // tile is 0 up to a whole vector, and the second row of a pair.
 template <typename T>
 void pack_keys(const Arguments& c, const Array& key, int64_t key0, const Array& value, int64_t value0, int64_t n,
-               bool backward, float* to, int64_t from, int64_t until) {
-    const Keys<T> x = keys_at<T>(c, key, key0, value, value0, n, to, backward);
+               bool backward, const uint8_t* mask, float* to, int64_t from, int64_t until) {
+    const Keys<T> x = keys_at<T>(c, key, key0, value, value0, n, to, backward, mask);
     const auto tile = [&](const T* at, int64_t n0, int64_t size) {
         return at ? const_cast<T*>(at) + n0 * size : nullptr;
     };
     for (int64_t n0 = from; n0 < until; n0 += NT) {
         const int64_t count = std::min(NT, until - n0);
-        pack_tile(key, key0 + n0 * key.row, count, c.D, tile(x.kt, n0, elements<T>(c.D)),
+        const uint8_t* hidden = mask ? mask + n0 : nullptr;
+        pack_tile(key, key0 + n0 * key.row, count, c.D, hidden, tile(x.kt, n0, elements<T>(c.D)),
                   backward ? tile(x.k, n0 / PER<T>, x.ldk) : nullptr);
-        pack_tile(value, value0 + n0 * value.row, count, c.DV, tile(x.vt, n0, elements<T>(c.DV)),
+        pack_tile(value, value0 + n0 * value.row, count, c.DV, hidden, tile(x.vt, n0, elements<T>(c.DV)),
                   tile(x.v, n0 / PER<T>, x.ldv));
     }
 }

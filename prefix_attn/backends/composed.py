@@ -75,7 +75,7 @@ def backward(
         if call.query.numel() and call.key.shape[2]:
             mask, causal = _mask(call)
             grad_query, grad_key, grad_value = _attend_backward(
-                call.query, call.key, call.value, out, lse, grad_out, grad_lse, call.scale, mask, causal
+                call.query, *visibility.without_hidden(call), out, lse, grad_out, grad_lse, call.scale, mask, causal
             )
         else:
             grad_query, grad_key, grad_value = (torch.zeros_like(t) for t in (call.query, call.key, call.value))
@@ -96,7 +96,7 @@ def _sequence(call: Call) -> tuple[Tensor, Tensor] | None:
     if not call.query.numel() or not call.key.shape[2]:
         return None
     mask, causal = _mask(call)
-    out, lse = _attend(call.query, call.key, call.value, call.scale, mask, causal)
+    out, lse = _attend(call.query, *visibility.without_hidden(call), call.scale, mask, causal)
     # The kernel gives a fully masked row out = 0, lse = 0.
     if call.bias is not None and mask is not None:
         lse = lse.masked_fill((mask == -torch.inf).all(-1), -torch.inf)
@@ -124,14 +124,17 @@ def _mask(call: Call) -> tuple[Tensor | None, bool]:
 
 def _groups(call: Call) -> list[tuple[Tensor | None, int | None, int]]:
     """(rows, bank entry, valid length) of every prefix in use; rows None = the whole batch, entry None = no bank."""
-    P = call.prefix_length
-    if not call.has_bank:
+    P = call.prefix_length()
+    if not call.has_bank():
         return [(None, None, P)]
     assert call.prefix_key is not None
     lengths = visibility.prefix_lengths(call)
     valid = [P] * call.prefix_key.shape[0] if lengths is None else lengths.tolist()
-    entries = visibility.prefix_entries(call)
-    return [(torch.nonzero(entries == n)[:, 0], n, valid[n]) for n in sorted(set(entries.tolist()) - {-1}) if valid[n]]
+    # Sorted once: to look for the rows of each entry in the whole batch would take B * N steps.
+    entries, order = torch.sort(visibility.prefix_entries(call), stable=True)
+    present, counts = torch.unique_consecutive(entries, return_counts=True)
+    rows = zip(present.tolist(), order.split(counts.tolist()))
+    return [(some, n, valid[n]) for n, some in rows if n >= 0 and valid[n]]
 
 
 def _entry(bank: Tensor, entry: int | None, length: int, dtype: torch.dtype) -> Tensor:
@@ -141,7 +144,7 @@ def _entry(bank: Tensor, entry: int | None, length: int, dtype: torch.dtype) -> 
 
 def _prefix(call: Call) -> tuple[Tensor, Tensor] | None:
     """The prefix's part, over all rows; None when no row has a prefix."""
-    if call.prefix_key is None or call.prefix_value is None or not call.prefix_length or not call.query.numel():
+    if call.prefix_key is None or call.prefix_value is None or not call.prefix_length() or not call.query.numel():
         return None
     query, parts = call.query, []
     for rows, entry, length in _groups(call):
@@ -172,9 +175,9 @@ def _prefix_backward(
     """
     assert call.prefix_key is not None and call.prefix_value is not None
     exact = torch.promote_types(call.query.dtype, torch.float32)
-    groups = _groups(call) if call.prefix_length and call.query.numel() else []
+    groups = _groups(call) if call.prefix_length() and call.query.numel() else []
     grad_query = grad_key = grad_value = torch.empty(0)
-    if call.has_bank or not groups:  # else the one group below gives all of each
+    if call.has_bank() or not groups:  # else the one group below gives all of each
         grad_query = torch.zeros_like(call.query)
         grad_key = torch.zeros_like(call.prefix_key, dtype=exact)
         grad_value = torch.zeros_like(call.prefix_value, dtype=exact)

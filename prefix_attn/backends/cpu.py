@@ -83,7 +83,7 @@ def backward(
 
 def _arguments(call: Call) -> tuple[Any, ...]:
     """What both ops take first."""
-    prefix = [_bank(t) if call.prefix_length else None for t in (call.prefix_key, call.prefix_value)]
+    prefix = [_bank(t) if call.prefix_length() else None for t in (call.prefix_key, call.prefix_value)]
     sinks = None if call.sinks is None else call.sinks.detach().float().contiguous()
     ints = (call.prefix_ids, call.prefix_lengths, call.prefix_start, call.key_lengths)
     ints += (call.cu_seqlens_q, call.cu_seqlens_k)
@@ -107,7 +107,7 @@ def _bank(prefix: Tensor | None) -> Tensor | None:
 
 def _slots(call: Call) -> int:
     """Runs of the batch. It depends on the call alone, never on threads, so neither does any sum."""
-    B = call.batch
+    B = call.batch()
     if call.prefix_key is None or call.prefix_value is None:
         return max(B, 1)
     size = call.prefix_key.numel() + call.prefix_value.numel()

@@ -30,11 +30,11 @@ def forward(call: Call) -> tuple[Tensor, Tensor]:
     exact = torch.promote_types(call.query.dtype, torch.float32)
     key, value, visible = _concatenate(call)
     # [B, Hq, S, P + T]
-    logits = (call.query @ key.transpose(-1, -2)).to(exact) * call.scale
+    logits = call.query.to(exact) @ key.to(exact).transpose(-1, -2) * call.scale
     if call.softcap is not None:
         logits = call.softcap * torch.tanh(logits / call.softcap)
     if call.bias is not None:
-        logits = logits + F.pad(call.bias.to(exact), (call.prefix_length, 0))
+        logits = logits + F.pad(call.bias.to(exact), (call.prefix_length(), 0))
     if visible is not None:
         logits = logits.masked_fill(~visible, -torch.inf)
 
@@ -49,15 +49,18 @@ def forward(call: Call) -> tuple[Tensor, Tensor]:
     empty = total == 0
     total = torch.where(empty, 1.0, total)
     lse = torch.where(empty, -torch.inf, pivot + total.log()).squeeze(-1)
-    probabilities = F.dropout((weights / total)[..., :-1], call.dropout_p)
+    probabilities = (weights / total)[..., :-1]
+    if visible is not None:  # they are 0 there already; their gradients, grad_out . value, need not be finite
+        probabilities = probabilities.masked_fill(~visible, 0.0)
+    probabilities = F.dropout(probabilities, call.dropout_p)
     return probabilities.to(call.query.dtype) @ value, lse
 
 
 def _concatenate(call: Call) -> tuple[Tensor, Tensor, Tensor | None]:
     """[prefix ; sequence] keys and values per row and query head, and which of them each query sees."""
     B, Hq, S, _ = call.query.shape
-    T, P = call.key.shape[2], call.prefix_length
-    key, value = call.key, call.value
+    T, P = call.key.shape[2], call.prefix_length()
+    key, value = visibility.without_hidden(call)
     visible = visibility.sequence(call, causal=call.is_causal)
     if call.prefix_key is not None and call.prefix_value is not None:
         prefix_key, prefix_value, prefix_visible = _prefix_of_each_row(call, call.prefix_key, call.prefix_value)
@@ -73,10 +76,10 @@ def _concatenate(call: Call) -> tuple[Tensor, Tensor, Tensor | None]:
 
 def _prefix_of_each_row(call: Call, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
     """(B, Hkv, P, D), (B, Hkv, P, Dv) and the (B, 1, S or 1, P) mask of what is visible; None = everything."""
-    B, P = call.query.shape[0], call.prefix_length
+    B, P = call.query.shape[0], call.prefix_length()
     rows = visibility.prefix_rows(call)
     visible = None if rows is None else rows[..., None].expand(-1, -1, -1, P)
-    if not call.has_bank:
+    if not call.has_bank():
         return key.expand(B, -1, -1, -1), value.expand(B, -1, -1, -1), visible
     entries = visibility.prefix_entries(call)
     lengths = visibility.prefix_lengths(call)
@@ -88,4 +91,5 @@ def _prefix_of_each_row(call: Call, key: Tensor, value: Tensor) -> tuple[Tensor,
     chosen = entries.clamp(min=0)
     limit = torch.where(entries >= 0, lengths[chosen], 0)
     valid = (torch.arange(P, device=key.device) < limit[:, None])[:, None, None]
-    return key[chosen], value[chosen], valid if visible is None else visible & valid
+    key, value = (t[chosen].masked_fill(~valid.mT, 0) for t in (key, value))  # hidden ones may hold anything
+    return key, value, valid if visible is None else visible & valid

@@ -45,6 +45,22 @@ def sequence(call: Call, *, causal: bool) -> Tensor | None:
     return visible
 
 
+def without_hidden(call: Call) -> tuple[Tensor, Tensor]:
+    """Key and value, with 0 where ``key_lengths`` and ``key_mask`` hide a key from every query of its row.
+
+    Masked scores are not enough: a probability of 0 times a NaN or inf is NaN, and static caches are full of them.
+    """
+    rules = []
+    if call.key_lengths is not None:
+        rules.append(torch.arange(call.key.shape[2], device=call.key.device) >= _lengths(call)[:, None])
+    if call.key_mask is not None:
+        rules.append(~call.key_mask)
+    if not rules:
+        return call.key, call.value
+    hidden = (rules[0] if len(rules) == 1 else rules[0] | rules[1])[:, None, :, None]
+    return call.key.masked_fill(hidden, 0), call.value.masked_fill(hidden, 0)
+
+
 def sequence_rows(call: Call) -> Tensor | None:
     """(B or 1, 1, S): queries that see at least one sequence key; None when every query does. Ignores ``bias``.
 
@@ -75,7 +91,7 @@ def prefix_rows(call: Call) -> Tensor | None:
 def prefix_entries(call: Call) -> Tensor:
     """(B,) int64: the bank entry of each row, -1 for none. An id out of range counts as -1."""
     assert call.prefix_key is not None
-    B, N = call.batch, call.prefix_key.shape[0]
+    B, N = call.batch(), call.prefix_key.shape[0]
     device = call.query.device
     if call.prefix_ids is None:
         return torch.zeros(B, dtype=torch.int64, device=device) if N == 1 else torch.arange(B, device=device)
@@ -85,7 +101,7 @@ def prefix_entries(call: Call) -> Tensor:
 
 def prefix_lengths(call: Call) -> Tensor | None:
     """(N,) int64: valid length of each bank entry, clamped to 0..P; None when all are full."""
-    return None if call.prefix_lengths is None else call.prefix_lengths.long().clamp(0, call.prefix_length)
+    return None if call.prefix_lengths is None else call.prefix_lengths.long().clamp(0, call.prefix_length())
 
 
 def _lengths(call: Call) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -170,3 +172,21 @@ def test_no_memory_grows_with_batch_times_prefix(backend: str, layout: str) -> N
     with Watch():
         prefix_attention(**arguments | leaves, backend=backend).square().sum().backward()
     assert largest == P * D, f"largest tensor has {largest} elements: the prefix has {P * D}, scores {B * Hq * S * P}"
+
+
+@pytest.mark.parametrize("backend", ["cpu", "composed"])
+def test_decoding_a_bank_takes_time_in_proportion(backend: str) -> None:
+    """Sixteen times the rows: once 256 times as long, as each unit sorted the whole batch."""
+
+    def seconds(B: int) -> float:
+        query = torch.randn(B, 4, 1, 8)
+        bank, ids = torch.randn(64, 4, 4, 8), torch.arange(B) % 64
+        best = float("inf")
+        for _ in range(4):
+            start = time.process_time()
+            with torch.no_grad():
+                prefix_attention(query, query, query, bank, bank, prefix_ids=ids, backend=backend)
+            best = min(best, time.process_time() - start)
+        return best
+
+    assert seconds(32000) < 64 * seconds(2000)

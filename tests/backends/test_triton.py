@@ -44,7 +44,7 @@ FEW_QUERIES = {
 @pytest.mark.parametrize("case", FEW_QUERIES.values(), ids=FEW_QUERIES)
 def test_every_way_to_decode(case: Case, fold: bool, splits: int, monkeypatch: pytest.MonkeyPatch) -> None:
     own = case.N > 1 and "prefix_ids" not in case.with_
-    monkeypatch.setattr(launch, "_folds", lambda call: fold and call.prefix_length > 0 and not own)
+    monkeypatch.setattr(launch, "_folds", lambda call: fold and call.prefix_length() > 0 and not own)
     monkeypatch.setattr(launch, "processors", lambda device: splits * case.B * case.Hkv if splits > 1 else 1)
     compare("triton", case.arguments(torch.float32))
 

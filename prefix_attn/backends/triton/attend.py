@@ -27,6 +27,7 @@ from prefix_attn.backends.triton.primitives import (
     load_full,
     load_rows,
     prefix_of,
+    present,
     queries_of,
     softmax_step,
     store_rows,
@@ -107,7 +108,7 @@ def _sequence_tile(
 ):
     """The online softmax over keys n..n + BLOCK_N of the sequence."""
     o_n = n + tl.arange(0, BLOCK_N)
-    m_n = o_n < length
+    m_n = present(o_n, length, row_mask)
     # [BLOCK_N, BLOCK_D]
     if MASKED:
         b_k = load_rows(p_key, o_n, key_row, m_n, D, BLOCK_D)

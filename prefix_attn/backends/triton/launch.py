@@ -166,7 +166,7 @@ def _decode(call: Call, out: Tensor, lse: Tensor) -> None:
     options["BLOCK_M"] = max(16, triton.next_power_of_2(triton.cdiv(S * (Hq // Hkv), chunks)))
     query, key, value, prefix_key, prefix_value = _arrays(call)
     runs = _fold_runs(call)
-    loop = 0 if runs else triton.cdiv(call.prefix_length, options["BLOCK_N"])
+    loop = 0 if runs else triton.cdiv(call.prefix_length(), options["BLOCK_N"])
     splits = max(1, min(triton.cdiv(T, options["BLOCK_N"]) + loop, 2 * processors(out.device) // (B * Hkv * chunks)))
     slots_out = slots_lse = arrived = None
     if runs or splits > 1:
@@ -221,7 +221,7 @@ def _fold_runs(call: Call) -> int:
     """Into how many runs a folded prefix is split, so that every processor has one; 0 = the prefix is not folded."""
     if not _folds(call):
         return 0
-    tiles = triton.cdiv(call.prefix_length, _options(call, "fold_prefix")["BLOCK_N"])
+    tiles = triton.cdiv(call.prefix_length(), _options(call, "fold_prefix")["BLOCK_N"])
     return max(1, min(tiles, processors(call.query.device) // (_fold_tiles(call) * call.key.shape[1])))
 
 
@@ -233,12 +233,12 @@ def _folds(call: Call) -> bool:
     if call.prefix_key is None or call.prefix_value is None:
         return False
     B, Hkv = call.query.shape[0], call.key.shape[1]
-    if call.has_bank and call.prefix_ids is None and call.prefix_key.shape[0] > 1:
+    if call.has_bank() and call.prefix_ids is None and call.prefix_key.shape[0] > 1:
         return False  # every row has an entry of its own: nothing is shared
     width = call.prefix_key.shape[-1] + call.prefix_value.shape[-1]
-    shared = B - call.prefix_key.shape[0] if call.has_bank else B  # each entry must be read once in any case
-    read = shared * Hkv * call.prefix_length * width * call.query.element_size()
-    return call.prefix_length > 0 and read >= table()[architecture(call.query.device)]["fold_bytes"]
+    shared = B - call.prefix_key.shape[0] if call.has_bank() else B  # each entry must be read once in any case
+    read = shared * Hkv * call.prefix_length() * width * call.query.element_size()
+    return call.prefix_length() > 0 and read >= table()[architecture(call.query.device)]["fold_bytes"]
 
 
 def _grad_of_prefix(call: Call, arrays: tuple[Array | None, ...], saved: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
@@ -305,9 +305,9 @@ def _array(tensor: Tensor | None) -> Array | None:
 
 def _arrays(call: Call) -> tuple[Array | None, ...]:
     prefix: tuple[Tensor | None, ...] = (None, None)
-    if call.prefix_key is not None and call.prefix_value is not None and call.prefix_length:
+    if call.prefix_key is not None and call.prefix_value is not None and call.prefix_length():
         prefix = call.prefix_key, call.prefix_value
-        if not call.has_bank:
+        if not call.has_bank():
             # One small copy where a float32 prefix meets a half-precision model; kernels would round it in every tile,
             # and stage twice the bytes in shared memory. A bank, which may be large, they round themselves.
             prefix = call.prefix_key.to(call.query.dtype), call.prefix_value.to(call.query.dtype)
@@ -369,8 +369,8 @@ def _sizes(call: Call) -> tuple[int, ...]:
     Hkv, T = call.key.shape[1:3]
     if call.max_seqlen_q is not None and call.max_seqlen_k is not None:
         S, T = call.max_seqlen_q, call.max_seqlen_k
-    N = call.prefix_key.shape[0] if call.prefix_key is not None and call.has_bank else 1
-    return call.batch, Hkv, Hq // Hkv, S, T, call.prefix_length, N
+    N = call.prefix_key.shape[0] if call.prefix_key is not None and call.has_bank() else 1
+    return call.batch(), Hkv, Hq // Hkv, S, T, call.prefix_length(), N
 
 
 def _blocks(call: Call) -> dict[str, Any]:

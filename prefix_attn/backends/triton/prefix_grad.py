@@ -103,13 +103,13 @@ def _grad_prefix(
                 grad_out.data + i_b * grad_out.batch + i_h * grad_out.head + r_q * grad_out.row, grad_out.row,
                 lse2 + i_lse, delta + i_lse, D, DV, BLOCK_M, BLOCK_D, BLOCK_DV,
             )  # fmt: skip
+            m_nm = None
             if rows.prefix_start is not None:
                 _, _, length = keys_of(i_b, T, rows)
-                position = length - count + o_m
-                b_lse = tl.where(position >= tl.load(rows.prefix_start + i_b), b_lse, float("inf"))
+                m_nm = (length - count + o_m >= tl.load(rows.prefix_start + i_b))[None, :]
             # Nothing masks the keys past the prefix's end: their rows of dk and dv are not stored.
             b_dk, b_dv = key_tile(
-                b_k, b_v, b_q, b_do, b_lse, b_delta, b_dk, b_dv, None, None, o_m[None, :], o_n[:, None], i_bh, 0,
+                b_k, b_v, b_q, b_do, b_lse, b_delta, b_dk, b_dv, m_nm, None, o_m[None, :], o_n[:, None], i_bh, 0,
                 scores, PRECISION,
             )  # fmt: skip
         i_g += 1

@@ -201,6 +201,15 @@ def visible(b_position, b_column, length, row_mask, scores, CAUSAL: tl.constexpr
 
 
 @triton.jit
+def present(o_n, length, row_mask):
+    """Keys that some query of the row may see. The others are not read: 0 times what they hold need not be 0."""
+    m = o_n < length
+    if row_mask is not None:
+        m = m & tl.load(row_mask + o_n, mask=m, other=0).to(tl.int1)
+    return m
+
+
+@triton.jit
 def add_bias(b_s, bias, b_row, b_column, m, scores):
     """Logits plus the bias of one head; ``b_row`` and ``b_column`` are broadcast against each other."""
     p = bias + b_row.to(tl.int64) * scores.bias_row + b_column.to(tl.int64) * scores.bias_column

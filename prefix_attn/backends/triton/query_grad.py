@@ -28,6 +28,7 @@ from prefix_attn.backends.triton.primitives import (
     load_rows,
     logits,
     prefix_of,
+    present,
     queries_of,
     store_rows,
     visible,
@@ -115,9 +116,13 @@ def _query_tile(
     b_dp = tl.dot(b_do, tl.trans(b_v), input_precision=PRECISION)
     if scores.seed is not None:
         b_dp = tl.where(kept(i_bh, b_row, offset + b_column, scores), b_dp * (1 / (1 - scores.dropout)), 0.0)
+    if m_mn is not None:  # a hidden value may be huge, and 0 * inf is NaN
+        b_dp = tl.where(m_mn, b_dp, 0.0)
     if SHARE:
         b_share += tl.sum(b_p * b_dp, 1)
     b_ds = grad_product(b_p * (b_dp - b_delta[:, None]), b_s, scores)
+    if m_mn is not None and scores.softcap is not None:
+        b_ds = tl.where(m_mn, b_ds, 0.0)
     b_dq = tl.dot(b_ds.to(b_k.dtype), b_k, b_dq, input_precision=PRECISION)
     return b_dq, b_share
 
@@ -155,7 +160,7 @@ def _query_sequence_tile(
 ):
     """``_query_tile`` for keys n..n + BLOCK_N of the sequence."""
     o_n = n + tl.arange(0, BLOCK_N)
-    m_n = o_n < length
+    m_n = present(o_n, length, row_mask)
     m_mn = None
     if MASKED:
         b_k = load_rows(p_key, o_n, key_row, m_n, D, BLOCK_D)
