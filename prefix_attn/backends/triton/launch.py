@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
 from prefix_attn.backends import visibility
@@ -28,6 +27,14 @@ _PLUS = ("bias", "cu_seqlens_q", "prefix_ids", "prefix_start", "key_lengths", "k
 MAX_DECODE_QUERIES = 16  # per head; more fill a tile of their own, and causal skipping pays
 
 
+def _cdiv(a: int, b: int) -> int:  # triton.cdiv takes 2 us on the host, twenty times in a training step
+    return -(-a // b)
+
+
+def _power_of_2(n: int) -> int:
+    return 1 << (n - 1).bit_length()
+
+
 def max_decode_rows(itemsize: int, size: int) -> int:
     """How many queries times heads of a group one program holds in registers."""
     return 64 if size <= (128 if itemsize == 2 else 64) else 16
@@ -47,7 +54,7 @@ def forward(call: Call) -> tuple[Tensor, Tensor]:
         _decode(call, out, lse)
     else:
         options = _options(call, "forward")
-        num = triton.cdiv(S, options["BLOCK_M"])
+        num = _cdiv(S, options["BLOCK_M"])
         _forward[(B * Hkv * G * num,)](
             *_arrays(call),
             _sinks(call),
@@ -89,7 +96,7 @@ def _saved(call: Call, out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: Ten
     """(grad_out, lse in units of log 2, delta): what every backward kernel reads."""
     lse2, delta = torch.empty_like(lse), torch.empty_like(lse)
     B, Hq, S = lse.shape
-    _delta[(B * Hq * triton.cdiv(S, 64),)](
+    _delta[(B * Hq * _cdiv(S, 64),)](
         _array(out),
         _array(grad_out),
         lse,
@@ -116,7 +123,7 @@ def _launch_grad_query(
 ) -> None:
     B, Hkv, G, S, *_ = sizes = _sizes(call)
     options = _options(call, "grad_query")
-    _grad_query[(B * Hkv * G * triton.cdiv(S, options["BLOCK_M"]),)](
+    _grad_query[(B * Hkv * G * _cdiv(S, options["BLOCK_M"]),)](
         *arrays,
         _rows(call, options["BLOCK_N"]),
         scores,
@@ -142,7 +149,7 @@ def _launch_grad_sequence(
     if not T:
         return
     options = _options(call, "grad_sequence")
-    _grad_sequence[(triton.cdiv(T, options["BLOCK_N"]) * Hkv * B,)](
+    _grad_sequence[(_cdiv(T, options["BLOCK_N"]) * Hkv * B,)](
         *arrays[:3],
         _rows(call, None),
         scores,
@@ -162,12 +169,12 @@ def _decode(call: Call, out: Tensor, lse: Tensor) -> None:
     options = _options(call, "split_keys")
     # The smallest tile that tensor cores take and that holds a row's queries, or an equal part of them.
     size = max(call.query.shape[-1], call.value.shape[-1])
-    chunks = triton.cdiv(S * (Hq // Hkv), max_decode_rows(call.query.dtype.itemsize, size))
-    options["BLOCK_M"] = max(16, triton.next_power_of_2(triton.cdiv(S * (Hq // Hkv), chunks)))
+    chunks = _cdiv(S * (Hq // Hkv), max_decode_rows(call.query.dtype.itemsize, size))
+    options["BLOCK_M"] = max(16, _power_of_2(_cdiv(S * (Hq // Hkv), chunks)))
     query, key, value, prefix_key, prefix_value = _arrays(call)
     runs = _fold_runs(call)
-    loop = 0 if runs else triton.cdiv(call.prefix_length(), options["BLOCK_N"])
-    splits = max(1, min(triton.cdiv(T, options["BLOCK_N"]) + loop, 2 * processors(out.device) // (B * Hkv * chunks)))
+    loop = 0 if runs else _cdiv(call.prefix_length(), options["BLOCK_N"])
+    splits = max(1, min(_cdiv(T, options["BLOCK_N"]) + loop, 2 * processors(out.device) // (B * Hkv * chunks)))
     slots_out = slots_lse = arrived = None
     if runs or splits > 1:
         slots = (runs + (splits if splits > 1 else 0), B, Hq, S)
@@ -214,14 +221,14 @@ def _decode(call: Call, out: Tensor, lse: Tensor) -> None:
 def _fold_tiles(call: Call) -> int:
     """Tiles of the queries of all rows, per key head."""
     B, Hq, S, _ = call.query.shape
-    return triton.cdiv(B * S * (Hq // call.key.shape[1]), _options(call, "fold_prefix")["BLOCK_M"])
+    return _cdiv(B * S * (Hq // call.key.shape[1]), _options(call, "fold_prefix")["BLOCK_M"])
 
 
 def _fold_runs(call: Call) -> int:
     """Into how many runs a folded prefix is split, so that every processor has one; 0 = the prefix is not folded."""
     if not _folds(call):
         return 0
-    tiles = triton.cdiv(call.prefix_length(), _options(call, "fold_prefix")["BLOCK_N"])
+    tiles = _cdiv(call.prefix_length(), _options(call, "fold_prefix")["BLOCK_N"])
     return max(1, min(tiles, processors(call.query.device) // (_fold_tiles(call) * call.key.shape[1])))
 
 
@@ -248,8 +255,8 @@ def _grad_of_prefix(call: Call, arrays: tuple[Array | None, ...], saved: tuple[A
         return torch.zeros_like(prefix[0]), torch.zeros_like(prefix[1])
     B, Hkv, G, S, _, P, N = sizes = _sizes(call)
     options = _options(call, "grad_prefix")
-    programs = triton.cdiv(P, options["BLOCK_N"]) * Hkv * N
-    units = triton.cdiv(B * triton.cdiv(S, options["BLOCK_M"]) * G, N)
+    programs = _cdiv(P, options["BLOCK_N"]) * Hkv * N
+    units = _cdiv(B * _cdiv(S, options["BLOCK_M"]) * G, N)
     # Two waves of programs; the last bits of the gradient depend on SPLITS, so on the device, never on the run.
     splits = max(1, min(units, 2 * processors(call.query.device) // programs))
     order, bounds = (None, None) if N == 1 and call.prefix_ids is None else _grouped(call)
@@ -276,7 +283,7 @@ def _grad_of_prefix(call: Call, arrays: tuple[Array | None, ...], saved: tuple[A
     if splits > 1:
         for part, grad in zip(parts, grads):
             size = grad.numel()
-            _sum_splits[(triton.cdiv(size, 1024),)](part, grad, splits, size, BLOCK=1024, enable_fp_fusion=True)
+            _sum_splits[(_cdiv(size, 1024),)](part, grad, splits, size, BLOCK=1024, enable_fp_fusion=True)
     return grads[0], grads[1]
 
 
@@ -324,12 +331,10 @@ def _rows(call: Call, block_n: int | None) -> Rows:
     tiles = before = None
     if mask is not None and block_n is not None:
         B, T = mask.shape
-        num = triton.cdiv(T, block_n)
+        num = _cdiv(T, block_n)
         tiles = torch.empty(B, max(num, 1), dtype=torch.int32, device=mask.device)
         before = torch.empty(B, num + 1, dtype=torch.int32, device=mask.device)
-        _list_tiles[(B,)](
-            mask, tiles, before, T, BLOCK_N=block_n, TILES=1024 // block_n, enable_fp_fusion=True
-        )  # fmt: skip
+        _list_tiles[(B,)](mask, tiles, before, T, BLOCK_N=block_n, TILES=1024 // block_n, enable_fp_fusion=True)
     ids, lengths, start, keys = (
         None if t is None else t.contiguous()
         for t in (call.prefix_ids, call.prefix_lengths, call.prefix_start, call.key_lengths)
@@ -375,7 +380,7 @@ def _sizes(call: Call) -> tuple[int, ...]:
 
 def _blocks(call: Call) -> dict[str, Any]:
     D, Dv = call.query.shape[-1], call.value.shape[-1]
-    return {"BLOCK_D": max(16, triton.next_power_of_2(D)), "BLOCK_DV": max(16, triton.next_power_of_2(Dv))}
+    return {"BLOCK_D": max(16, _power_of_2(D)), "BLOCK_DV": max(16, _power_of_2(Dv))}
 
 
 def _options(call: Call, kernel: str) -> dict[str, Any]:
