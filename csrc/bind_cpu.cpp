@@ -20,26 +20,6 @@ using Maybe = std::optional<Tensor>;
 
 namespace {
 
-prefix_attn::Array array(const Tensor& t) {
-    const ScalarType type = t.scalar_type();
-    STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::BFloat16 || type == ScalarType::Half,
-                    "the kernels take float32, bfloat16 and float16");
-    STD_TORCH_CHECK(t.dim() == 4, "the kernels take tensors of four dimensions");
-    prefix_attn::Array x;
-    x.data = t.const_data_ptr();
-    x.batch = t.stride(0);
-    x.head = t.stride(1);
-    x.row = t.stride(2);
-    x.type = type == ScalarType::Float      ? prefix_attn::Type::f32
-             : type == ScalarType::BFloat16 ? prefix_attn::Type::bf16
-                                            : prefix_attn::Type::f16;
-    return x;
-}
-
-prefix_attn::Array array(const Maybe& t) {
-    return t ? array(*t) : prefix_attn::Array{};
-}
-
 template <typename T>
 T* data(const Maybe& t) {
     return t ? (T*)t->const_data_ptr() : nullptr;
@@ -55,11 +35,12 @@ int64_t longest(const Maybe& cu, int64_t total) {
     return most;
 }
 
-// Takes the arguments of an op off its stack, in the order of the schema. Keeps the tensors alive that the structs of
-// args.h point into.
+// Takes the arguments of an op off its stack, in the order of the schema, and keeps the tensors alive that the structs of
+// args.h point into. What is wrong with them is said when all are taken: a tensor that is left on the stack leaks.
 struct Reader {
     StableIValue* next;
     std::vector<Tensor> kept;
+    const char* problem = nullptr;
 
     explicit Reader(StableIValue* stack) : next(stack) {
         kept.reserve(24);  // more than either op takes
@@ -80,6 +61,28 @@ struct Reader {
         if (t) kept.push_back(*t);
         return t;
     }
+
+    void need(bool holds, const char* sentence) {
+        if (!holds && !problem) problem = sentence;
+    }
+
+    prefix_attn::Array array(const Maybe& t) {
+        prefix_attn::Array x;
+        if (!t) return x;
+        const ScalarType type = t->scalar_type();
+        const bool half = type == ScalarType::Half || type == ScalarType::BFloat16;
+        need(half || type == ScalarType::Float, "the kernels take float32, bfloat16 and float16");
+        need(t->dim() == 4, "the kernels take tensors of four dimensions");
+        if (problem) return x;
+        x.data = t->const_data_ptr();
+        x.batch = t->stride(0);
+        x.head = t->stride(1);
+        x.row = t->stride(2);
+        x.type = !half                          ? prefix_attn::Type::f32
+                 : type == ScalarType::BFloat16 ? prefix_attn::Type::bf16
+                                                : prefix_attn::Type::f16;
+        return x;
+    }
 };
 
 // What both ops take first: ARGUMENTS of the schemas below.
@@ -87,11 +90,11 @@ prefix_attn::Arguments arguments(Reader& r) {
     const Tensor query = r.tensor(), key = r.tensor(), value = r.tensor();
     const Maybe prefix_key = r.maybe(), prefix_value = r.maybe();
     prefix_attn::Arguments x;
-    x.query = array(query);
-    x.key = array(key);
-    x.value = array(value);
-    x.prefix_key = array(prefix_key);
-    x.prefix_value = array(prefix_value);
+    x.query = r.array(query);
+    x.key = r.array(key);
+    x.value = r.array(value);
+    x.prefix_key = r.array(prefix_key);
+    x.prefix_value = r.array(prefix_value);
     x.sinks = data<const float>(r.maybe());
     x.ids = data<const int64_t>(r.maybe());
     x.prefix_lengths = data<const int64_t>(r.maybe());
@@ -105,6 +108,7 @@ prefix_attn::Arguments arguments(Reader& r) {
     x.window = r.take<int64_t>();
     x.scale = (float)r.take<double>();
     x.softcap = (float)r.take<double>();
+    if (r.problem) return x;
     x.B = cu_q ? cu_q->size(0) - 1 : query.size(0);
     x.HQ = query.size(1);
     x.NQ = query.size(2);
@@ -116,8 +120,8 @@ prefix_attn::Arguments arguments(Reader& r) {
     x.DV = value.size(3);
     x.N = prefix_key ? prefix_key->size(0) : 1;
     x.P = prefix_key ? prefix_key->size(2) : 0;
-    STD_TORCH_CHECK(x.D <= 256 && x.DV <= 256, "the kernels take heads of up to 256");
-    STD_TORCH_CHECK(x.HKV > 0 && x.HQ % x.HKV == 0, "query heads must be a multiple of key heads");
+    r.need(x.D <= 256 && x.DV <= 256, "the kernels take heads of up to 256");
+    r.need(x.HKV > 0 && x.HQ % x.HKV == 0, "query heads must be a multiple of key heads");
     return x;
 }
 
@@ -151,13 +155,14 @@ const float* packed(const prefix_attn::Kernels& k, const prefix_attn::Arguments&
 
 // Boxed kernels, in the calling convention of the stable ABI: arguments come on a stack, and nothing is returned.
 void forward(StableIValue* stack, uint64_t, uint64_t) {
-    const prefix_attn::Kernels& k = kernels();
     Reader r(stack);
     prefix_attn::Forward f;
     f.args = arguments(r);
-    const prefix_attn::Bank bank = prefix_attn::group_rows(f.args);
-    f.out = array(r.tensor());
+    f.out = r.array(r.tensor());
     f.lse = (float*)r.tensor().mutable_data_ptr();
+    STD_TORCH_CHECK(!r.problem, r.problem);
+    const prefix_attn::Kernels& k = kernels();
+    const prefix_attn::Bank bank = prefix_attn::group_rows(f.args);
     const float* prefix = packed(k, f.args, false);
     torch::stable::parallel_for(0, k.forward_units(f.args), 1, [&](int64_t begin, int64_t end) {
         for (int64_t unit = begin; unit < end; unit++)
@@ -166,22 +171,23 @@ void forward(StableIValue* stack, uint64_t, uint64_t) {
 }
 
 void backward(StableIValue* stack, uint64_t, uint64_t) {
-    const prefix_attn::Kernels& k = kernels();
     Reader r(stack);
     prefix_attn::Backward f;
     f.args = arguments(r);
-    const prefix_attn::Bank bank = prefix_attn::group_rows(f.args);
-    f.out = array(r.tensor());
+    f.out = r.array(r.tensor());
     f.lse = (const float*)r.tensor().const_data_ptr();
-    f.grad_out = array(r.tensor());
+    f.grad_out = r.array(r.tensor());
     f.grad_lse = data<float>(r.maybe());
-    f.grad_query = array(r.maybe());
-    f.grad_key = array(r.maybe());
-    f.grad_value = array(r.maybe());
+    f.grad_query = r.array(r.maybe());
+    f.grad_key = r.array(r.maybe());
+    f.grad_value = r.array(r.maybe());
     f.grad_prefix_key = data<float>(r.maybe());
     f.grad_prefix_value = data<float>(r.maybe());
     f.slots = r.take<int64_t>();
     f.share = data<float>(r.maybe());
+    STD_TORCH_CHECK(!r.problem, r.problem);
+    const prefix_attn::Kernels& k = kernels();
+    const prefix_attn::Bank bank = prefix_attn::group_rows(f.args);
     const float* prefix = packed(k, f.args, true);
     torch::stable::parallel_for(0, k.backward_units(f), 1, [&](int64_t begin, int64_t end) {
         for (int64_t unit = begin; unit < end; unit++)

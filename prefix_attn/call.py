@@ -156,15 +156,12 @@ def check_shape(name: str, tensor: Tensor, layout: str, sizes: dict[str, int]) -
             sizes[dim] = n
 
 
-def as_int(name: str, value: Any, low: int) -> Any:
+def as_int(name: str, value: Any, low: int, needs: str = "an int") -> Any:
     """``value``, which may be a numpy integer or a tensor of one, as an int of at least ``low``."""
-    if not isinstance(value, (int, torch.SymInt)):
-        try:
-            value = operator.index(value)
-        except TypeError:
-            raise TypeError(f"{name} must be an int, got {type(value).__name__}") from None
-    elif isinstance(value, bool):
-        raise TypeError(f"{name} must be an int, got bool")
+    if not isinstance(value, (int, torch.SymInt)) and hasattr(value, "__index__"):
+        value = operator.index(value)
+    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
+        raise TypeError(f"{name} must be {needs}, got {type(value).__name__}")
     if value < low:
         raise ValueError(f"{name} must be at least {low}, got {value}")
     return value

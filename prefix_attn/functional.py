@@ -296,7 +296,7 @@ def _call(query: Tensor, key: Tensor, value: Tensor, *rest: Any, **named: Any) -
         size = query.shape[-1]
         call = call._replace(scale=max(size.item() if isinstance(size, Tensor) else size, 1) ** -0.5)  # torch.jit.trace
     if call.window is not None:
-        call = call._replace(window=as_int("window", call.window, 1))
+        call = call._replace(window=as_int("window", call.window, 1, "an int or None"))
     check(call)
     return call
 

@@ -73,6 +73,6 @@ class Padding(NamedTuple):
     def unpad(self, batch: Tensor, fill: float) -> Tensor:
         """(B, H, length, D) -> (N, H, D), with ``fill`` for the tokens of no sequence."""
         flat = batch.transpose(1, 2).flatten(0, 1)
-        if not flat.shape[0]:
+        if not flat.shape[0] and self.target.shape[0]:  # tokens, and no sequence
             return flat.new_full((self.target.shape[0], *flat.shape[1:]), fill)
         return flat.index_select(0, self.target).masked_fill(~self.within[:, None, None], fill)

@@ -119,7 +119,7 @@ ERRORS: dict[str, tuple[Case, dict[str, Any], type[Exception], str]] = {
     "key_mask shape": (PLAIN, {"key_mask": r(2, 4) > 0}, ValueError, r"key_mask must be \(B, T\) = \(2, 5\)"),
     "key_mask dtype": (PLAIN, {"key_mask": r(2, 5)}, TypeError, "key_mask must be torch.bool, got torch.float32"),
     "is_causal": (PLAIN, {"is_causal": 1}, TypeError, "is_causal must be a bool, got int"),
-    "window type": (PLAIN, {"window": 2.0}, TypeError, "window must be an int, got float"),
+    "window type": (PLAIN, {"window": 2.0}, TypeError, "window must be an int or None, got float"),
     "window range": (PLAIN, {"window": 0}, ValueError, "window must be at least 1, got 0"),
     "scale type": (PLAIN, {"scale": "1"}, TypeError, "scale must be a number, got str"),
     "scale range": (PLAIN, {"scale": float("nan")}, ValueError, "scale must be finite, got nan"),

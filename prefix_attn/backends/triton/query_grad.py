@@ -116,12 +116,13 @@ def _query_tile(
     b_dp = tl.dot(b_do, tl.trans(b_v), input_precision=PRECISION)
     if scores.seed is not None:
         b_dp = tl.where(kept(i_bh, b_row, offset + b_column, scores), b_dp * (1 / (1 - scores.dropout)), 0.0)
-    if m_mn is not None:  # a hidden value may be huge, and 0 * inf is NaN
-        b_dp = tl.where(m_mn, b_dp, 0.0)
     if SHARE:
-        b_share += tl.sum(b_p * b_dp, 1)
+        b_shares = b_p * b_dp
+        if m_mn is not None:
+            b_shares = tl.where(m_mn, b_shares, 0.0)
+        b_share += tl.sum(b_shares, 1)
     b_ds = grad_product(b_p * (b_dp - b_delta[:, None]), b_s, scores)
-    if m_mn is not None and scores.softcap is not None:
+    if m_mn is not None:  # a hidden value may be huge, and 0 * inf is NaN
         b_ds = tl.where(m_mn, b_ds, 0.0)
     b_dq = tl.dot(b_ds.to(b_k.dtype), b_k, b_dq, input_precision=PRECISION)
     return b_dq, b_share

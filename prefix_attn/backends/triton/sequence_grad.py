@@ -54,10 +54,8 @@ def key_tile(
         b_used = tl.where(m_keep, b_p * (1 / (1 - scores.dropout)), 0.0)
         b_dp = tl.where(m_keep, b_dp * (1 / (1 - scores.dropout)), 0.0)
     b_dv = tl.dot(b_used.to(b_do.dtype), b_do, b_dv, input_precision=PRECISION)
-    if m_nm is not None:  # a hidden value may be huge, and 0 * inf is NaN
-        b_dp = tl.where(m_nm, b_dp, 0.0)
     b_ds = grad_product(b_p * (b_dp - b_delta[None, :]), b_s, scores)
-    if m_nm is not None and scores.softcap is not None:
+    if m_nm is not None:  # a hidden value may be huge, and 0 * inf is NaN
         b_ds = tl.where(m_nm, b_ds, 0.0)
     b_dk = tl.dot(b_ds.to(b_q.dtype), b_q, b_dk, input_precision=PRECISION)
     return b_dk, b_dv
