@@ -18,7 +18,7 @@ _CALL = (
     "Tensor query, Tensor key, Tensor value, Tensor? prefix_key, Tensor? prefix_value, Tensor? sinks, Tensor? bias, "
     "Tensor? prefix_ids, Tensor? prefix_lengths, Tensor? prefix_start, Tensor? key_lengths, Tensor? key_mask, "
     "Tensor? seed, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, SymInt? max_seqlen_q, SymInt? max_seqlen_k, "
-    "bool is_causal, int? window, float scale, float? softcap, float dropout_p, str backend"
+    "bool is_causal, SymInt? window, float scale, float? softcap, float dropout_p, str backend"
 )
 torch.library.define("prefix_attn::forward", f"({_CALL}) -> (Tensor out, Tensor lse)")
 torch.library.define(

@@ -94,7 +94,8 @@ def prefix_attention(
         is_causal: query i sits at position T - S + i (``key_lengths[b]`` - S + i) and sees keys up to its own; the
             prefix is visible to all. With S > T the first queries see the prefix only.
         window: query at position p sees keys j with p - j < window, causal or not. The prefix stays visible.
-        scale: factor on the scores, default D ** -0.5.
+        scale: factor on the scores, default D ** -0.5. torch.compile makes a graph for each value of ``scale``,
+            ``softcap`` and ``dropout_p``; one graph serves all sizes and windows.
         softcap: scores become softcap * tanh(score / softcap), prefix and sequence alike.
         sinks: (Hq,) query's dtype or float32, may need a gradient: logits added once to the softmax's denominator,
             neither scaled nor capped (gpt-oss).

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch._dynamo.testing import CompileCounterWithBackend
+from torch._dynamo.testing import CompileCounter, CompileCounterWithBackend
 from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -182,3 +182,20 @@ def test_vmap_over_integers(name: str, backend: str) -> None:
         return prefix_attention(query, query, query, bank, bank, **{name: value}, backend=backend)
 
     torch.testing.assert_close(torch.vmap(call)(values), torch.stack([call(value) for value in values]))
+
+
+@pytest.mark.parametrize(("option", "values", "graphs"), [("window", (2, 3, 4, 5), 2), ("scale", (0.2, 0.3, 0.4), 3)])
+def test_what_compiles_anew(option: str, values: tuple[float, ...], graphs: int) -> None:
+    """One graph serves all windows from the second on. torch makes a constant of each float that an op is given."""
+    query, prefix, counter = torch.randn(2, 4, 8, 16), torch.randn(4, 3, 16), CompileCounter()
+
+    def call(query: Tensor, prefix: Tensor, value: float) -> Tensor:
+        out = prefix_attention(query, query, query, prefix, prefix, backend="cpu", **{option: value})
+        assert isinstance(out, Tensor)
+        return out
+
+    torch._dynamo.reset()
+    compiled = torch.compile(call, backend=counter, fullgraph=True)
+    for value in values:
+        torch.testing.assert_close(compiled(query, prefix, value), call(query, prefix, value))
+    assert counter.frame_count == graphs
