@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from statistics import median, quantiles
 from typing import Any, NamedTuple, TypeVar
@@ -12,7 +12,7 @@ import torch
 
 Name = TypeVar("Name", bound=Hashable)
 FLUSH_BYTES = 256 << 20  # five times an H100's L2
-AHEAD_CYCLES = 1_000_000  # about half a millisecond
+AHEAD_CYCLES = 4_000_000  # about two milliseconds: the host needs one to enqueue a forward and backward
 FEWEST = 5  # rounds, however long they take
 
 
@@ -140,19 +140,35 @@ def captured(way: Way) -> Callable[[], None]:
     return graph.replay
 
 
-def launches(way: Way) -> list[str]:
-    """Names of the kernels, copies and fills that one call launches on the GPU."""
-    from torch.profiler import ProfilerActivity, profile
+def launches(ways: Mapping[Name, Way]) -> dict[Name, list[str]]:
+    """Names of the kernels, copies and fills that one call of each way launches on the GPU.
 
-    with way.context():
-        state = way.setup()
-        way.run(state)
-        torch.cuda.synchronize()
-        with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as found:
-            way.run(state)
-            torch.cuda.synchronize()
-    on_device = torch.autograd.DeviceType.CUDA
-    return [event.name for event in found.events() or [] if event.device_type == on_device]
+    The ways must be warm. One session of the profiler serves them all, as starting it takes long.
+    """
+    from torch.profiler import ProfilerActivity, profile, record_function
+
+    marks = {name: f"way {number}" for number, name in enumerate(ways)}
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as found:
+        for name, way in ways.items():
+            with way.context():
+                state = way.setup()
+                torch.cuda.synchronize()
+                with record_function(marks[name]):
+                    way.run(state)
+                    torch.cuda.synchronize()
+    inside = during(found.events() or [], list(marks.values()))
+    return {name: inside[mark] for name, mark in marks.items()}
+
+
+def during(events: Iterable[Any], marks: Sequence[str]) -> dict[str, list[str]]:
+    """Names of a profile's device events that start within each mark: a range of the host, with a name of its own."""
+    host, device = [], []
+    for event in events:
+        (device if event.device_type == torch.autograd.DeviceType.CUDA else host).append(event)
+    spans = {event.name: event.time_range for event in host if event.name in marks}
+    # The profiler repeats the marks among the device's events.
+    work = [event for event in device if event.name not in marks]
+    return {m: [e.name for e in work if spans[m].start <= e.time_range.start <= spans[m].end] for m in marks}
 
 
 def spread(seconds: Sequence[float]) -> dict[str, float | None]:

@@ -300,11 +300,7 @@ def timed(
         return {name: {"seconds": values, **spread(values)} for name, values in samples.items()}
     torch.cuda.empty_cache()
     if what != "decode":
-        samples = interleave(ways, "cuda", **limits)
-        return {
-            name: {"seconds": values, **spread(values), "launches": _counted(ways[name]), "clocks": clocks("cuda")}
-            for name, values in samples.items()
-        }
+        return _described(interleave(ways, "cuda", **limits), ways)
     called = back_to_back(ways, "cuda", rounds=max(options.rounds // 6, 1), calls=EAGER_CALLS)
     replays: dict[str, Way] = {}
     for name, call in ways.items():
@@ -314,21 +310,26 @@ def timed(
         except Exception as error:  # what a peer raises under capture is its result
             reasons[name] = f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')[:300]}"
             torch.cuda.synchronize()
-    samples = interleave(replays, "cuda", **limits)
-    state = clocks("cuda")
-    found: dict[str, dict[str, Any]] = {}
-    for name, values in samples.items():
-        found[name] = {"seconds": values, **spread(values), "launches": _counted(ways[name]), "clocks": state}
-        found[name] |= {"eager": called[name], "eager_median": spread(called[name])["median"]}
+    found = _described(interleave(replays, "cuda", **limits), ways)
+    for name, values in found.items():
+        values |= {"eager": called[name], "eager_median": spread(called[name])["median"]}
     return found
 
 
-def _counted(call: Way) -> int | None:
-    """The number of launches in a call; None if the profiler cannot tell."""
+def _described(samples: Mapping[str, list[float]], ways: Mapping[str, Way]) -> dict[str, dict[str, Any]]:
+    """The samples of a GPU with its clocks and the number of launches, or None if the profiler cannot tell.
+
+    Both are asked for once: a call of nvidia-smi and a session of the profiler take longer than many of the samples.
+    """
+    state = clocks("cuda")
     try:
-        return len(launches(call))
-    except RuntimeError:
-        return None
+        counts: dict[str, int | None] = {n: len(of) for n, of in launches({n: ways[n] for n in samples}).items()}
+    except Exception:  # no count is worth the samples
+        counts = dict.fromkeys(samples)
+    return {
+        name: {"seconds": values, **spread(values), "launches": counts[name], "clocks": state}
+        for name, values in samples.items()
+    }
 
 
 def table(c: Mapping[str, Any], what: str, records: Sequence[Record], *, reasons: bool = True) -> str:

@@ -3,9 +3,10 @@
     python -m benchmarks.kernels.dram --out results.json
 
 ``ncu`` is looked for on PATH and where CUDA and Nsight are installed. It runs this module again as a child, which
-brackets one call between the profiler's start and stop; caches are flushed before each kernel. Needed are the keys and
-values of the sequences, one prefix and the queries. Without ncu, or where the driver keeps the counters to the
-administrator, the reason is written instead of a number.
+brackets one call between the profiler's start and stop; caches are flushed before each kernel. The clocks stay as they
+are: bytes do not depend on them, and the machine may not be ours. Needed are the keys and values of the sequences, one
+prefix and the queries. Without ncu, or where the driver keeps the counters to the administrator, the reason is written
+instead of a number.
 """
 
 from __future__ import annotations
@@ -82,9 +83,10 @@ def main(arguments: Sequence[str] | None = None) -> list[Record]:
     log = Results("dram", args.out, machine=describe("cuda" if torch.cuda.is_available() else "cpu"))
     for i, c in enumerate(CASES):
         reason = "ncu is not installed"
+        log.save()  # of the cases before, should this one be the last
         if ncu:
-            command = [ncu, "--profile-from-start", "off", "--metrics", METRIC, "--csv", "--page", "raw",
-                       "--print-units", "base", sys.executable, "-m", "benchmarks.kernels.dram",
+            command = [ncu, "--clock-control", "none", "--profile-from-start", "off", "--metrics", METRIC, "--csv",
+                       "--page", "raw", "--print-units", "base", sys.executable, "-m", "benchmarks.kernels.dram",
                        "--call", str(i)]  # fmt: skip
             done = subprocess.run(command, capture_output=True, text=True, check=False)
             try:

@@ -1,9 +1,10 @@
 """What an H100 should do with every target, by arithmetic alone; and beside it what a run measured.
 
-    roofline     the largest of: FLOPs over the tensor cores' peak, exponentials over theirs, bytes over memory's peak
-    predicted    each resource at the efficiency that the target's row states, plus a floor per launch
+    roofline     the largest of: FLOPs over the tensor cores' peak, exponentials over theirs, bytes over memory's peak.
+                 With results: over the large product and the large copy that the same run measured, on its own GPU
+    predicted    each resource at the efficiency that the target's row states, plus a floor per launch; always an H100
 
-Nothing in this file was measured by this project. The device's constants are the manufacturer's; the sustained and L2
+Nothing in this file was measured by this project. The H100's constants are the manufacturer's; the sustained and L2
 bandwidth and the launch floor are taken from published measurements of other kernels. What the tensor cores can reach
 is counted in the compiled loops (``benchmarks.kernels.inner_loops``), times the share of that which a published kernel
 reaches. FLOPs and bytes are those of ``benchmarks.operator``.
@@ -19,10 +20,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from benchmarks import operator
+from benchmarks import operator, results
 from benchmarks.kernels import dram
 from benchmarks.memory import FLAT, complete, growth
-from benchmarks.results import records as read
 
 # H100 SXM5
 PROCESSORS = 132
@@ -41,6 +41,18 @@ CEILINGS = {"forward 128": 0.65, "forward 64": 0.65, "grad_query 128": 0.69, "gr
 # (one multiplication per score more than ours), have ceilings of 63 % and 62 %.
 REACHED = {128: 0.77, 64: 0.58}
 CAUSAL = 0.9  # what is left of it where tiles are cut by the diagonal and rows have different lengths
+
+
+class Peaks(NamedTuple):
+    """What the roofline is drawn with."""
+
+    tensor: float  # bfloat16 FLOP/s
+    memory: float  # bytes/s
+    copy: float  # bytes/s of a large copy, read plus written
+    source: str
+
+
+DATA_SHEET = Peaks(TENSOR, MEMORY, SUSTAINED, "an H100's data sheet")
 
 Records = Sequence[Mapping[str, Any]]
 TRITON = "triton"
@@ -67,9 +79,23 @@ class Target(NamedTuple):
 RATES = ("TFLOP/s", "% of copy")
 
 
-def bound(flops: float, exponentials: float, size: float) -> tuple[str, float]:
+def of_run(documents: Sequence[Mapping[str, Any]]) -> Peaks | None:
+    """The fastest product and copy of these results; None if none of them measured its ceilings."""
+    found = [document["ceilings"] for document in documents if "ceilings" in document]
+    if not found:
+        return None
+    product, copy = (max(ceilings[name] for ceilings in found) for name in ("bfloat16", "memory"))
+    source = f"these results: a product at {product / 1e12:.3g} TFLOP/s, a copy at {copy / 1e12:.3g} TB/s"
+    return Peaks(product, copy, copy, source)
+
+
+def bound(flops: float, exponentials: float, size: float, peaks: Peaks = DATA_SHEET) -> tuple[str, float]:
     """Which resource the work waits for at its peak, and how many seconds."""
-    times = {"tensor cores": flops / TENSOR, "exponentials": exponentials / EXPONENTIALS, "memory": size / MEMORY}
+    times = {
+        "tensor cores": flops / peaks.tensor,
+        "exponentials": exponentials / EXPONENTIALS,
+        "memory": size / peaks.memory,
+    }
     name = max(times, key=times.__getitem__)
     return name, times[name]
 
@@ -102,11 +128,11 @@ def rate(kernel: str) -> float:
     return CEILINGS[kernel] * REACHED[int(kernel.split()[1])] * TENSOR
 
 
-def training(what: str, D: int, is_causal: bool, limit: float) -> Target:
+def training(what: str, D: int, is_causal: bool, limit: float, peaks: Peaks) -> Target:
     """A rate at S = 8192."""
     c = operator.batch(8192, 128, (16, 16, D), is_causal=is_causal)
     flops, size = operator.flops(c, what), operator.traffic(c, what)
-    name, seconds = bound(flops, operator.flops({**c, "D": 1}, "forward") / 4, size)
+    name, seconds = bound(flops, operator.flops({**c, "D": 1}, "forward") / 4, size, peaks)
     if what == "backward":  # of five products: dq computes three, and dk and dv four
         busy, launches = 0.6 * flops / rate(f"grad_query {D}") + 0.8 * flops / rate(f"grad_sequence {D}"), 4
         how = (
@@ -129,30 +155,30 @@ def training(what: str, D: int, is_causal: bool, limit: float) -> Target:
     return Target(title, "TFLOP/s", limit, size, flops, name, work / seconds, work / predicted, how, measured)
 
 
-def bandwidth(B: int, S: int) -> Target:
+def bandwidth(B: int, S: int, peaks: Peaks) -> Target:
     """Decoding against a copy."""
     c = operator.step(B, S, 128)
     flops, size = operator.flops(c, "decode"), operator.traffic(c, "decode")
-    name, seconds = bound(flops, flops / 4 / c["D"], size)
+    name, seconds = bound(flops, flops / 4 / c["D"], size, peaks)
     predicted = size / (0.92 * SUSTAINED) + LAUNCH + OVERLAPPED_LAUNCH
 
     def measured(records: Records) -> float | None:
         found = find(records, "decode", TRITON, c)
         return None if found is None else 100 * found["of_roofline"]  # the roofline of decoding is that copy
 
-    ceiling = 100 / SUSTAINED
     return Target(
         f"decode, B = {B}, S = {S}, P = 128", "% of copy", 85, size, flops, name,
-        ceiling * size / seconds, ceiling * size / predicted, "92% of a copy, two launches that overlap", measured,
+        100 * size / seconds / peaks.copy, 100 * size / predicted / SUSTAINED,
+        "92% of a copy, two launches that overlap", measured,
     )  # fmt: skip
 
 
-def prefix_cost() -> Target:
+def prefix_cost(peaks: Peaks) -> Target:
     """What P = 512 adds to decoding 256 rows: folded into tiles of 128 queries, a second launch and its slots."""
     c, none = operator.step(256, 512, 512), operator.step(256, 512, 0)
     B, Hq, Hkv, P, D = (c[name] for name in ("B", "Hq", "Hkv", "P", "D"))
     flops, prefix = 4.0 * B * Hq * P * D, 2 * 2 * Hkv * P * D
-    name, seconds = bound(flops, flops / 4 / D, prefix)
+    name, seconds = bound(flops, flops / 4 / D, prefix, peaks)
     copies = -(-B * (Hq // Hkv) // 128)  # how often the prefix is read from L2
     slots = 2 * 4 * B * Hq * (D + 1)  # written and read
     predicted = max(flops / rate("fold_prefix 128"), copies * prefix / L2) + slots / L2 + OVERLAPPED_LAUNCH
@@ -255,16 +281,16 @@ def flat() -> Target:
     return Target("memory that B and P add together", "copies", FLAT, 0, 0, "-", 0, 0, "no such tensor", measured)
 
 
-def targets() -> list[Target]:
+def targets(peaks: Peaks = DATA_SHEET) -> list[Target]:
     """Every target, in the order in which the project states them."""
     return [
-        training("forward", 128, False, 450),
-        training("forward", 128, True, 400),
-        training("forward", 64, False, 370),
-        training("backward", 128, False, 290),
-        *(bandwidth(B, S) for B, S in ((64, 2048), (256, 2048), (64, 8192))),
+        training("forward", 128, False, 450, peaks),
+        training("forward", 128, True, 400, peaks),
+        training("forward", 64, False, 370, peaks),
+        training("backward", 128, False, 290, peaks),
+        *(bandwidth(B, S, peaks) for B, S in ((64, 2048), (256, 2048), (64, 8192))),
         no_prefix(),
-        prefix_cost(),
+        prefix_cost(peaks),
         never_slower(),
         prefix_only(),
         read_once(),
@@ -296,8 +322,9 @@ def main(arguments: Sequence[str] | None = None) -> str:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", nargs="*", type=Path, help="files of results")
     args = parser.parse_args(arguments)
-    text = table(targets(), read(args.results) if args.results else None)
-    print(text)
+    peaks = of_run([results.read(path) for path in args.results]) or DATA_SHEET
+    text = table(targets(peaks), results.records(args.results) if args.results else None)
+    print(f"roofline and bound: {peaks.source}. predicted: an H100 before any measurement.\n\n{text}")
     return text
 
 

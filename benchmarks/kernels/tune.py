@@ -7,21 +7,25 @@
 Offline, of the candidates that compile without spilling a byte, within the architecture's shared memory, the one is
 taken that inner_loops.py predicts to be the fastest; where it has no model (float32, memory-bound kernels, other
 architectures) the first, in the order in which the literature and the register budget favour them. A second
-entry, marked "+", serves calls with masks, windows, dropout or other options, which need more registers. Measured, the
-same candidates are timed, and the crossover from a prefix in the loop to a folded one is found.
+entry, marked "+", serves calls with masks, windows, dropout or other options, which need more registers. On a device
+the same candidates are timed, those that spill a few bytes (compile_kernels.TIMED_SPILLS) among them: only a clock can
+tell whether a second block per processor is worth a spill. The crossover from a prefix in the loop to a folded one is
+found as well.
 """
 
 from __future__ import annotations
 
 import argparse
 import concurrent.futures
+import functools
 import json
 import multiprocessing
 import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -82,8 +86,8 @@ CANDIDATES: dict[str, dict[str, list[list[int]]]] = {
     "forward": {
         "half/64": [[128, 64, 8, 3], [128, 64, 4, 3], [128, 128, 8, 2], [128, 64, 8, 2], [64, 64, 4, 2],
                     [64, 32, 4, 2]],
-        "half/128": [[128, 128, 8, 2], [128, 64, 8, 3], [128, 64, 8, 2], [64, 64, 4, 2], [64, 64, 8, 2],
-                     [64, 32, 4, 2]],
+        "half/128": [[128, 128, 8, 2], [128, 64, 8, 3], [128, 64, 8, 2], [128, 32, 4, 3], [64, 64, 4, 2],
+                     [64, 64, 8, 2], [64, 32, 4, 2]],
         "half/256": [[128, 64, 8, 2], [128, 32, 8, 2], [64, 64, 8, 2], [64, 32, 8, 2], [64, 32, 8, 1], [32, 32, 8, 1],
                      [16, 32, 4, 1]],
         "float/64": [[64, 32, 8, 2], [64, 32, 8, 1], [32, 32, 4, 2], [32, 32, 8, 1], [16, 32, 4, 1]],
@@ -131,6 +135,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--arch", choices=offline.ARCHITECTURES, action="append", help="offline: default all")
     parser.add_argument("--kernel", choices=CANDIDATES, action="append", help="default: all")
     parser.add_argument("--dtype", choices=offline.DTYPES, action="append", help="default: both")
+    parser.add_argument("--size", choices=offline.SIZES, type=int, action="append", help="head size; default: all")
     parser.add_argument("--plain", action="store_true", help="not the entries with options")
     parser.add_argument("--python", action="append", default=[], help="offline: another interpreter with its Triton")
     parser.add_argument("--jobs", type=int, default=2)
@@ -152,6 +157,7 @@ def main(arguments: list[str] | None = None) -> None:
         for key in CANDIDATES[kernel]
         for plus in (("",) if args.plain else ("", "+"))
         if key.split("/")[0] in (args.dtype or offline.DTYPES)
+        and int(key.split("/")[1]) in (args.size or offline.SIZES)
     ]
     if args.offline:
         _offline(tiles, args.arch or offline.ARCHITECTURES, keys, args.python, args.jobs)
@@ -219,15 +225,15 @@ def ranking(arch: str, kernel: str, key: str, plus: str) -> list[list[int]]:
     return [tile for _, tile in sorted(found, key=lambda one: (one[1][3] == 1, one[0]))]
 
 
-def problems(arch: str, kernel: str, key: str, plus: str, tile: list[int]) -> list[str]:
-    """What is wrong with one candidate under this Triton."""
+def problems(arch: str, kernel: str, key: str, plus: str, tile: list[int], spills: int = 0) -> list[str]:
+    """What is wrong under this Triton with one candidate that may spill ``spills`` bytes."""
     warnings.simplefilter("ignore")
     dtype, size = key.split("/")
     try:
         rows = offline.built(arch, kernel, dtype, int(size), plus, tile)
     except Exception as error:
         return [type(error).__name__]
-    return [problem for row, _ in rows for problem in offline.problems(row)]
+    return [problem for row, _ in rows for problem in offline.problems(row, spills)]
 
 
 def _elsewhere(python: str, *candidate: Any) -> list[str]:
@@ -243,16 +249,18 @@ def _measured(tiles: dict[str, Any], device: str, keys: Sequence[Key], jobs: int
     arch = table.architecture(torch.device(device))
     column = tiles[arch]
     work = [(arch, *key, tile) for key in keys for tile in CANDIDATES[key[0]][key[1]]]
-    # Compiled in processes beside: the candidates that spill are left out, the others wait in Triton's cache.
+    # Compiled in processes beside: the candidates that spill much are left out, the others wait in Triton's cache.
+    check = functools.partial(problems, spills=offline.TIMED_SPILLS)
     with concurrent.futures.ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
-        bad = {json.dumps(one[:-1]) + str(one[-1]): found for one, found in zip(work, pool.map(problems, *zip(*work)))}
+        bad = {json.dumps(one[:-1]) + str(one[-1]): found for one, found in zip(work, pool.map(check, *zip(*work)))}
     for kernel, key, plus in keys:
         dtype, size = key.split("/")
         fit = [t for t in CANDIDATES[kernel][key] if not bad[json.dumps((arch, kernel, key, plus)) + str(t)]]
         call = _to(_shape(kernel, offline.DTYPES[dtype], int(size), plus), device)
-        times = [(_time(launch, call, kernel, tile), tile) for tile in fit]
-        column[kernel][key + plus] = min(times, key=lambda t: t[0])[1]
-        print(arch, kernel, key + plus, [(round(t * 1e3, 1), tile) for t, tile in times], flush=True)
+        times = _times(launch, call, kernel, fit, device)
+        if times:
+            column[kernel][key + plus] = min(times, key=lambda t: t[0])[1]
+        print(arch, kernel, key + plus, [(f"{t * 1e6:.1f} us", tile) for t, tile in times], flush=True)
     column["fold_bytes"] = crossover(_both_ways(launch, device))
     column["source"] = f"measured on {torch.cuda.get_device_name(device)}, torch {torch.__version__}"
     print(arch, "fold_bytes", column["fold_bytes"], flush=True)
@@ -309,30 +317,36 @@ def _to(call: Call, device: str) -> Call:
     )
 
 
-def _time(launch: Any, call: Call, kernel: str, tile: list[int]) -> float:
-    """Milliseconds of the whole pass in which ``kernel`` runs, with ``tile`` for it and the table's for the others."""
+def _times(
+    launch: Any, call: Call, kernel: str, tiles: Sequence[list[int]], device: str
+) -> list[tuple[float, list[int]]]:
+    """(seconds on the device, tile) of the pass in which ``kernel`` runs. Tiles that cannot run there are left out."""
+    out, lse = launch.forward(call)
+    needs = [kernel == "grad_query", *[kernel == "grad_sequence"] * 2, *[kernel == "grad_prefix"] * 2, False, False]
+    run = lambda _: launch.backward(call, out, lse, out, None, needs) if any(needs) else launch.forward(call)
+    ways: dict[int, Way] = {}
+    for number, tile in enumerate(tiles):
+        way = Way(run, context=functools.partial(_with_tile, launch, kernel, tile))
+        try:
+            with way.context():
+                run(None)
+                torch.cuda.synchronize()
+            ways[number] = way
+        except Exception as error:  # out of shared memory, or a failed pass: this candidate is out, the search goes on
+            print(f"{kernel} {tile}: {type(error).__name__}", file=sys.stderr)
+    samples = interleave(ways, device, rounds=11)
+    return [(sorted(samples[number])[5], tiles[number]) for number in ways]
+
+
+@contextmanager
+def _with_tile(launch: Any, kernel: str, tile: list[int]) -> Iterator[None]:
+    """``kernel`` runs with ``tile``, the others with the table's; decoding folds only for the kernel that folds."""
     before, fold = launch.tile, launch._folds
     options = dict(zip(("BLOCK_M", "BLOCK_N", "num_warps", "num_stages"), tile))
     launch.tile = lambda arch, name, *rest: options if name == kernel else before(arch, name, *rest)
     launch._folds = lambda call: kernel == "fold_prefix"
     try:
-        out, lse = launch.forward(call)
-        needs = [kernel == "grad_query", *[kernel == "grad_sequence"] * 2, *[kernel == "grad_prefix"] * 2, False, False]
-        run = lambda: launch.backward(call, out, lse, out, None, needs) if any(needs) else launch.forward(call)
-        run()
-        torch.cuda.synchronize()
-        times = []
-        for _ in range(10):
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            run()
-            end.record()
-            torch.cuda.synchronize()
-            times.append(start.elapsed_time(end))
-        return sorted(times)[len(times) // 2]
-    except Exception as error:  # out of shared memory, or a failed pass: this candidate is out, the search goes on
-        print(f"{kernel} {tile}: {type(error).__name__}", file=sys.stderr)
-        return float("inf")
+        yield
     finally:
         launch.tile, launch._folds = before, fold
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from benchmarks import compare, machine, results
-from benchmarks.measure import Ratio, Way, back_to_back, noise, paired, rotations, spread
+from benchmarks.measure import Ratio, Way, back_to_back, during, noise, paired, rotations, spread
 from benchmarks.regret import LIMIT, regrets, summary
 
 
@@ -50,6 +52,19 @@ def test_setting_up_is_not_timed_and_seconds_end_the_rounds() -> None:
 
     samples = back_to_back({"a": clock.way("a", 1.0)._replace(setup=setup)}, "cpu", rounds=9, seconds=70, clock=clock)
     assert samples == {"a": [1.0] * 7}  # 11 s each: the eighth round would begin after 77
+
+
+def event(name: str, start: float, end: float, device: str = "CPU") -> SimpleNamespace:
+    kind = getattr(torch.autograd.DeviceType, device)
+    return SimpleNamespace(name=name, device_type=kind, time_range=SimpleNamespace(start=start, end=end))
+
+
+def test_launches_belong_to_the_way_during_which_they_start() -> None:
+    events = [
+        event("way 0", 0, 10), event("way 0", 2, 9, "CUDA"), event("fold", 2, 4, "CUDA"), event("split", 3, 9, "CUDA"),
+        event("setup", 11, 12, "CUDA"), event("way 1", 20, 30), event("aten::mm", 21, 22), event("mm", 25, 31, "CUDA"),
+    ]  # fmt: skip
+    assert during(events, ["way 0", "way 1"]) == {"way 0": ["fold", "split"], "way 1": ["mm"]}
 
 
 def test_noise_of_a_real_clock() -> None:

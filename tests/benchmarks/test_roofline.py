@@ -66,5 +66,20 @@ def test_a_run_is_held_against_the_targets() -> None:
     assert text.count(" not measured |") == len(rows) - 4
 
 
+def test_a_run_draws_the_roofline_from_its_own_ceilings() -> None:
+    """Predictions stay those of an H100."""
+    slow, fast = ({"ceilings": {"bfloat16": rate * 1e12, "memory": rate * 5e9}} for rate in (700.0, 800.0))
+    peaks = roofline.of_run([slow, fast, {"records": []}])
+    assert peaks is not None
+    assert roofline.of_run([{"records": []}]) is None
+    constants, own = ({row.name: row for row in rows} for rows in (roofline.targets(), roofline.targets(peaks)))
+    forward, decode = "forward, S = 8192, D = 128, not causal", "decode, B = 64, S = 2048, P = 128"
+    assert constants[forward].roofline == pytest.approx(989)
+    assert own[forward].roofline == pytest.approx(800)
+    assert own[decode].roofline == pytest.approx(100)
+    assert peaks.source == "these results: a product at 800 TFLOP/s, a copy at 4 TB/s"
+    assert {name: row.predicted for name, row in own.items()} == {n: row.predicted for n, row in constants.items()}
+
+
 def test_the_document_quotes_the_table() -> None:
     assert roofline.table(roofline.targets()) in (ROOT / "docs" / "kernels.md").read_text(encoding="utf-8")

@@ -1,0 +1,48 @@
+"""benchmarks/kernels/: what may spill where, and what a run with a profiler asks the machine for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from benchmarks.kernels import compile_kernels, dram, tune
+from benchmarks.kernels.compile_kernels import TIMED_SPILLS, Kernel
+from prefix_attn.backends.triton import table
+
+KERNEL = Kernel("sm_90", "forward", "half", 128, "plain", "128x32 w4 s3", 255, TIMED_SPILLS, 1 << 17, "wgmma.mma_async")
+
+
+def test_only_a_device_may_choose_a_tile_that_spills() -> None:
+    assert len(compile_kernels.problems(KERNEL)) == 1
+    assert compile_kernels.problems(KERNEL, TIMED_SPILLS) == []
+    assert len(compile_kernels.problems(KERNEL._replace(spills=TIMED_SPILLS + 1), TIMED_SPILLS)) == 1
+
+
+def test_a_column_says_whether_a_device_chose_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    columns = {"sm_90": {"source": "measured on a GPU"}, "sm_80": {"source": "compiled offline, not measured"}}
+    monkeypatch.setattr(table, "table", lambda: columns)
+    assert compile_kernels.timed("sm_90")
+    assert not compile_kernels.timed("sm_80")
+
+
+@pytest.mark.parametrize("spills", [0, TIMED_SPILLS])
+def test_the_tuner_says_what_its_candidates_may_spill(monkeypatch: pytest.MonkeyPatch, spills: int) -> None:
+    monkeypatch.setattr(tune.offline, "built", lambda *_: [(KERNEL, None)])
+    found = tune.problems("sm_90", "forward", "half/128", "", [128, 32, 4, 3], spills)
+    assert len(found) == (0 if spills else 1)
+
+
+def test_ncu_leaves_the_clocks_alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """And each case is counted: the stand-in's table says that it read twice what was needed."""
+    said = [f'"ID","Kernel Name","{dram.METRIC}"\n"","","byte"\n"0","split","{2 * dram.needed(c)}"' for c in dram.CASES]
+    ncu = tmp_path / "ncu"
+    ncu.write_text(f'#!/bin/sh\necho "$@" >>{tmp_path}/asked\nfor call; do :; done\ncat {tmp_path}/$call\n')
+    ncu.chmod(0o755)
+    for number, text in enumerate(said):
+        (tmp_path / str(number)).write_text(text)
+    monkeypatch.setattr(dram, "find_ncu", lambda: str(ncu))
+    assert [record["ratio"] for record in dram.main(["--out", str(tmp_path / "dram.json")])] == [2.0] * len(dram.CASES)
+    asked = (tmp_path / "asked").read_text().splitlines()
+    assert len(asked) == len(dram.CASES)
+    assert all("--clock-control none" in line for line in asked)
