@@ -102,8 +102,9 @@ def ceilings(device: str, *, quick: bool = False) -> dict[str, float]:
     of 1 x 1 is oneDNN's.
     """
     if device == "cuda":
-        return {"memory": copy_bandwidth(device)} | {
-            str(dtype)[6:]: 2 * 8192**3 / _seconds(_product(8192, dtype, device), device)
+        n, size = (256, 1 << 20) if quick else (8192, 2 << 30)
+        return {"memory": copy_bandwidth(device, size)} | {
+            str(dtype)[6:]: 2 * n**3 / _seconds(_product(n, dtype, device), device)
             for dtype in (torch.float32, torch.bfloat16)
         }
     n, large = (128, torch.ones(1 << 16)) if quick else (1536, torch.ones(1 << 26))
@@ -138,7 +139,7 @@ def _seconds(call: Callable[[], Any], device: str, rounds: int = 20) -> float:
     return median(interleave({"call": Way(lambda _: call())}, device, rounds=rounds)["call"])
 
 
-def copy_bandwidth(device: str, size: int = 2 << 30) -> float:
+def copy_bandwidth(device: str, size: int) -> float:
     """Bytes per second, read plus written, of a large copy."""
     source, target = (torch.empty(size, dtype=torch.uint8, device=device).fill_(i) for i in (1, 2))
     return 2 * size / _seconds(lambda: target.copy_(source), device)

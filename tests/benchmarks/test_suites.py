@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import subprocess
 import sys
@@ -214,58 +213,3 @@ def test_suites_under_pytest_benchmark() -> None:
         [*command, "-k", "decode and (cpu or tiny)"], cwd=ROOT, capture_output=True, text=True, check=False
     )
     assert re.search(r"^4 passed", done.stdout, re.MULTILINE), done.stdout
-
-
-SCRIPT = ROOT / "benchmarks/kernels/gpu.sh"
-
-
-def test_gpu_sh_runs_its_sweeps_on_tiny_shapes(tmp_path: Path) -> None:
-    environment = os.environ | {"OUT": str(tmp_path), "PYTHON": sys.executable, "DEVICE": "cpu", "GRID": "quick"}
-    stages = ["decode", "report"]
-    done = subprocess.run([SCRIPT, *stages], env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert {path.name for path in tmp_path.iterdir()} >= {"decode.json", "report.md", "roofline.png"}
-    assert {r["what"] for r in records([tmp_path / "decode.json"])} == {"decode"}
-
-
-def test_gpu_sh_names_what_exists() -> None:
-    """Every module that the script runs, with every option that it gives."""
-    commands = re.findall(r'"\$python" (?:\\\n)?\s*-m ((?:benchmarks|tests)[\w.]*)([^\n]*)', SCRIPT.read_text())
-    given: dict[tuple[str, ...], set[str]] = {}
-    for module, rest in commands:
-        sub = re.search(r'"\$\{(?:sweep|slow)\[@\]\}"|report', rest)
-        name = (module,) if not sub else (module, "report" if sub[0] == "report" else "run")
-        given.setdefault(name, set()).update(re.findall(r"(--[\w-]+)", rest))
-    assert {name[-1] for name in given} >= {
-        "run",
-        "report",
-        "tests.test_gpu",
-        "benchmarks.kernels.tune",
-        "benchmarks.kernels.roofline",
-    }
-    helps = {
-        name: subprocess.Popen([sys.executable, "-m", *name, "--help"], cwd=ROOT, stdout=subprocess.PIPE, text=True)
-        for name in given
-    }
-    for name, process in helps.items():
-        text, _ = process.communicate(timeout=120)
-        assert process.returncode == 0, name
-        assert {option for option in given[name] if option not in text} == set(), name
-
-
-def test_gpu_sh_s_default_stages_end_within_ten_minutes() -> None:
-    text = SCRIPT.read_text()
-    limits = {name: int(limit) for name, limit in re.findall(r"stage (\w+) (\d+) ", text)}
-    default = re.search(r"set -- ([\w ]+)", text)
-    assert default is not None
-    assert sum(limits[name] for name in [*default[1].split(), "plot"]) <= 600
-    budgets = re.findall(r"stage \w+ (\d+) .*--budget (\d+)", text)
-    assert len(budgets) == 7
-    assert all(int(budget) + 20 <= int(limit) for limit, budget in budgets)  # kernels are compiled beside the budget
-
-
-def test_gpu_sh_reports_what_it_does_not_know(tmp_path: Path) -> None:
-    environment = os.environ | {"OUT": str(tmp_path)}
-    unknown = subprocess.run([SCRIPT, "no-such"], env=environment, capture_output=True, text=True, check=False)
-    assert unknown.returncode == 1
-    assert "failed: no-such: unknown" in unknown.stdout
