@@ -195,7 +195,7 @@ def test_what_does_not_go_together() -> None:
     wrong = {
         ("default", "layers"): r"one layers, got \{'default': 'all', 'layers': \(1,\)\}",
         ("default", "none"): "one position_mode",
-        ("none", "gate"): "gates or heads",
+        ("none", "gate"): "gates or task heads",
         ("none", "infix"): "an infix and a prefix",
         ("default", "nobody"): "no prefix named 'nobody'",
         (): "at least one prefix",
