@@ -116,4 +116,4 @@ def test_smollm2_logits_of_a_peft_checkpoint(tmp_path: Path) -> None:
     ids = tokenizer("name : Aromi | eatType : coffee shop\n=> Aromi is a coffee shop", return_tensors="pt")["input_ids"]
     with torch.no_grad():
         assert torch.equal(greedy(ours, ids), greedy(peft, ids))
-        close_in_norm(ours(input_ids=ids).logits, peft.double()(input_ids=ids).logits, MODEL)
+        close_in_norm(ours(input_ids=ids).logits.double(), peft.double()(input_ids=ids).logits, MODEL)
