@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import operator
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -158,10 +159,12 @@ def check_shape(name: str, tensor: Tensor, layout: str, sizes: dict[str, int]) -
 
 def as_int(name: str, value: Any, low: int, needs: str = "an int") -> Any:
     """``value``, which may be a numpy integer or a tensor of one, as an int of at least ``low``."""
-    if not isinstance(value, (int, torch.SymInt)) and hasattr(value, "__index__"):
-        value = operator.index(value)
+    given = value
+    if not isinstance(value, (int, torch.SymInt)) and getattr(value, "dtype", None) != torch.bool:
+        with contextlib.suppress(TypeError):
+            value = operator.index(value)
     if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
-        raise TypeError(f"{name} must be {needs}, got {type(value).__name__}")
+        raise TypeError(f"{name} must be {needs}, got {type(given).__name__}")
     if value < low:
         raise ValueError(f"{name} must be at least {low}, got {value}")
     return value
@@ -170,7 +173,8 @@ def as_int(name: str, value: Any, low: int, needs: str = "an int") -> Any:
 def is_readable(tensor: Tensor) -> bool:
     """Whether its values can be read here: no device to wait for, and nothing that is traced or mapped over."""
     plain = type(tensor) is Tensor and tensor.device.type == "cpu"
-    return plain and not (torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active())
+    traced = torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._are_functorch_transforms_active()
+    return plain and not traced
 
 
 def check_ids(name: str, tensor: Tensor, low: int, high: int) -> None:

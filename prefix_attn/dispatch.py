@@ -42,7 +42,9 @@ def _slow(call: Call) -> str | None:
     if reason := cpu.slow():
         return reason
     alone = call.query.dtype == torch.float32 and call.batch() * call.query.shape[1] == call.key.shape[1]
-    if alone and call.query.shape[2] == 1 and call.prefix_length() >= LONG:
+    # Where some keys are hidden composed copies all of them.
+    whole = call.key_mask is None and call.key_lengths is None
+    if alone and whole and call.query.shape[2] == 1 and call.prefix_length() >= LONG:
         return f"one query for each key head, and {LONG} or more virtual tokens: torch's kernels are faster"
     return None
 

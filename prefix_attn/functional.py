@@ -11,8 +11,10 @@ from torch import Tensor
 
 from prefix_attn import _ops, dispatch
 from prefix_attn.backends import eager, visibility
-from prefix_attn.call import Call, as_int, check, check_gate, is_readable
+from prefix_attn.call import Call, as_int, check, check_gate
 from prefix_attn.packing import Packed, Padding
+
+HUGE = 1e30  # nothing that was trained
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -336,48 +338,41 @@ def _run(call: Call, module: ModuleType) -> tuple[Tensor, Tensor]:
 def _gated(call: Call, gate: Tensor, backend: str) -> tuple[Tensor, Tensor]:
     """attention(sequence) + gate * attention(prefix), and the sequence's lse: two calls that no backend tells apart.
 
-    What a gate of 0 shuts out may be NaN: it reaches neither the output nor a gradient, except that of the gate, which
-    learns from what it would let through.
+    What a gate of 0 shuts out may be NaN or huge. It reaches neither the output nor a gradient. From what is neither,
+    such a gate learns what it would let through.
     """
     check_gate(gate, call)
     sequence, prefix = _split(call)
     out, lse = _run(sequence, dispatch.select(sequence, backend))
     if call.prefix_key is None:
         return out, lse
-    live = gate.detach() != 0
     factor = gate[..., None, None]
-    if is_readable(live) and bool(live.all()):
-        other, _ = _run(prefix, dispatch.select(prefix, backend))
-        return (out + factor * other).to(call.query.dtype), lse
-    open_ = live[..., None, None]
-    some = _without_shut(prefix, live if live.dim() == 2 else live[None])
-    other, _ = _run(some, dispatch.select(some, backend))
-    total = out + torch.where(open_, factor * other, 0.0)
-    if gate.requires_grad and torch.is_grad_enabled():
-        with torch.no_grad():
-            shut, _ = _run(prefix, dispatch.select(prefix, backend))
-        total = total + torch.where(open_, 0.0, factor) * torch.nan_to_num(shut, 0.0, 0.0, 0.0)
-    return total.to(call.query.dtype), lse
+    shut = factor == 0
+    if torch.is_grad_enabled():
+        prefix = _without_bad_gradients(prefix, shut)
+    other, _ = _run(prefix, dispatch.select(prefix, backend))
+    other = torch.where(shut & ~(other.abs() < HUGE), 0.0, other)
+    return (out + factor * other).to(call.query.dtype), lse
 
 
-def _without_shut(call: Call, live: Tensor) -> Call:
-    """The call with 0 in the queries and prefixes that no gate lets through; ``live`` is (1 or B, Hq)."""
+def _without_bad_gradients(call: Call, shut: Tensor) -> Call:
+    """The same values, and no gradient to prefixes that are NaN or huge, nor to queries that are shut out from them.
+
+    Their outputs have a gradient of 0, which a backend's backward multiplies by NaN. ``shut`` is ([B,] Hq, 1, 1).
+    """
     assert call.prefix_key is not None and call.prefix_value is not None
-    Hkv = call.prefix_key.shape[-3]
-    heads = live.unflatten(1, (Hkv, -1)).any(-1)  # [1 or B, Hkv]
-    if call.has_bank():
-        N = call.prefix_key.shape[0]
+    # [Hkv], or of a bank [N, Hkv]
+    bad = ~((call.prefix_key.abs() < HUGE).all(-1).all(-1) & (call.prefix_value.abs() < HUGE).all(-1).all(-1))
+    of_rows = bad
+    if call.has_bank() and bad.shape[0]:
         entries = visibility.prefix_entries(call)
-        seen = heads.new_zeros(N + 1, Hkv, dtype=torch.int32)  # the last for rows without an entry
-        seen = seen.index_add(0, torch.where(entries < 0, N, entries), heads.int().expand(entries.shape[0], -1))
-        used = seen[:N] > 0
-    else:
-        used = heads.any(0)
-    shut = ~used[..., None, None]
+        of_rows = bad[entries.clamp(min=0)] & (entries >= 0)[:, None]
+    of_rows = of_rows.repeat_interleave(call.query.shape[1] // bad.shape[-1], dim=-1)[..., None, None]
+    bad = bad[..., None, None]
     return call._replace(
-        query=call.query.masked_fill(~live[..., None, None], 0),
-        prefix_key=call.prefix_key.masked_fill(shut, 0),
-        prefix_value=call.prefix_value.masked_fill(shut, 0),
+        query=torch.where(shut & of_rows, call.query.detach(), call.query) if bad.numel() else call.query,
+        prefix_key=torch.where(bad, call.prefix_key.detach(), call.prefix_key),
+        prefix_value=torch.where(bad, call.prefix_value.detach(), call.prefix_value),
     )
 
 

@@ -40,7 +40,7 @@ class Packed:
         Values that could not be checked are clamped: nothing out of bounds is read.
         """
         N, length = self._tokens, self.max_seqlen if self._tokens else 0
-        cu = self._cu_seqlens.clamp(0, N)
+        cu = self._cu_seqlens.clamp(0, N).cummax(0).values
         starts, counts = cu[:-1], cu.diff().clamp(0, length)
         free = length - counts
         places = torch.arange(length, device=cu.device)

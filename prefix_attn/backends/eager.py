@@ -27,6 +27,10 @@ def refuse(call: Call) -> Iterator[str]:
 
 def forward(call: Call) -> tuple[Tensor, Tensor]:
     """(out, lse) of the call; autograd differentiates it."""
+    kind = call.query.device.type
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+        with torch.autocast(kind, enabled=False):  # it would form the scores in half precision after all
+            return forward(call)
     exact = torch.promote_types(call.query.dtype, torch.float32)
     key, value, visible = _concatenate(call)
     # [B, Hq, S, P + T]

@@ -176,11 +176,11 @@ def test_no_memory_grows_with_batch_times_prefix(backend: str, layout: str) -> N
 
 @pytest.mark.parametrize("backend", ["cpu", "composed"])
 def test_decoding_a_bank_takes_time_in_proportion(backend: str) -> None:
-    """Sixteen times the rows: once 256 times as long, as each unit sorted the whole batch."""
+    """Sixteen times the rows and entries took 256 times as long: each unit or entry went through the whole batch."""
 
     def seconds(B: int) -> float:
         query = torch.randn(B, 4, 1, 8)
-        bank, ids = torch.randn(64, 4, 4, 8), torch.arange(B) % 64
+        bank, ids = torch.randn(B // 4, 4, 4, 8), torch.arange(B) % (B // 4)
         best = float("inf")
         for _ in range(4):
             start = time.process_time()
@@ -189,4 +189,4 @@ def test_decoding_a_bank_takes_time_in_proportion(backend: str) -> None:
             best = min(best, time.process_time() - start)
         return best
 
-    assert seconds(32000) < 64 * seconds(2000)
+    assert seconds(16000) < 64 * seconds(1000)
