@@ -258,7 +258,7 @@ RIGHT = """
 import torch
 from prefix_attn import PrefixAttention, PrefixConfig, PrefixModel, explain, get_prefix_model, prefix_attention
 from prefix_attn import prefix_attention_varlen
-from torch import nn
+from transformers import PreTrainedModel
 from typing_extensions import reveal_type
 
 x = torch.ones(1, 1, 1, 8)
@@ -272,7 +272,7 @@ reveal_type(PrefixAttention(64, 4, 10))
 config = PrefixConfig(num_virtual_tokens=10)
 
 
-def tune(base: nn.Module) -> None:
+def tune(base: PreTrainedModel) -> None:
     reveal_type(get_prefix_model(base, config))
     reveal_type(PrefixModel.from_pretrained(base, "folder"))
 """
