@@ -18,6 +18,7 @@ Only torch's allocations count: on a GPU its allocator's peak, on a CPU those th
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Mapping, Sequence
 from itertools import product
 from typing import Any
@@ -51,6 +52,7 @@ def unavoidable(x: Inputs, *, gradients: bool) -> int:
 
 def peak(run: Callable[[], Any], device: str) -> int:
     """Peak bytes allocated during ``run``, its results included, minus those allocated before."""
+    gc.collect()  # what earlier calls left would be freed meanwhile, and counted against this one
     if device == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
