@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from prefix_attn.hf.attach.attachment import Attachment
 from prefix_attn.hf.attach.insertion import Insertion
+from prefix_attn.hf.attach.trained import freeze
 from prefix_attn.hf.attach.wrapper import Wrapper
 from prefix_attn.hf.config import PrefixConfig
 from prefix_attn.hf.initial import initial_embeddings
@@ -33,11 +33,12 @@ class PrefixTuning(Wrapper):
     narrower than the context, recurrent layers, attention outside transformers' AttentionInterface. In an
     encoder-decoder they stand before the encoder's input.
 
-    ``state_dict`` holds ``prefix`` alone. Attributes that this class lacks are the model's.
+    ``state_dict`` holds ``prefix`` and those parameters of the model that are trainable. Attributes that this class
+    lacks are the model's.
     """
 
     def __init__(self, model: PreTrainedModel, prefix_length: int = 10, hidden_size: int = 768) -> None:
-        """Freeze ``model``, in place.
+        """Freeze ``model``, in place; as in ``get_prefix_model``, what somebody chose to train stays trainable.
 
         Args:
             model: a transformers model that takes ``inputs_embeds``.
@@ -59,7 +60,8 @@ class PrefixTuning(Wrapper):
         self._attachment = _attach(model)
         if self._attachment is not None:
             self._config = self._attachment.resolver.resolve(self._config)
-        self.base_model = model.requires_grad_(False)
+        freeze(model)
+        self.base_model = model
         self.prefix = nn.Parameter(initial_embeddings(model, self._config, None))
 
     @property
@@ -107,17 +109,6 @@ class PrefixTuning(Wrapper):
         with self._running():
             return self.base_model.generate(*args, **kwargs)
 
-    def state_dict(self, *args: Any, destination: Any = None, prefix: str = "", keep_vars: bool = False) -> Any:
-        """The table; the frozen model is not in it."""
-        return self._trained().state_dict(destination=destination, prefix=prefix, keep_vars=keep_vars)
-
-    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """The reverse of ``state_dict``."""
-        trained = self._trained()
-        keys = trained.load_state_dict(state_dict, strict=strict, assign=assign)
-        self.prefix = trained["prefix"]
-        return keys
-
     def save_pretrained(self, path: str | Path) -> None:
         """Write the table into a folder, in the format of PEFT's prompt tuning, which is this method."""
         checkpoint.save_table(Path(path), self.prefix, self.base_model)
@@ -134,9 +125,6 @@ class PrefixTuning(Wrapper):
         tuned.load_state_dict({"prefix": table})
         tuned.prefix.requires_grad_(is_trainable)
         return tuned
-
-    def _trained(self) -> nn.ParameterDict:
-        return nn.ParameterDict({"prefix": self.prefix})
 
     def _running(self) -> AbstractContextManager[None]:
         if self._attachment is None:

@@ -31,6 +31,11 @@ def get_prefix_model(
 ) -> PrefixModel:
     """``base``, frozen, with one trainable prefix named "default".
 
+    If some parameters of ``base`` are trainable and others are not, somebody chose them: a LoRA, norms, a head, the
+    embeddings of new tokens. These stay trainable beside the prefix. If all are, as ``from_pretrained`` leaves them,
+    nothing was chosen, and all are frozen. What a class freezes in every model, such as tables of positions, and
+    quantised weights do not count. More can be unfrozen later: ``model.base_model.lm_head.requires_grad_(True)``.
+
     Args:
         base: a transformers model, decoder, encoder or both; its attention function is switched in place.
         config: the prefix.
@@ -56,8 +61,9 @@ class PrefixModel(NamedPrefixes):
     disabled meanwhile, from a callback or another thread, count for later calls. Threads may run different prefixes at
     the same time, unless these have task heads, which replace the model's own while they run.
 
-    ``state_dict`` holds the prefixes alone, with their MLPs and task heads. A Trainer saves it in its checkpoints and
-    resumes from it.
+    ``state_dict`` holds what is trained, wherever the model is nested: the prefixes with their MLPs and task heads, and
+    those parameters of the base model that are trainable. A Trainer saves it in its checkpoints and resumes from it.
+    ``load_state_dict`` misses nothing that is frozen.
     """
 
     def add_prefix(self, name: str, config: PrefixConfig, tokenizer: PreTrainedTokenizerBase | None = None) -> None:

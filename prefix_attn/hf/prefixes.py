@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import nn
@@ -12,6 +11,7 @@ from transformers import PreTrainedModel
 
 from prefix_attn.hf.attach.attachment import Attachment
 from prefix_attn.hf.attach.banks import NO_PREFIX
+from prefix_attn.hf.attach.task_heads import freeze_replaced
 from prefix_attn.hf.attach.wrapper import Wrapper, device_of
 from prefix_attn.hf.config import PrefixConfig
 from prefix_attn.hf.encoder import PrefixEncoder
@@ -28,6 +28,7 @@ class NamedPrefixes(Wrapper):
         """Attach to ``base_model``, without any prefix yet."""
         super().__init__()
         self.attachment = Attachment(base_model)
+        self.attachment.freeze()
         self.base_model = base_model
         self.prefixes = nn.ModuleDict()
         self.heads = nn.ModuleDict()  # its task heads, an nn.ModuleDict for each prefix
@@ -69,17 +70,6 @@ class NamedPrefixes(Wrapper):
             encoder, config = self.find_prefix(name)
             encoder.fold()
             config.fold()
-
-    def state_dict(self, *args: Any, destination: Any = None, prefix: str = "", keep_vars: bool = False) -> Any:
-        """The parameters of the prefixes and their task heads, without the frozen base model."""
-        return self._own().state_dict(destination=destination, prefix=prefix, keep_vars=keep_vars)
-
-    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """The reverse of ``state_dict``."""
-        return self._own().load_state_dict(state_dict, strict=strict, assign=assign)
-
-    def _own(self) -> nn.ModuleDict:
-        return nn.ModuleDict({"prefixes": self.prefixes, "heads": self.heads})
 
     # For other modules ------------------------------------------------------------------------------------------------
 
@@ -140,6 +130,7 @@ class NamedPrefixes(Wrapper):
         for module in (encoder, task_heads):
             module.requires_grad_(trainable)
             module.train(self.training)
+        freeze_replaced(self.base_model, task_heads)
         self.heads[name] = task_heads
         self.prefixes[name] = encoder.to(device_of(self.base_model.get_input_embeddings()))
         self.prefix_configs[name] = config

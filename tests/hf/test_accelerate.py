@@ -177,3 +177,34 @@ def test_a_model_whose_tokens_cannot_move_is_refused_and_left_alone() -> None:
         accelerate(model)
     assert model.get_base_model().config._attn_implementation == own
     assert torch.equal(model(**given).logits, before)
+
+
+CLASSIFIERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "classifier": ("bert", {"task_type": "SEQ_CLS"}),
+    "two layers": ("roberta", {"task_type": "SEQ_CLS"}),
+    "lm_head": ("llama", {"task_type": "CAUSAL_LM", "modules_to_save": ["lm_head"]}),
+    "norms": ("llama", {"task_type": "CAUSAL_LM"}),
+}
+
+
+@pytest.mark.parametrize(("name", "options"), CLASSIFIERS.values(), ids=CLASSIFIERS)
+def test_what_else_is_trained_goes_on_being_trained(name: str, options: dict[str, Any]) -> None:
+    """PEFT's heads, and what its user unfroze: flags and gradients are the same. Neither way touches the flags."""
+    torch.manual_seed(1)
+    model = get_peft_model(tiny(name), PrefixTuningConfig(num_virtual_tokens=P, **options)).eval()
+    if name == "llama" and "modules_to_save" not in options:
+        model.get_base_model().model.norm.requires_grad_()
+    labels = tokens() if name == "llama" else torch.tensor([0, 2])
+
+    def gradients() -> dict[str, Tensor]:
+        trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        loss = model(input_ids=tokens(), attention_mask=torch.ones(2, 9), labels=labels).loss
+        return dict(zip(trained, torch.autograd.grad(loss, list(trained.values()))))
+
+    expected = gradients()
+    assert len(expected) > 1
+    undo = accelerate(model)
+    close(gradients(), expected, GRADIENT)
+    model.prompt_encoder.requires_grad_(False)
+    undo()
+    assert gradients().keys() == expected.keys() - {"prompt_encoder.default.embedding.weight"}

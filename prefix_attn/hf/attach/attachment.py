@@ -1,16 +1,18 @@
-"""Make a frozen transformers model ready for prefixes, and undo it."""
+"""Make a transformers model ready for prefixes, and undo it."""
 
 from __future__ import annotations
 
+from torch import nn
 from transformers import PreTrainedModel
 
 from prefix_attn.hf.attach.layout import Resolver
 from prefix_attn.hf.attach.probe import Probe, check_class
 from prefix_attn.hf.attach.running import Runner
+from prefix_attn.hf.attach.trained import freeze
 
 
 class Attachment:
-    """A frozen model whose attention goes through ours.
+    """A model whose attention goes through ours.
 
     ``probe`` runs the model on a few tokens, ``resolver`` checks configurations and lays out their prefixes, and
     ``runner`` has the contexts in which forwards see a prefix.
@@ -26,7 +28,7 @@ class Attachment:
         self.base = base
         models = [module for module in base.modules() if isinstance(module, PreTrainedModel)]
         self._before = [(model.config, model.config._attn_implementation) for model in models]
-        self._trainable = [p.requires_grad for p in base.parameters()]
+        self._frozen: list[nn.Parameter] = []
         self.runner = Runner(base)
         self.probe = Probe(base, self.runner)
         try:
@@ -36,12 +38,15 @@ class Attachment:
             self.remove()
             raise
         self.resolver = Resolver(base, slots, self.runner.positions, has_decoder=self.probe.has_decoder)
-        base.requires_grad_(False)
+
+    def freeze(self) -> None:
+        """Freeze what nobody chose to train of the model; ``remove`` undoes that."""
+        self._frozen = freeze(self.base)
 
     def remove(self) -> None:
         """Restore ``base`` as it was."""
         self.runner.remove()
         for config, implementation in self._before:
             config._attn_implementation = implementation
-        for parameter, flag in zip(self.base.parameters(), self._trainable):
-            parameter.requires_grad_(flag)
+        for parameter in self._frozen:
+            parameter.requires_grad_(True)

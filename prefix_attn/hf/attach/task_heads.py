@@ -29,6 +29,15 @@ def copy_task_heads(base: PreTrainedModel, names: Iterable[str]) -> nn.ModuleDic
     return nn.ModuleDict({name: copy.deepcopy(base.get_submodule(name)) for name in names})
 
 
+def freeze_replaced(base: PreTrainedModel, names: Iterable[str]) -> None:
+    """Freeze these children of ``base``, in whose place copies are trained, but for what others share with them."""
+    replaced = set(names)
+    others = {p for name, child in base.named_children() if name not in replaced for p in child.parameters()}
+    for name in replaced:
+        for parameter in set(base.get_submodule(name).parameters()) - others:
+            parameter.requires_grad_(False)
+
+
 @contextmanager
 def task_heads_in_place(base: PreTrainedModel, task_heads: nn.ModuleDict) -> Iterator[None]:
     """Within the context, ``task_heads`` replace the children of ``base`` that have their names."""

@@ -11,11 +11,19 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from prefix_attn.hf.attach.trained import leave_out_frozen
+
 
 class Wrapper(nn.Module):
     """A module with a frozen ``base_model`` and trained parameters. Attributes it lacks are looked up on the model."""
 
     base_model: PreTrainedModel
+    prefix_in_state: str  # where this module is in the state that is being loaded
+
+    def __init__(self) -> None:
+        """Without a model yet."""
+        super().__init__()
+        leave_out_frozen(self)
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
         """(trainable, all) numbers of parameters, as PEFT counts them."""

@@ -1,0 +1,96 @@
+"""What of a base model is trained beside the prefix: what its user chose, and nothing else."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+_log = logging.getLogger(__name__)
+
+
+def freeze(base: PreTrainedModel) -> list[nn.Parameter]:
+    """Freeze the parameters of ``base``, unless its user chose which of them are trained.
+
+    ``from_pretrained`` leaves all parameters trainable, so then nothing was chosen. If only some are, somebody chose
+    them: a LoRA, norms, a head, the embeddings of new tokens. These stay trainable.
+
+    Returns:
+        The parameters that were trainable and are not any more.
+    """
+    trainable = {name: p for name, p in base.named_parameters() if p.requires_grad}
+    if trainable and _is_chosen(base):
+        first, *more = trainable
+        rest = f" and {len(more)} more" if more else ""
+        _log.warning("%s of %s%s stay trainable beside the prefix", first, type(base).__name__, rest)
+        return []
+    for parameter in trainable.values():
+        parameter.requires_grad_(False)
+    return list(trainable.values())
+
+
+def trained_names(base: nn.Module) -> set[str]:
+    """The trainable parameters of ``base``, and the buffers of the modules that have some of their own.
+
+    A tied parameter has the first of its names.
+    """
+    names = {name for name, p in base.named_parameters() if p.requires_grad}
+    modules = {name.rpartition(".")[0] for name in names}
+    return names | {name for name, _ in base.named_buffers() if name.rpartition(".")[0] in modules}
+
+
+def leave_out_frozen(model: Any) -> None:
+    """Leave out of the state of ``model`` what is frozen in its ``base_model``.
+
+    The hooks act wherever ``model`` is: alone, or in a LightningModule, an AveragedModel, a compiled module.
+    """
+    model.register_state_dict_post_hook(_drop_frozen)
+    model.register_load_state_dict_pre_hook(_note_prefix)
+    model.register_load_state_dict_post_hook(_miss_no_frozen)
+
+
+def _drop_frozen(model: Any, state: dict[str, Any], prefix: str, _: Any) -> None:
+    for key in _frozen_keys(model, state, prefix):
+        del state[key]
+
+
+def _note_prefix(model: Any, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    model.prefix_in_state = prefix
+
+
+def _miss_no_frozen(model: Any, keys: Any) -> None:
+    for key in _frozen_keys(model, keys.missing_keys, model.prefix_in_state):
+        keys.missing_keys.remove(key)
+
+
+def _frozen_keys(model: Any, keys: Iterable[str], prefix: str) -> list[str]:
+    start = f"{prefix}base_model."
+    kept = {start + name for name in trained_names(model.base_model)}
+    return [key for key in keys if key.startswith(start) and key not in kept]
+
+
+def _is_chosen(base: PreTrainedModel) -> bool:
+    """Whether somebody froze a part of ``base`` that could be trained."""
+    frozen = {name for name, p in base.named_parameters() if not p.requires_grad and _can_train(p)}
+    return bool(frozen - _frozen_by_its_class(base)) if frozen else False
+
+
+def _can_train(parameter: nn.Parameter) -> bool:
+    """Whether it is no quantised weight: a plain tensor or a sharded one, of 16 bits or more."""
+    plain = type(parameter.data) is Tensor or hasattr(parameter, "full_tensor")
+    return plain and parameter.is_floating_point() and parameter.dtype.itemsize >= 2
+
+
+def _frozen_by_its_class(base: PreTrainedModel) -> set[str]:
+    """The parameters that every new model of this class has frozen, such as tables of positions."""
+    try:
+        with torch.device("meta"):
+            new = type(base)(copy.deepcopy(base.config))
+    except Exception:  # a user's own class, whose constructor may want anything
+        return set()
+    return {name for name, p in new.named_parameters() if not p.requires_grad}
