@@ -19,10 +19,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from prefix_attn.backends import visibility
+from prefix_attn.backends.outputs import rescaled
 from prefix_attn.call import Call
 
 NAME = "composed"
 PACKED = False
+FINE = 1024.0  # up to here float32 keeps an lse so exactly that e^(score - lse) is right to 1e-4
+ROWS = 256  # of scores at a time, where they are made outside torch's kernel
 
 _forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 _backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
@@ -67,6 +70,9 @@ def backward(
 ) -> list[Tensor | None]:
     """Gradients of query, key, value, prefix_key, prefix_value, sinks and bias, where needed."""
     grad_query = grad_key = grad_value = grad_prefix_key = grad_prefix_value = grad_sinks = None
+    if call.bias is not None and (coarse := (lse.abs() > FINE) & lse.isfinite()).any():
+        factor = torch.where(coarse, 1 / _totals(call, lse, coarse), 1.0)
+        grad_out, grad_lse = rescaled(grad_out, grad_lse, factor)
     # A query that sees nothing has lse = -inf; +inf makes each of its probabilities e^(score - lse) an exact 0.
     lse = torch.where(lse == -torch.inf, torch.inf, lse)
     if not all(grad_out.stride()) or grad_out.stride(-1) != 1:
@@ -89,6 +95,25 @@ def backward(
         grad_sinks = -(share * delta).sum((0, 2)).to(call.sinks.dtype)
     grads = (grad_query, grad_key, grad_value, grad_prefix_key, grad_prefix_value, grad_sinks, None)
     return [grad if needed else None for grad, needed in zip(grads, needs)]
+
+
+def _totals(call: Call, lse: Tensor, wanted: Tensor) -> Tensor:
+    """(B, Hq, S) sum over all keys and the sink of e^(score - lse), where ``wanted``; see ``rescaled``."""
+    total = torch.zeros_like(lse)
+    if (prefix := _prefix(call)) is not None:
+        total += torch.exp(prefix[1] - lse)
+    if call.sinks is not None:
+        total += torch.exp(call.sinks.to(lse.dtype)[:, None] - lse)
+    mask, _ = _mask(call)
+    key, _ = visibility.without_hidden(call)
+    assert mask is not None
+    Hq, (Hkv, T, D) = lse.shape[1], key.shape[1:]
+    for b, masked in enumerate(mask.expand(len(lse), -1, -1, -1)):
+        for some in wanted[b].any(0).nonzero().flatten().split(ROWS):
+            grouped = call.query[b, :, some].to(lse.dtype).view(Hkv, Hq // Hkv * len(some), D)
+            scores = (grouped @ key[b].to(lse.dtype).mT).view(Hq, len(some), T) * call.scale + masked[:, some]
+            total[b, :, some] += torch.exp(scores - lse[b, :, some, None]).sum(-1)
+    return total
 
 
 def _sequence(call: Call) -> tuple[Tensor, Tensor] | None:

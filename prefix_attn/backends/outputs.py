@@ -1,4 +1,4 @@
-"""What fused backends return: tensors in the memory order of models, and the gradient of attention sinks."""
+"""What fused backends return, and what an lse rounded to float32 takes away from it."""
 
 from __future__ import annotations
 
@@ -16,6 +16,17 @@ def empty_like(call: Call, tensor: Tensor, size: int) -> Tensor:
     B, H, S, _ = tensor.shape
     make = tensor.new_empty if call.cu_seqlens_q is None else tensor.new_zeros
     return make(B, S, H, size).transpose(1, 2)
+
+
+def rescaled(grad_out: Tensor, grad_lse: Tensor | None, factor: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Gradients of out and lse, times ``factor`` (B, Hq, S) = 1 / sum_j exp(logit_j - lse).
+
+    The sum is 1, unless every key of a query has a large bias. With finfo.min on T keys all logits are finfo.min. So is
+    the lse, which has lost log T, and a backward pass takes each p for 1 instead of for 1 / T. The gradients that it
+    returns are linear in those that it is given, so this factor makes them right.
+    """
+    scaled = (grad_out * factor[..., None]).to(grad_out.dtype)
+    return scaled, None if grad_lse is None else (grad_lse * factor).to(grad_lse.dtype)
 
 
 def grad_sinks(sinks: Tensor, lse: Tensor, share: Tensor, grad_lse: Tensor | None) -> Tensor:

@@ -17,7 +17,6 @@ import triton
 import triton.language as tl
 
 from prefix_attn.backends.triton.primitives import (
-    LOG2E,
     SIZES,
     add_bias,
     entry_of,
@@ -124,10 +123,12 @@ def _sequence_tile(
     b_keep = None
     if scores.seed is not None:
         b_keep = kept(i_bh, o_m[:, None], (P + o_n)[None, :], scores)
-    if MASKED:
-        b_v = load_rows(p_value, o_n, value_row, m_n, DV, BLOCK_DV)
-    else:
-        b_v = load_full(p_value, n, value_row, DV, BLOCK_N, BLOCK_DV)
+    b_v = None
+    if p_value is not None:
+        if MASKED:
+            b_v = load_rows(p_value, o_n, value_row, m_n, DV, BLOCK_DV)
+        else:
+            b_v = load_full(p_value, n, value_row, DV, BLOCK_N, BLOCK_DV)
     return softmax_step(b_s, b_m, b_l, b_acc, b_v, b_keep, scores, MASKED, PRECISION)
 
 
@@ -141,8 +142,9 @@ def _forward(
     sinks,
     rows,
     scores,
-    out,  # (B, Hq, S, Dv)
+    out,  # (B, Hq, S, Dv), or None with the values: only the lse is wanted
     lse,  # (B, Hq, S) float32, contiguous
+    known,  # (B, Hq, S) float32 or None: an lse that is subtracted from the new one
     B,
     HKV,
     G,
@@ -182,7 +184,8 @@ def _forward(
             prefix = tl.where(first < S, prefix, 0)
         i_n = tl.maximum(entry, 0).to(tl.int64)
         p_key = prefix_key.data + i_n * prefix_key.batch + i_kv * prefix_key.head
-        p_value = prefix_value.data + i_n * prefix_value.batch + i_kv * prefix_value.head
+        if prefix_value is not None:
+            p_value = prefix_value.data + i_n * prefix_value.batch + i_kv * prefix_value.head
         if rows.prefix_start is not None:
             start = tl.load(rows.prefix_start + i_b) - (length - S)  # first query that sees the prefix
             prefix = tl.where(first + BLOCK_M > start, prefix, 0)
@@ -198,11 +201,17 @@ def _forward(
             b_keep = None
             if scores.seed is not None:
                 b_keep = kept(i_bh, o_m[:, None], o_n[None, :], scores)
-            b_v = load_rows(p_value, o_n, prefix_value.row, m_n, DV, BLOCK_DV).to(b_q.dtype)
+            b_v = None
+            if prefix_value is not None:
+                b_v = load_rows(p_value, o_n, prefix_value.row, m_n, DV, BLOCK_DV).to(b_q.dtype)
             b_m, b_l, b_acc = softmax_step(b_s, b_m, b_l, b_acc, b_v, b_keep, scores, True, PRECISION)
 
     p_key = key.data + i_b * key.batch + i_kv * key.head + r_k * key.row
-    p_value = value.data + i_b * value.batch + i_kv * value.head + r_k * value.row
+    p_value = None
+    value_row = None
+    if value is not None:
+        p_value = value.data + i_b * value.batch + i_kv * value.head + r_k * value.row
+        value_row = value.row
     row_mask = rows.key_mask
     if rows.key_mask is not None:
         row_mask += i_b * T
@@ -216,7 +225,7 @@ def _forward(
         for i in range(tl.load(before + lo // BLOCK_N), tl.load(before + tl.cdiv(hi, BLOCK_N))):
             n = tl.load(rows.tiles + i_b * num + i) * BLOCK_N
             b_m, b_l, b_acc = _sequence_tile(
-                n, b_q, b_m, b_l, b_acc, p_key, key.row, p_value, value.row, row_mask, bias, o_m, i_bh, length, S, P,
+                n, b_q, b_m, b_l, b_acc, p_key, key.row, p_value, value_row, row_mask, bias, o_m, i_bh, length, S, P,
                 scores, D, DV, CAUSAL, True, PRECISION, BLOCK_N, BLOCK_D, BLOCK_DV,
             )  # fmt: skip
     else:
@@ -226,25 +235,29 @@ def _forward(
         if scores.window is not None:
             for n in range(lo, full_lo, BLOCK_N):
                 b_m, b_l, b_acc = _sequence_tile(
-                    n, b_q, b_m, b_l, b_acc, p_key, key.row, p_value, value.row, row_mask, bias, o_m, i_bh, length, S,
+                    n, b_q, b_m, b_l, b_acc, p_key, key.row, p_value, value_row, row_mask, bias, o_m, i_bh, length, S,
                     P, scores, D, DV, CAUSAL, True, PRECISION, BLOCK_N, BLOCK_D, BLOCK_DV,
                 )  # fmt: skip
         if scores.bias is None:
             for n in range(full_lo, full_hi, BLOCK_N):
                 b_m, b_l, b_acc = _sequence_tile(
-                    n, b_q, b_m, b_l, b_acc, p_key, key.row, p_value, value.row, row_mask, bias, o_m, i_bh, length, S,
+                    n, b_q, b_m, b_l, b_acc, p_key, key.row, p_value, value_row, row_mask, bias, o_m, i_bh, length, S,
                     P, scores, D, DV, CAUSAL, False, PRECISION, BLOCK_N, BLOCK_D, BLOCK_DV,
                 )  # fmt: skip
         for n in range(full_hi, hi, BLOCK_N):
             b_m, b_l, b_acc = _sequence_tile(
-                n, b_q, b_m, b_l, b_acc, p_key, key.row, p_value, value.row, row_mask, bias, o_m, i_bh, length, S, P,
+                n, b_q, b_m, b_l, b_acc, p_key, key.row, p_value, value_row, row_mask, bias, o_m, i_bh, length, S, P,
                 scores, D, DV, CAUSAL, True, PRECISION, BLOCK_N, BLOCK_D, BLOCK_DV,
             )  # fmt: skip
 
     b_sink = None
     if sinks is not None:
-        b_sink = tl.load(sinks + i_h).to(tl.float32) * LOG2E
-    b_out, b_lse = finish(b_m, b_l, b_acc, b_sink)
-    p_out = out.data + i_b * out.batch + i_h * out.head + r_q * out.row
-    store_rows(p_out, o_m, out.row, m_m, b_out, DV, BLOCK_DV)
+        b_sink = tl.load(sinks + i_h).to(tl.float32)
+    b_known = None
+    if known is not None:
+        b_known = tl.load(known + i_lse + o_m, mask=m_m, other=0.0)
+    b_out, b_lse = finish(b_m, b_l, b_acc, b_sink, b_known, scores)
+    if out is not None:
+        p_out = out.data + i_b * out.batch + i_h * out.head + r_q * out.row
+        store_rows(p_out, o_m, out.row, m_m, b_out, DV, BLOCK_DV)
     tl.store(lse + i_lse + o_m, b_lse, mask=m_m)

@@ -54,11 +54,13 @@ def _add_slot(slots_out, slots_lse, o_row, m_row, b_m, b_l, b_acc, DV: tl.conste
 
 
 @triton.jit
-def _write(out, lse, sinks, i_b, o_h, o_s, HQ, S, m_row, b_m, b_l, b_acc, DV: tl.constexpr, BLOCK_DV: tl.constexpr):
+def _write(
+    out, lse, sinks, i_b, o_h, o_s, HQ, S, m_row, b_m, b_l, b_acc, scores, DV: tl.constexpr, BLOCK_DV: tl.constexpr
+):
     b_sink = None
     if sinks is not None:
-        b_sink = tl.load(sinks + o_h, mask=m_row, other=0.0).to(tl.float32) * LOG2E
-    b_out, b_lse = finish(b_m, b_l, b_acc, b_sink)
+        b_sink = tl.load(sinks + o_h, mask=m_row, other=0.0).to(tl.float32)
+    b_out, b_lse = finish(b_m, b_l, b_acc, b_sink, None, scores)
     o_d = tl.arange(0, BLOCK_DV)
     p_out = out.data + i_b * out.batch + (o_h * out.head + o_s * out.row)[:, None] + o_d[None, :]
     tl.store(p_out, b_out.to(out.data.dtype.element_ty), mask=m_row[:, None] & (o_d < DV)[None, :])
@@ -178,9 +180,9 @@ def _split_keys(
             for _ in range(FOLDED):
                 b_m, b_l, b_acc = _add_slot(slots_out, slots_lse, o_row, m_row, b_m, b_l, b_acc, DV, BLOCK_DV)
                 o_row += slot
-        _write(out, lse, sinks, i_b, o_h, o_s, HQ, S, m_row, b_m, b_l, b_acc, DV, BLOCK_DV)
+        _write(out, lse, sinks, i_b, o_h, o_s, HQ, S, m_row, b_m, b_l, b_acc, scores, DV, BLOCK_DV)
     else:
-        b_out, b_lse = finish(b_m, b_l, b_acc, None)
+        b_out, b_lse = finish(b_m, b_l, b_acc, None, None, scores)
         o_d = tl.arange(0, BLOCK_DV)
         o_own = o_row + (FOLDED + i_split) * slot
         m = m_row[:, None] & (o_d < DV)[None, :]
@@ -194,7 +196,7 @@ def _split_keys(
             for _ in range(FOLDED + SPLITS):
                 b_m, b_l, b_acc = _add_slot(slots_out, slots_lse, o_row, m_row, b_m, b_l, b_acc, DV, BLOCK_DV)
                 o_row += slot
-            _write(out, lse, sinks, i_b, o_h, o_s, HQ, S, m_row, b_m, b_l, b_acc, DV, BLOCK_DV)
+            _write(out, lse, sinks, i_b, o_h, o_s, HQ, S, m_row, b_m, b_l, b_acc, scores, DV, BLOCK_DV)
 
 
 @triton.jit(do_not_specialize=[*SIZES, "FOLDED"])
@@ -275,7 +277,7 @@ def _fold_prefix(
             b_m, b_l, b_acc = softmax_step(b_s, b_m, b_l, b_acc, b_v, None, scores, True, PRECISION)
         entry = tl.min(tl.where(m_sees & (b_entry > entry), b_entry, N))  # the next one that a row of the tile has
 
-    b_out, b_lse = finish(b_m, b_l, b_acc, None)
+    b_out, b_lse = finish(b_m, b_l, b_acc, None, None, scores)
     o_row = i_split * B * (HKV * G) * S + (o_b * (HKV * G) + o_h) * S + o_s
     o_d = tl.arange(0, BLOCK_DV)
     tl.store(slots_out + o_row[:, None] * DV + o_d[None, :], b_out, mask=m_row[:, None] & (o_d < DV)[None, :])

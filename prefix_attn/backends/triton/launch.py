@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from prefix_attn.backends import visibility
-from prefix_attn.backends.outputs import empty_like, grad_sinks
+from prefix_attn.backends.outputs import empty_like, grad_sinks, rescaled
 from prefix_attn.backends.triton import interpreter
 from prefix_attn.backends.triton.attend import _forward
 from prefix_attn.backends.triton.decode import _fold_prefix, _split_keys
@@ -62,6 +62,7 @@ def forward(call: Call) -> tuple[Tensor, Tensor]:
             _scores(call),
             _array(out),
             lse,
+            None,
             *sizes,
             CAUSAL=call.is_causal,
             **options,
@@ -76,6 +77,8 @@ def backward(
     if not lse.numel():
         return [torch.zeros_like(t) if isinstance(t, Tensor) and needed else None for t, needed in zip(call, needs)]
     grads: list[Tensor | None] = [None] * 7
+    if call.bias is not None:
+        grad_out, grad_lse = rescaled(grad_out, grad_lse, torch.exp(-_lost(call, lse)))
     arrays, scores = _arrays(call), _scores(call)
     saved = _saved(call, out, lse, grad_out if grad_out.stride(-1) == 1 else grad_out.contiguous(), grad_lse)
     if needs[0] or needs[5]:
@@ -92,8 +95,21 @@ def backward(
     return [grad if needed else None for grad, needed in zip(grads, needs)]
 
 
+def _lost(call: Call, lse: Tensor) -> Tensor:
+    """(B, Hq, S) log sum_j exp(logit_j - lse): what ``lse`` lost when it was rounded, see ``rescaled``."""
+    lost = torch.empty_like(lse)
+    B, Hkv, G, S, *_ = sizes = _sizes(call)
+    options = _options(call, "forward")
+    query, key, _, prefix_key, _ = _arrays(call)
+    _forward[(B * Hkv * G * _cdiv(S, options["BLOCK_M"]),)](
+        query, key, None, prefix_key, None, _sinks(call), _rows(call, options["BLOCK_N"]),
+        _scores(call)._replace(dropout=None, seed=None), None, lost, lse, *sizes, CAUSAL=call.is_causal, **options,
+    )  # fmt: skip
+    return lost
+
+
 def _saved(call: Call, out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: Tensor | None) -> tuple[Any, ...]:
-    """(grad_out, lse in units of log 2, delta): what every backward kernel reads."""
+    """(grad_out, lse in the units of logits, delta): what every backward kernel reads."""
     lse2, delta = torch.empty_like(lse), torch.empty_like(lse)
     B, Hq, S = lse.shape
     _delta[(B * Hq * _cdiv(S, 64),)](
@@ -105,6 +121,7 @@ def _saved(call: Call, out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: Ten
         delta,
         Hq,
         S,
+        NATURAL=call.bias is not None,
         DV=call.value.shape[-1],
         BLOCK_M=64,
         BLOCK_DV=_blocks(call)["BLOCK_DV"],

@@ -2,7 +2,8 @@
 
 The alphabet of this package: ``i_`` index of a program, ``o_`` offsets, ``m_`` mask, ``b_`` tile in registers. Above a
 tile stands its shape. Sizes are SPEC's: B Hq Hkv S T P N D Dv; G = Hq / Hkv. Logits are kept in units of log 2, so that
-``exp2`` serves; the lse in memory is the natural logarithm.
+``exp2`` serves; the lse in memory is the natural logarithm. With a bias logits are natural too: masks are made of
+finfo.min, and that times log2(e) is -inf.
 
 Program indices become int64 before they meet a stride: their product wraps at 2**31 in int32.
 """
@@ -153,16 +154,34 @@ def store_rows(data, o_row, stride, m_row, b, D: tl.constexpr, BLOCK_D: tl.const
 
 @triton.jit
 def logits(b_product, scores):
-    """Logits in units of log 2 from query . key: scale, then softcap."""
+    """Logits from query . key: scale, then softcap."""
     if scores.softcap is not None:
         # tanh(x) by exp2: exact to a few units of 1e-8, which the cap multiplies; the sign apart keeps exp2 in range.
         x = b_product * scores.scale
         e = tl.exp2(tl.abs(x) * (-2 * LOG2E))
         t = (1 - e) / (1 + e)
-        b = tl.where(x < 0, -t, t) * (scores.softcap * LOG2E)
+        b = tl.where(x < 0, -t, t) * (scores.softcap * unit(scores))
     else:
-        b = b_product * (scores.scale * LOG2E)
+        b = b_product * (scores.scale * unit(scores))
     return b
+
+
+@triton.jit
+def unit(scores):
+    """What a natural logarithm is multiplied with to be in the units of logits."""
+    if scores.bias is not None:
+        u = 1.0
+    else:
+        u = LOG2E
+    return u
+
+
+@triton.jit
+def exponential(b_difference, scores):
+    """exp of a difference of logits."""
+    if scores.bias is not None:
+        b_difference *= LOG2E
+    return tl.exp2(b_difference)
 
 
 @triton.jit
@@ -182,7 +201,7 @@ def unscaled(b_product, scores):
 def grad_product(b_ds, b_s, scores):
     """From the gradient of the logits to that of query . key, but for the factor ``scale`` of the whole."""
     if scores.softcap is not None:
-        t = b_s * (1 / (scores.softcap * LOG2E))
+        t = b_s * (1 / (scores.softcap * unit(scores)))
         b_ds = b_ds * (1 - t * t)
     return b_ds
 
@@ -213,7 +232,7 @@ def present(o_n, length, row_mask):
 def add_bias(b_s, bias, b_row, b_column, m, scores):
     """Logits plus the bias of one head; ``b_row`` and ``b_column`` are broadcast against each other."""
     p = bias + b_row.to(tl.int64) * scores.bias_row + b_column.to(tl.int64) * scores.bias_column
-    return b_s + tl.load(p, mask=m, other=0.0).to(tl.float32) * LOG2E
+    return b_s + tl.load(p, mask=m, other=0.0).to(tl.float32)
 
 
 @triton.jit
@@ -229,36 +248,49 @@ def kept(i_bh, b_row, b_column, scores):
 
 @triton.jit
 def softmax_step(b_s, b_m, b_l, b_acc, b_v, b_keep, scores, MASKED: tl.constexpr, PRECISION: tl.constexpr):
-    """One tile of the online softmax. Invisible ``unscaled`` logits are -inf; with MASKED whole rows may be."""
+    """One tile of the online softmax. Invisible ``unscaled`` logits are -inf; with MASKED whole rows may be.
+
+    ``b_v`` None: only the maximum and the sum are wanted.
+    """
     b_top = tl.max(b_s, 1)
     if scores.late is not None:  # positive, so the largest stays the largest
         b_top *= scores.scale * LOG2E
         b_s *= scores.scale * LOG2E
     b_max = tl.maximum(b_m, b_top)
     b_pivot = tl.where(b_max == -float("inf"), 0.0, b_max) if MASKED else b_max
-    b_alpha = tl.exp2(b_m - b_pivot)
+    b_alpha = exponential(b_m - b_pivot, scores)
     # [BLOCK_M, BLOCK_N]
-    b_p = tl.exp2(b_s - b_pivot[:, None])
+    b_p = exponential(b_s - b_pivot[:, None], scores)
     b_l = b_l * b_alpha + tl.sum(b_p, 1)
     if b_keep is not None:
         b_p = tl.where(b_keep, b_p * (1 / (1 - scores.dropout)), 0.0)
-    b_acc = tl.dot(b_p.to(b_v.dtype), b_v, b_acc * b_alpha[:, None], input_precision=PRECISION)
+    if b_v is not None:
+        b_acc = tl.dot(b_p.to(b_v.dtype), b_v, b_acc * b_alpha[:, None], input_precision=PRECISION)
     return b_max, b_l, b_acc
 
 
 @triton.jit
-def finish(b_m, b_l, b_acc, b_sink):
-    """(out, lse in natural units) of a finished online softmax; ``b_sink`` is one more logit per row, or None."""
+def finish(b_m, b_l, b_acc, b_sink, b_known, scores):
+    """(out, lse) of a finished online softmax; ``b_sink`` is one more natural logit per row, or None.
+
+    ``b_known`` is None, or an lse that is subtracted; it is 0 instead where a query sees nothing.
+    """
     if b_sink is not None:
+        b_sink *= unit(scores)
         b_max = tl.maximum(b_m, b_sink)
         b_pivot = tl.where(b_max == -float("inf"), 0.0, b_max)
-        b_alpha = tl.exp2(b_m - b_pivot)
-        b_l = b_l * b_alpha + tl.exp2(b_sink - b_pivot)
+        b_alpha = exponential(b_m - b_pivot, scores)
+        b_l = b_l * b_alpha + exponential(b_sink - b_pivot, scores)
         b_acc = b_acc * b_alpha[:, None]
         b_m = b_max
     b_empty = b_l == 0.0
     b_total = tl.where(b_empty, 1.0, b_l)
-    b_lse = tl.where(b_empty, -float("inf"), (b_m + tl.log2(b_total)) * LN2)
+    if b_known is not None:
+        b_lse = tl.where(b_empty, 0.0, b_m - b_known + tl.log2(b_total) * LN2)
+    elif scores.bias is not None:
+        b_lse = tl.where(b_empty, -float("inf"), b_m + tl.log2(b_total) * LN2)
+    else:
+        b_lse = tl.where(b_empty, -float("inf"), (b_m + tl.log2(b_total)) * LN2)
     return b_acc / b_total[:, None], b_lse
 
 

@@ -21,6 +21,7 @@ from prefix_attn.backends.triton.primitives import (
     SIZES,
     add_bias,
     entry_of,
+    exponential,
     grad_product,
     kept,
     keys_of,
@@ -41,17 +42,18 @@ def _delta(
     grad_out,
     lse,  # (B, Hq, S) float32
     grad_lse,  # (B, Hq, S) float32 or None
-    lse2,  # (B, Hq, S) float32
+    lse2,  # (B, Hq, S) float32, in the units of logits
     delta,  # (B, Hq, S) float32
     HQ,
     S,
+    NATURAL: tl.constexpr,  # the units of logits
     DV: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_DV: tl.constexpr,
 ):
     """delta = rowsum(dout * out) - dlse, and lse2, for BLOCK_M queries of one head.
 
-    lse2 is the lse in units of log 2, and +inf for a query that sees nothing: each of its p is then an exact 0.
+    lse2 is the lse in the units of logits, and +inf for a query that sees nothing: each of its p is then an exact 0.
     """
     num = tl.cdiv(S, BLOCK_M)
     i_bh = (tl.program_id(0) // num).to(tl.int64)
@@ -68,7 +70,8 @@ def _delta(
         b_delta -= tl.load(grad_lse + i_bh * S + o_m, mask=m_m, other=0.0)
     tl.store(delta + i_bh * S + o_m, b_delta, mask=m_m)
     b_lse = tl.load(lse + i_bh * S + o_m, mask=m_m)
-    tl.store(lse2 + i_bh * S + o_m, tl.where(b_lse == -float("inf"), float("inf"), b_lse * LOG2E), mask=m_m)
+    b_lse2 = b_lse if NATURAL else b_lse * LOG2E
+    tl.store(lse2 + i_bh * S + o_m, tl.where(b_lse == -float("inf"), float("inf"), b_lse2), mask=m_m)
 
 
 @triton.jit
@@ -112,7 +115,7 @@ def _query_tile(
     b_x -= b_lse[:, None]
     if m_mn is not None:  # before the exponential, which would overflow where a hidden logit exceeds lse
         b_x = tl.where(m_mn, b_x, -float("inf"))
-    b_p = tl.exp2(b_x)
+    b_p = exponential(b_x, scores)
     b_dp = tl.dot(b_do, tl.trans(b_v), input_precision=PRECISION)
     if scores.seed is not None:
         b_dp = tl.where(kept(i_bh, b_row, offset + b_column, scores), b_dp * (1 / (1 - scores.dropout)), 0.0)

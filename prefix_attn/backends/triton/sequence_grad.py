@@ -8,6 +8,7 @@ import triton.language as tl
 from prefix_attn.backends.triton.primitives import (
     SIZES,
     add_bias,
+    exponential,
     grad_product,
     kept,
     keys_of,
@@ -46,7 +47,7 @@ def key_tile(
     b_x -= b_lse[None, :]
     if m_nm is not None:  # before the exponential, which would overflow where a hidden logit exceeds lse
         b_x = tl.where(m_nm, b_x, -float("inf"))
-    b_p = tl.exp2(b_x)
+    b_p = exponential(b_x, scores)
     b_dp = tl.dot(b_v, tl.trans(b_do), input_precision=PRECISION)
     b_used = b_p
     if scores.seed is not None:
