@@ -43,8 +43,9 @@ def run(steps: int, out: Path, model: str) -> dict[str, Any]:
     from prefix_attn.hf.config import PrefixConfig
     from prefix_attn.hf.load import load_base
     from prefix_attn.hf.model import PrefixModel, get_prefix_model
-    from prefix_attn.training.data import aws_records
+    from prefix_attn.training.aws import aws_records
     from prefix_attn.training.metrics import score
+    from prefix_attn.training.prompts import Prompt
     from prefix_attn.training.settings import TrainingSettings
     from prefix_attn.training.train import train
 
@@ -64,7 +65,8 @@ def run(steps: int, out: Path, model: str) -> dict[str, Any]:
     for earlier in out.glob("checkpoint-*"):
         shutil.rmtree(earlier)  # the demo begins anew each time
     settings = TrainingSettings(out, steps, validate_every=max(steps // 2, 1), max_length=96)
-    metrics = train(prefixed, tokenizer, records["train"], _spread(records["dev"], VALIDATED), settings)
+    held_out, prompt = _spread(records["dev"], VALIDATED), Prompt(one_line=True)
+    metrics = train(prefixed, tokenizer, records["train"], held_out, settings, prompt=prompt)
     after = _texts(prefixed, tokenizer, test, "after")
 
     with console.status("loading the saved prefix into a fresh model"):
@@ -100,11 +102,11 @@ def _spread(examples: Any, count: int) -> list[Any]:
 
 def _texts(model: Any, tokenizer: Any, examples: list[Any], name: str) -> list[str]:
     from prefix_attn.training.evaluate import generate_text
+    from prefix_attn.training.prompts import Prompt
 
+    options = {"prompt": Prompt(one_line=True), "max_new_tokens": 32, "batch_size": 16}
     with tqdm(total=len(examples), desc=name, unit="record") as bar:
-        return generate_text(
-            model, tokenizer, [e.source for e in examples], max_new_tokens=32, batch_size=16, progress=bar.update
-        )
+        return generate_text(model, tokenizer, [e.source for e in examples], progress=bar.update, **options)
 
 
 if __name__ == "__main__":

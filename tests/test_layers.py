@@ -51,6 +51,7 @@ HEAVY = {
         "prefix_attn.hf",
         "prefix_attn.training.train",
         "prefix_attn.training.evaluate",
+        "prefix_attn.training.chat",
         "prefix_attn.experiments.pretrain",
     ),
     "triton": ("prefix_attn.backends.triton",),

@@ -5,12 +5,16 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.markup import escape
+
+from prefix_attn.training.prompts import PROMPT, Prompt
 
 # Names and texts are printed unchanged: ":x:" is not an emoji and "[/x]" is not markup.
 OUT, ERR = Console(emoji=False), Console(stderr=True, emoji=False)
@@ -20,13 +24,51 @@ Adapter = Annotated[
     Path, typer.Argument(help="Folder of a prefix, saved by prefix-attn or by another library.", show_default=False)
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
-DATA = "'aws', 'aws-summary', or a file: .jsonl, .csv (E2E's is recognised), DART's .json, WebNLG's .xml."
-Data = Annotated[str, typer.Option(help=DATA)]
-Source = Annotated[str, typer.Option(help="Column or JSON key of the input.")]
-Target = Annotated[str, typer.Option(help="Column or JSON key of the output.")]
+DATA = (
+    "'aws', 'aws-summary', or a file: .jsonl, .csv, .tsv, .parquet or .json with a column for inputs and one for "
+    "outputs, or with 'messages'; E2E's .csv, DART's .json, WebNLG's .xml."
+)
+data_option: Callable[..., Any] = partial(typer.Option, rich_help_panel="The data")
+Data = Annotated[str, data_option(help=DATA)]
+Source = Annotated[str, data_option(help="Column or JSON key of the input.")]
+Target = Annotated[str, data_option(help="Column or JSON key of the output.")]
+Delimiter = Annotated[str | None, data_option(help="Between the cells of a table. Default: what its header shows.")]
+Encoding = Annotated[str | None, data_option(help="Of a text file, such as cp1252. Default: what its bytes show.")]
+SkipBadRows = Annotated[
+    bool, data_option("--skip-bad-rows", help="Leave out rows that cannot be used. Default: an error that names them.")
+]
+Template = Annotated[
+    str | None,
+    data_option(
+        help="What stands around an input: 'chat', the tokenizer's chat template, or a text with {source}, and with "
+        "\\n for line breaks. The output follows it, after a space if it does not end in white space. "
+        f"Default: {PROMPT!r}; 'chat' for rows with 'messages'.",
+        show_default=False,
+    ),
+]
+System = Annotated[
+    str | None, data_option(help="The system message of chats that have none, or the text for {system} in --template.")
+]
+SpecialTokens = Annotated[
+    bool,
+    data_option("--special-tokens", help="Read names such as </s> in texts as special tokens. Default: they are text."),
+]
 Beams = Annotated[int, typer.Option(min=1, help="Number of beams. 1 decodes greedily.")]
 NewTokens = Annotated[int, typer.Option(min=1, help="Maximum length of each output.")]
 BatchSize = Annotated[int, typer.Option(min=1, help="Rows per batch.")]
+
+
+def prompt_of(adapter: Path, template: str | None, system: str | None) -> Prompt:
+    """What the adapter was trained with, but for what is given."""
+    saved = Prompt.load(adapter)
+    if template is not None:  # the other template has its own system text
+        return replace(saved, template=unescaped(template), system=system)
+    return saved if system is None else replace(saved, system=system)
+
+
+def unescaped(text: str) -> str:
+    r"""``text`` with line breaks and tabs for ``\n`` and ``\t``, which a shell leaves as they are."""
+    return text.replace("\\n", "\n").replace("\\t", "\t")
 
 
 def load(model: str) -> tuple[Any, Any]:

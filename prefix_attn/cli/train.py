@@ -9,7 +9,24 @@ from typing import Annotated, Any
 
 import typer
 
-from prefix_attn.cli.shared import DATA, AsJson, BatchSize, Model, Source, Target, load, show
+from prefix_attn.cli.shared import (
+    DATA,
+    AsJson,
+    BatchSize,
+    Delimiter,
+    Encoding,
+    Model,
+    SkipBadRows,
+    Source,
+    SpecialTokens,
+    System,
+    Target,
+    Template,
+    data_option,
+    load,
+    show,
+    unescaped,
+)
 from prefix_attn.hf.config import PrefixConfig
 from prefix_attn.training.settings import LEARNING_RATES, TrainingSettings
 
@@ -17,7 +34,7 @@ prefix_option: Callable[..., Any] = partial(typer.Option, rich_help_panel="The p
 start_option: Callable[..., Any] = partial(typer.Option, rich_help_panel="Where it starts")
 
 Output = Annotated[Path, typer.Option(help="Folder for the adapter, its checkpoints, metrics.json and loss.png.")]
-TrainingData = Annotated[str | None, typer.Option(help=f"{DATA} Default: 'aws'.")]
+TrainingData = Annotated[str | None, data_option(help=f"{DATA} Default: 'aws'.")]
 DistillFrom = Annotated[
     Path | None, typer.Option(help="Instead of --data: a text that the prefix learns to replace.", dir_okay=False)
 ]
@@ -25,7 +42,7 @@ TopK = Annotated[
     int | None,
     typer.Option(min=1, help="With --distill-from: how many of the likeliest tokens to compare. Default: 20."),
 ]
-Validation = Annotated[str | None, typer.Option(help="File to validate on. 'aws' has a split of its own.")]
+Validation = Annotated[str | None, data_option(help="File to validate on. 'aws' has a split of its own.")]
 
 VirtualTokens = Annotated[int, prefix_option(min=1, help="Length of the prefix.")]
 Mode = Annotated[
@@ -94,6 +111,12 @@ def train(
     validation: Validation = None,
     source_column: Source = "source",
     target_column: Target = "target",
+    delimiter: Delimiter = None,
+    encoding: Encoding = None,
+    skip_bad_rows: SkipBadRows = False,
+    template: Template = None,
+    system: System = None,
+    special_tokens: SpecialTokens = False,
     virtual_tokens: VirtualTokens = 10,
     mode: Mode = "kv",
     sites: Sites = None,
@@ -127,6 +150,8 @@ def train(
 
     [bold]prefix-attn train --data devset.csv --mode infix --init-text "table-to-text:" --output runs/infix[/bold]
 
+    [bold]prefix-attn train --data chats.jsonl --template chat --skip-bad-rows --output runs/chat[/bold]
+
     [bold]prefix-attn train --distill-from manual.txt --virtual-tokens 64 --output runs/manual[/bold]
 
     The last one learns to do with 64 tokens what the whole text in front would do. It starts from pieces of the text.
@@ -141,8 +166,10 @@ def train(
     if distill_from:
         metrics = _distill(config, settings, distill_from, validation, top_k)
     else:
-        columns = {"source_column": source_column, "target_column": target_column}
-        metrics = _train(config, settings, data or "aws", validation, validation_rows, columns)
+        reading = {"source_column": source_column, "target_column": target_column, "delimiter": delimiter}
+        reading |= {"encoding": encoding, "skip_bad_rows": skip_bad_rows}
+        prompt = {"template": template and unescaped(template), "system": system, "special_tokens": special_tokens}
+        metrics = _train(config, settings, data or "aws", validation, validation_rows, reading, prompt)
     show(metrics, as_json, _summary(metrics, output))
 
 
@@ -167,7 +194,9 @@ def _start(
     if kind is not None and init not in (None, kind):
         raise ValueError(f"a prefix has one start, got --init {init} and --init-{named[0]}")
     if document is not None:
-        text = _document(document)
+        from prefix_attn.training.tables import read_text
+
+        text = read_text(document)
     return {"init": kind or init or "random", "init_text": text, "init_path": path}
 
 
@@ -213,24 +242,33 @@ def _train(
     data: str,
     validation: str | None,
     validation_rows: int,
-    columns: dict[str, str],
+    reading: dict[str, Any],
+    prompt: dict[str, Any],
 ) -> dict[str, Any]:
-    from prefix_attn.training.data import AWS_TASKS, read_examples
+    from prefix_attn.training.aws import AWS_TASKS
+    from prefix_attn.training.data import Examples, read_examples
+    from prefix_attn.training.prompts import Prompt, default_template
     from prefix_attn.training.train import train as run
 
-    examples = read_examples(data, **columns)
+    examples = Examples(data, **reading)
+    examples.check()
+    template = prompt["template"] or default_template(next(iter(examples)))
+    chosen = Prompt(**prompt | {"template": template, "one_line": examples.one_line})
     has_split = validation or data in AWS_TASKS
-    held_out = read_examples(validation or data, split="dev", **columns) if has_split else []
-    return run(*_prefixed(config, settings.seed), examples, held_out[:validation_rows], settings)
+    held_out = read_examples(validation or data, split="dev", **reading) if has_split else []
+    model, tokenizer = _prefixed(config, settings.seed)
+    skip = reading["skip_bad_rows"]
+    return run(model, tokenizer, examples, held_out[:validation_rows], settings, prompt=chosen, skip_bad_rows=skip)
 
 
 def _distill(
     config: PrefixConfig, settings: TrainingSettings, source: Path, validation: str | None, top_k: int | None
 ) -> dict[str, Any]:
     from prefix_attn.training.distill import TOP_K, distill
+    from prefix_attn.training.tables import read_text
 
-    document = _document(source)
-    other = _document(Path(validation)) if validation else None
+    document = read_text(source)
+    other = read_text(Path(validation)) if validation else None
     model, tokenizer = _prefixed(config, settings.seed)
     return distill(model, tokenizer, document, settings, validation=other, top_k=top_k or TOP_K)
 
@@ -253,10 +291,3 @@ def _summary(metrics: dict[str, Any], output: Path) -> str:
     if curve := metrics["validation_loss"]:
         text += f"; validation loss {curve[0][1]:.3f} -> {curve[-1][1]:.3f}"
     return text
-
-
-def _document(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from None

@@ -3,26 +3,39 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.table import Table
 from rich.text import Text
 
 from prefix_attn.cli.shared import (
+    ERR,
     Adapter,
     AsJson,
     BatchSize,
     Beams,
     Data,
+    Delimiter,
+    Encoding,
     NewTokens,
+    SkipBadRows,
     Source,
+    System,
     Target,
+    Template,
     prefixed_model,
     progress,
+    prompt_of,
     show,
 )
+
+if TYPE_CHECKING:
+    from prefix_attn.training.examples import Example
+    from prefix_attn.training.prompts import Prompt
+    from prefix_attn.training.tokens import Row
 
 
 def generate(
@@ -35,23 +48,30 @@ def generate(
     num_beams: Beams = 1,
     max_new_tokens: NewTokens = 48,
     batch_size: BatchSize = 16,
+    template: Template = None,
+    system: System = None,
     as_json: AsJson = False,
 ) -> None:
     """Generate an output for each input.
 
     [bold]prefix-attn generate runs/e2e "name : Aromi | eatType : coffee shop | area : city centre"[/bold]
+
+    Inputs are put to the model as in training. An output ends where the model ends it; --json keeps outputs of several
+    lines apart.
     """
     from prefix_attn.training.evaluate import generate_text
+    from prefix_attn.training.tables import read_text
 
+    prompt = prompt_of(adapter, template, system)
     if not sources:
-        lines = file.read_text(encoding="utf-8").splitlines() if file else sys.stdin.read().splitlines()
-        sources = [line for line in lines if line.strip()]
+        text = read_text(file) if file else sys.stdin.read()
+        sources = [line.removesuffix("\r") for line in text.split("\n") if line.strip()]
     if not sources:
         raise ValueError("nothing to generate from: give inputs as arguments, with --file, or on stdin")
     prefixed, tokenizer = prefixed_model(adapter, model)
     with progress("generate", len(sources)) as advance:
         options = {"num_beams": num_beams, "max_new_tokens": max_new_tokens, "batch_size": batch_size}
-        outputs = generate_text(prefixed, tokenizer, sources, progress=advance, **options)
+        outputs = generate_text(prefixed, tokenizer, sources, prompt=prompt, progress=advance, **options)
     rows = [{"source": source, "output": output} for source, output in zip(sources, outputs, strict=True)]
     show(rows, as_json, "\n".join(outputs))
 
@@ -62,6 +82,11 @@ def evaluate(
     split: Annotated[str, typer.Option(help="Split of 'aws': train, dev or test.")] = "test",
     source_column: Source = "source",
     target_column: Target = "target",
+    delimiter: Delimiter = None,
+    encoding: Encoding = None,
+    skip_bad_rows: SkipBadRows = False,
+    template: Template = None,
+    system: System = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Use only this many inputs.")] = None,
     model: Annotated[str | None, typer.Option(help="Base model. Default: the one that the adapter names.")] = None,
     frozen: Annotated[bool, typer.Option(help="Also score the model without its prefix.")] = True,
@@ -72,19 +97,26 @@ def evaluate(
 ) -> None:
     """Score a prefix: BLEU, NIST, METEOR (needs nltk's WordNet), ROUGE-L, CIDEr, chrF++, TER, and the target loss.
 
+    Inputs are put to the model as in training. The loss is that of all answers of a conversation; what is generated and
+    scored is its last.
+
     [bold]prefix-attn evaluate runs/e2e --data testset_w_refs.csv --num-beams 5[/bold]
     """
     from contextlib import nullcontext
 
-    from prefix_attn.training.data import read_examples
+    from prefix_attn.training.data import Examples
     from prefix_attn.training.evaluate import generate_text, validation_loss
+    from prefix_attn.training.examples import group
     from prefix_attn.training.metrics import score
-    from prefix_attn.training.tokens import batches, encode
+    from prefix_attn.training.tokens import batches
 
-    examples = read_examples(data, split=split, source_column=source_column, target_column=target_column)[:limit]
+    reading = {"source_column": source_column, "target_column": target_column, "delimiter": delimiter}
+    read = Examples(data, split=split, encoding=encoding, skip_bad_rows=skip_bad_rows, **reading)
+    prompt = prompt_of(adapter, template, system)
+    prompt = replace(prompt, one_line=prompt.one_line or read.one_line)
+    examples = group(read.checked())[:limit]
     prefixed, tokenizer = prefixed_model(adapter, model)
-    rows, _ = encode(tokenizer, examples, 512, encoder_decoder=prefixed.config.is_encoder_decoder)
-    loss_batches = batches(rows, batch_size, tokenizer.pad_token_id)
+    loss_batches = batches(_rows(prefixed, tokenizer, examples, prompt), batch_size, tokenizer.pad_token_id)
     results: dict[str, dict[str, float]] = {}
     for name in ("frozen", "prefix") if frozen else ("prefix",):
         with (
@@ -92,13 +124,26 @@ def evaluate(
             progress(name, len(examples)) as advance,
         ):
             options = {"num_beams": num_beams, "max_new_tokens": max_new_tokens, "batch_size": batch_size}
-            texts = generate_text(prefixed, tokenizer, [e.source for e in examples], progress=advance, **options)
+            asked = [example.prompt for example in examples]
+            texts = generate_text(prefixed, tokenizer, asked, prompt=prompt, progress=advance, **options)
             results[name] = score(texts, [e.references for e in examples])
             results[name]["loss"] = validation_loss(prefixed, loss_batches)
     table = Table("", *next(iter(results.values())), title=Text(f"{adapter} on {data}, {len(examples)} inputs"))
     for name, metrics in results.items():
         table.add_row(name, *(f"{value:.2f}" for value in metrics.values()))
     show(results, as_json, table)
+
+
+def _rows(model: Any, tokenizer: Any, examples: list[Example], prompt: Prompt) -> list[Row]:
+    """Rows of ``examples``, as long as the model has positions for."""
+    from prefix_attn.training.tokens import encode
+
+    longest = getattr(model.config, "max_position_embeddings", None) or sys.maxsize
+    longest -= max((config.num_virtual_tokens for config in model.prefix_configs.values()), default=0)
+    rows, cut = encode(tokenizer, examples, longest, prompt=prompt, encoder_decoder=model.config.is_encoder_decoder)
+    if cut:
+        ERR.print(f"{cut} of {len(rows)} rows are longer than the model's {longest} positions: cut")
+    return rows
 
 
 def inspect(
@@ -138,11 +183,11 @@ def inspect(
         return
     from prefix_attn.hf.mass import layers_of, mass_table, plot_mass, prefix_mass
     from prefix_attn.training.data import read_examples
-    from prefix_attn.training.tokens import batches, encode
+    from prefix_attn.training.tokens import batches
 
     examples = read_examples(mass, split="dev", source_column=source_column, target_column=target_column)[:limit]
     prefixed, tokenizer = prefixed_model(adapter, model)
-    rows, _ = encode(tokenizer, examples, 512, encoder_decoder=prefixed.config.is_encoder_decoder)
+    rows = _rows(prefixed, tokenizer, examples, prompt_of(adapter, None, None))
     with progress("mass", len(rows)) as advance:
         shares = prefix_mass(prefixed, batches(rows, batch_size, tokenizer.pad_token_id), progress=advance)
     layers = layers_of(prefixed)

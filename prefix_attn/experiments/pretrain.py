@@ -11,7 +11,8 @@ import torch
 
 from prefix_attn.experiments.plan import Run
 from prefix_attn.experiments.runner import TENTH, endless_batches, hold_out, train
-from prefix_attn.training.data import Example
+from prefix_attn.training.examples import Example
+from prefix_attn.training.prompts import Prompt
 from prefix_attn.training.tokens import batches, encode, source_ids
 
 if TYPE_CHECKING:
@@ -67,7 +68,8 @@ def pretrain(
     rows, _ = encode(tokenizer, kept, max_length, encoder_decoder=True)
     texts = [text for example in kept for text in (example.source, *example.references)]
     texts = [text for text in texts if len(source_ids(tokenizer, text)) <= max_length]
-    denoised, _ = encode(tokenizer, _denoising(texts, len(rows), seed), max_length, encoder_decoder=True)
+    masked, with_masks = _denoising(texts, len(rows), seed), Prompt(special_tokens=True)
+    denoised, _ = encode(tokenizer, masked, max_length, encoder_decoder=True, prompt=with_masks)
     data = endless_batches(rows + denoised, batch_size, seed, pad_id)
     held_rows, _ = encode(tokenizer, held_out, max_length, encoder_decoder=True)
     validation = batches(held_rows, batch_size, pad_id)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import platform
 import random
 import sys
@@ -20,9 +19,12 @@ from prefix_attn.experiments.methods import sizes, wrap
 from prefix_attn.experiments.plan import Run
 from prefix_attn.experiments.results import Result
 from prefix_attn.hf.load import load_base
-from prefix_attn.training.data import AWS_TASKS, Example, read_examples
+from prefix_attn.training.aws import AWS_TASKS
+from prefix_attn.training.data import is_held_out, read_examples
 from prefix_attn.training.evaluate import generate_text, target_loss, validation_loss
+from prefix_attn.training.examples import Example
 from prefix_attn.training.metrics import score
+from prefix_attn.training.prompts import Prompt
 from prefix_attn.training.tokens import Batch, Row, batches, collate, encode
 from prefix_attn.training.train import VALIDATION_BATCH, WARMUP, has_bfloat16
 
@@ -158,11 +160,8 @@ def load(
 
 def hold_out(examples: Sequence[Example], byte: int, share: int) -> tuple[list[Example], list[Example]]:
     """Split into kept and held-out examples: ``share`` of 256, by one byte of the hash of the source."""
-
-    def is_held_out(example: Example) -> bool:
-        return hashlib.sha1(example.source.encode()).digest()[byte] < share
-
-    return [e for e in examples if not is_held_out(e)], [e for e in examples if is_held_out(e)]
+    out = [is_held_out(example.source, share / 256, byte) for example in examples]
+    return [e for e, held in zip(examples, out) if not held], [e for e, held in zip(examples, out) if held]
 
 
 def _spaced(items: list[Any], count: int) -> list[Any]:
@@ -285,6 +284,7 @@ def _generate(model: Any, tokenizer: PreTrainedTokenizerBase, data: Data, run: R
             model,
             tokenizer,
             [example.source for example in examples],
+            prompt=Prompt(one_line=True),
             num_beams=run.num_beams or 1,
             length_penalty=run.length_penalty or 1.0,
             max_new_tokens=run.max_new_tokens or 64,

@@ -2,282 +2,211 @@
 
 from __future__ import annotations
 
-import csv
-import gzip
 import hashlib
-import html
-import importlib.util
-import json
-import re
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from functools import lru_cache
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-from xml.etree import ElementTree
 
-SPLITS = ("train", "dev", "test")
-AWS_TASKS = ("aws", "aws-summary")
-SUFFIXES = (".jsonl", ".csv", ".json", ".json.gz", ".xml")
+from prefix_attn.training.aws import AWS_TASKS, aws_records
+from prefix_attn.training.examples import BadRows, Example, as_conversation, as_text, group
+from prefix_attn.training.tables import (
+    Record,
+    csv_header,
+    csv_records,
+    encoding_of,
+    jsonl_records,
+    parquet_records,
+)
+from prefix_attn.training.tasks import dart_examples, linearise, read_json, webnlg_examples
 
-_Row = tuple[str, str, str]  # source, one reference, category
+SUFFIXES = (".jsonl", ".csv", ".tsv", ".parquet", ".json", ".json.gz", ".xml")
+MESSAGES = "messages"
 
 
-@dataclass(frozen=True)
-class Example:
-    """One input and all of its correct outputs. ``category`` is empty unless the data set has categories."""
-
-    source: str
-    references: tuple[str, ...]
-    category: str = ""
-
-
-def read_examples(
-    spec: str | Path, *, split: str = "train", source_column: str = "source", target_column: str = "target"
-) -> list[Example]:
-    """Read examples from a file or a built-in task. Rows with the same source become one example.
+def read_examples(spec: str | Path, **options: Any) -> list[Example]:
+    """Read all examples of a file or a built-in task. Rows with the same source become one example.
 
     Args:
-        spec: "aws" (operations of AWS services -> first sentence of their documentation, from the botocore package),
-            "aws-summary" (the rest of that documentation -> its first sentence), or a path. A path is a .jsonl or .csv
-            file, DART's .json or .json.gz, WebNLG's .xml, or a folder of WebNLG's files. An E2E file (.csv with the
-            columns mr and ref) needs no column names.
-        split: "train", "dev" or "test". Only "aws" and "aws-summary" have splits. A file is read whole.
-        source_column: column or JSON key of the input.
-        target_column: column or JSON key of the output. In JSON, a list of strings gives several references.
+        spec: see ``Examples``.
+        options: those of ``Examples``.
 
     Raises:
-        ValueError: the file is empty, malformed, or lacks a column. The message names the file and the line.
+        ValueError: as ``Examples`` and ``Examples.check``.
     """
-    if str(spec) in AWS_TASKS:
-        return list(aws_records(split, str(spec)))
-    path = Path(spec)
+    examples = Examples(spec, **options)
+    return group(examples.checked())
+
+
+class Examples:
+    """The examples of a file or a task, one for each row, read anew each time that they are iterated.
+
+    Texts are what the file has, line breaks and spaces included. Only E2E, DART, WebNLG and the tasks of botocore have
+    one line a text, as in the paper.
+    """
+
+    def __init__(
+        self,
+        spec: str | Path,
+        *,
+        split: str = "train",
+        source_column: str = "source",
+        target_column: str = "target",
+        delimiter: str | None = None,
+        encoding: str | None = None,
+        skip_bad_rows: bool = False,
+    ) -> None:
+        """Look at the head of a file.
+
+        Args:
+            spec: "aws" (operations of AWS services -> first sentence of their documentation, from the botocore
+                package), "aws-summary" (the rest of that documentation -> its first sentence), or a path. A path is a
+                .jsonl, .csv, .tsv, .parquet or .json file of rows, DART's .json or .json.gz, WebNLG's .xml, or a folder
+                of WebNLG's files. An E2E file (columns mr and ref) needs no column names. A row without the two
+                columns may have a conversation in "messages".
+            split: "train", "dev" or "test". Only "aws" and "aws-summary" have splits. A file is read whole.
+            source_column: column or JSON key of the input.
+            target_column: column or JSON key of the output. A list of strings gives several references.
+            delimiter: between the cells of .csv and .tsv. Default: what the header shows, of comma, semicolon, tab, |.
+            encoding: of a text file. Default: what its bytes show, of UTF-8, UTF-16, UTF-32 (with a mark), cp1252.
+            skip_bad_rows: leave out rows that give no example, and say so once.
+
+        Raises:
+            ValueError: there is no such file or task, or the head of the file is none of these.
+        """
+        self.spec, self.split, self.skip_bad_rows = str(spec), split, skip_bad_rows
+        self.columns = source_column, target_column
+        self._path = path = Path(spec)
+        self._entries: Sequence[Any] | None = None
+        self.kind = _kind_of(self.spec, path)
+        if delimiter is not None and self.kind != "csv":
+            raise ValueError(f"{path}: a delimiter is for .csv and .tsv files, got {delimiter!r}")
+        if encoding is not None and self.kind in ("aws", "parquet", "webnlg"):
+            raise ValueError(f"{path}: an encoding is for .csv, .tsv, .json and .jsonl files, got {encoding!r}")
+        if self.kind in ("csv", "jsonl", "json") and path.suffix != ".gz":
+            self._encoding = encoding_of(path, encoding)
+        with self._decoding():
+            if self.kind == "csv":
+                self._header = csv_header(path, self._encoding, delimiter, self._has_columns)
+                self._name_columns()
+            elif self.kind == "json":
+                self._entries = read_json(path, "utf-8-sig" if path.suffix == ".gz" else self._encoding)
+                first = self._entries[0] if self._entries else None
+                if not isinstance(first, Mapping) or "tripleset" in first:
+                    self.kind = "dart"
+
+    @property
+    def one_line(self) -> bool:
+        """Whether every text is one line, whatever the file has: E2E, DART, WebNLG and the tasks of botocore."""
+        return self.kind in ("aws", "dart", "e2e", "webnlg")
+
+    def __iter__(self) -> Iterator[Example]:
+        """The examples of all good rows, in their order."""
+        return self._read(BadRows(self.spec))
+
+    def checked(self) -> Iterator[Example]:
+        """The same, and at the end what ``check`` says."""
+        units = {"csv": "line", "e2e": "line", "jsonl": "line", "parquet": "row"}
+        bad = BadRows(self.spec, units.get(self.kind, "entry"))
+        yield from self._read(bad)
+        bad.settle(skip=self.skip_bad_rows)
+
+    def check(self) -> int:
+        """The number of examples. All rows are read.
+
+        Raises:
+            ValueError: rows give no example and are not to be skipped, or no row gives one. The message counts them,
+                says why, and names the first lines.
+        """
+        return sum(1 for _ in self.checked())
+
+    def _read(self, bad: BadRows) -> Iterator[Example]:
+        if self.kind == "aws":
+            found: Iterator[Example] = iter(aws_records(self.split, self.spec))
+            for bad.good, example in enumerate(found, start=1):
+                yield example
+        elif self.kind == "dart":
+            yield from dart_examples(self._entries or [], bad)
+        elif self.kind == "webnlg":
+            yield from webnlg_examples(self._path, bad)
+        else:
+            with self._decoding():
+                for place, row in self._records(bad):
+                    try:
+                        example = self._example(row)
+                    except ValueError as error:
+                        bad.add(place, str(error))
+                    else:
+                        bad.good += 1
+                        yield example
+
+    def _records(self, bad: BadRows) -> Iterator[Record]:
+        if self.kind == "jsonl":
+            return jsonl_records(self._path, self._encoding, bad)
+        if self.kind == "parquet":
+            return parquet_records(self._path)
+        if self.kind == "json":
+            return enumerate(self._entries or [])
+        return csv_records(self._path, self._encoding, self._header, bad)
+
+    def _example(self, row: Mapping[str, Any]) -> Example:
+        source_column, target_column = self.columns
+        if not isinstance(row, Mapping):
+            raise ValueError(f"must be a JSON object, got {type(row).__name__}")
+        if MESSAGES in row and not {source_column, target_column} <= row.keys():
+            return as_conversation(row[MESSAGES])
+        for column in self.columns:
+            if column not in row:
+                raise ValueError(f"no key {column!r}; there are {sorted(row)}")
+        fold = self.kind == "e2e"
+        source, targets = as_text(row[source_column], source_column, fold=fold), row[target_column]
+        targets = targets if isinstance(targets, list) else [targets]
+        if not targets:
+            raise ValueError(f"{target_column!r} is empty")
+        references = tuple(as_text(target, target_column, fold=fold) for target in targets)
+        return Example(linearise(source) if fold else source, references)
+
+    def _has_columns(self, names: Sequence[str]) -> bool:
+        return set(self.columns) <= set(names) or {"mr", "ref"} <= {name.lower() for name in names}
+
+    def _name_columns(self) -> None:
+        """Check the columns of a table. E2E's have names of their own."""
+        columns, lower = self._header.columns, {column.lower(): column for column in self._header.columns}
+        if self.columns[0] not in columns and {"mr", "ref"} <= lower.keys():
+            self.kind, self.columns = "e2e", (lower["mr"], lower["ref"])
+        for column in self.columns if columns else ():
+            if column not in columns:
+                raise ValueError(
+                    f"{self._path}, line 1: no column {column!r}; there are {columns}, with {self._header.delimiter!r} "
+                    "between cells; --source-column, --target-column and --delimiter say otherwise"
+                )
+
+    @contextmanager
+    def _decoding(self) -> Iterator[None]:
+        """Errors of decoding name the file."""
+        try:
+            yield
+        except UnicodeDecodeError as error:
+            place = f"{error.reason} at byte {error.start}"
+            raise ValueError(f"{self._path}: not {error.encoding} text ({place}); --encoding says otherwise") from None
+
+
+def _kind_of(spec: str, path: Path) -> str:
+    if spec in AWS_TASKS:
+        return "aws"
     if not path.is_dir() and not path.name.endswith(SUFFIXES):
         raise ValueError(f"{path}: data must be one of {AWS_TASKS} or a file that ends in one of {SUFFIXES}")
     if not path.exists():
         raise ValueError(f"{path}: no such file")
-    if path.suffix == ".jsonl":
-        rows = _jsonl_rows(path, source_column, target_column)
-    elif path.suffix == ".csv":
-        rows = _csv_rows(path, source_column, target_column)
-    else:
-        rows = _webnlg_rows(path) if path.is_dir() or path.suffix == ".xml" else _dart_rows(path)
-    try:
-        examples = _group(rows)
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from None
-    if not examples:
-        raise ValueError(f"{path}: empty, at least one row is needed")
-    return examples
+    if path.is_dir() or path.suffix == ".xml":
+        return "webnlg"
+    return {".jsonl": "jsonl", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}.get(path.suffix, "json")
 
 
-def _group(rows: Iterable[_Row]) -> list[Example]:
-    """Merge rows with the same source into one example, in the order of first appearance."""
-    references: dict[str, list[str]] = {}
-    categories: dict[str, str] = {}
-    for source, target, category in rows:
-        references.setdefault(source, []).append(target)
-        categories.setdefault(source, category)
-    return [Example(source, tuple(targets), categories[source]) for source, targets in references.items()]
+def is_held_out(source: str, share: float, byte: int = 0) -> bool:
+    """Whether a text is among those held out: ``share`` of all, by its hash from ``byte`` on.
 
-
-def _jsonl_rows(path: Path, source_column: str, target_column: str) -> Iterator[_Row]:
-    with path.open(encoding="utf-8-sig") as file:
-        for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
-            where = f"{path}, line {number}"
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{where}: not JSON ({error.msg} at column {error.colno})") from None
-            if not isinstance(row, dict):
-                raise ValueError(f"{where}: must be a JSON object, got {type(row).__name__}")
-            for column in (source_column, target_column):
-                if column not in row:
-                    raise ValueError(f"{where}: no key {column!r}; there are {sorted(row)}")
-            targets = row[target_column]
-            targets = targets if isinstance(targets, list) else [targets]
-            if not targets:
-                raise ValueError(f"{where}: {target_column!r} is empty")
-            for target in targets:
-                yield _text(row[source_column], source_column, where), _text(target, target_column, where), ""
-
-
-def _csv_rows(path: Path, source_column: str, target_column: str) -> Iterator[_Row]:
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        reader = csv.DictReader(file, strict=True)
-        try:
-            columns = list(reader.fieldnames or ())
-            lower = {column.lower(): column for column in columns}
-            is_e2e = source_column not in columns and {"mr", "ref"} <= lower.keys()
-            if is_e2e:
-                source_column, target_column = lower["mr"], lower["ref"]
-            for column in (source_column, target_column):
-                if columns and column not in columns:
-                    raise ValueError(f"{path}, line 1: no column {column!r}; there are {columns}")
-            for row in reader:
-                where = f"{path}, line {reader.line_num}"
-                if any(cell.strip() for cell in row.get(None) or ()):
-                    raise ValueError(f"{where}: more cells than columns; text with a comma needs quotes")
-                source = _text(row[source_column], source_column, where)
-                target = _text(row[target_column], target_column, where)
-                yield linearise(source) if is_e2e else source, target, ""
-        except csv.Error as error:
-            raise ValueError(f"{path}, line {reader.line_num}: not CSV ({error})") from None
-
-
-def _text(value: Any, column: str, where: str) -> str:
-    if not isinstance(value, str | None):
-        raise ValueError(f"{where}: {column!r} must be text, got {type(value).__name__}")
-    folded = " ".join((value or "").split())
-    if not folded:
-        raise ValueError(f"{where}: {column!r} is empty")
-    return folded
-
-
-def linearise(mr: str) -> str:
-    """Write E2E data as the paper does: ``name[Aromi], area[x]`` -> ``name : Aromi | area : x``."""
-    slots = re.findall(r"\s*([^\[\],]+)\[([^\]]*)\]", mr)
-    return " | ".join(f"{name.strip()} : {value.strip()}" for name, value in slots) or mr
-
-
-# Triples --------------------------------------------------------------------------------------------------------------
-
-
-def linearise_triples(triples: Iterable[Sequence[str]]) -> str:
-    """Write triples as the paper does: ``subject : relation : object | subject : relation : object``."""
-    return " | ".join(" : ".join(part.replace("_", " ").strip(' "') for part in triple) for triple in triples)
-
-
-def _dart_rows(path: Path) -> Iterator[_Row]:
-    """DART's JSON (Nan et al. 2021), plain or gzipped. The category is the collection of an entry."""
-    try:
-        with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8") as file:
-            entries = json.load(file)
-    except (json.JSONDecodeError, gzip.BadGzipFile, EOFError) as error:
-        raise ValueError(f"{path}: not JSON ({error})") from None
-    for number, entry in enumerate(entries if isinstance(entries, list) else [entries]):
-        where = f"{path}, entry {number}"
-        try:
-            triples = [[_text(part, "tripleset", where) for part in triple] for triple in entry["tripleset"]]
-            if not triples or any(len(triple) != 3 for triple in triples):
-                raise ValueError(f"{where}: 'tripleset' must be a list of triples, got {entry['tripleset']!r:.60}")
-            for annotation in entry["annotations"]:
-                yield linearise_triples(triples), _text(annotation["text"], "text", where), annotation["source"]
-        except (KeyError, TypeError) as error:
-            raise ValueError(
-                f"{where}: must have 'tripleset' and 'annotations' with 'text', 'source' ({error})"
-            ) from None
-
-
-def _webnlg_rows(path: Path) -> Iterator[_Row]:
-    """WebNLG's XML (Gardent et al. 2017), a file or a folder. Only English texts not marked bad."""
-    for file in sorted(path.rglob("*.xml")) if path.is_dir() else [path]:
-        try:
-            entries = ElementTree.parse(file).getroot().iter("entry")
-        except ElementTree.ParseError as error:
-            raise ValueError(f"{file}: not XML ({error})") from None
-        for entry in entries:
-            where = f"{file}, entry {entry.get('eid')}"
-            triples = [(triple.text or "").split(" | ") for triple in entry.iterfind("modifiedtripleset/mtriple")]
-            if not triples or any(len(triple) != 3 for triple in triples):
-                raise ValueError(
-                    f"{where}: needs a modifiedtripleset with 'subject | relation | object' in each mtriple"
-                )
-            for lex in entry.iterfind("lex"):
-                if lex.get("comment") != "bad" and lex.get("lang", "en") == "en":
-                    text = lex.findtext("text") or lex.text
-                    yield linearise_triples(triples), _text(text, "lex", where), entry.get("category", "")
-
-
-# AWS operations -------------------------------------------------------------------------------------------------------
-
-_MAX_MEMBERS = 6  # inputs and outputs listed in a source; more would only make it longer
-_MIN_WORDS = 20  # in a documentation to summarise
-
-
-def aws_records(split: str = "train", task: str = "aws") -> tuple[Example, ...]:
-    """Read operations of AWS services and the first sentence of their documentation, split by service.
-
-    Args:
-        split: "train", "dev" or "test".
-        task: "aws": the source is the operation's record. "aws-summary": the source is the rest of the documentation,
-            as in XSum (Narayan et al. 2018).
-
-    Raises:
-        ValueError: unknown split or task, or botocore is not installed.
+    It depends on nothing but the text, so it stays so when rows are added or in another order.
     """
-    if task not in AWS_TASKS:
-        raise ValueError(f"task must be one of {AWS_TASKS}, got {task!r}")
-    if split not in SPLITS:
-        raise ValueError(f"split must be one of {SPLITS}, got {split!r}")
-    spec = importlib.util.find_spec("botocore")
-    if spec is None or not spec.submodule_search_locations:
-        raise ValueError(f"the data {task!r} come from the botocore package: pip install 'prefix-attn[demo]'")
-    return _aws_splits(Path(spec.submodule_search_locations[0]) / "data", task)[split]
-
-
-@lru_cache(maxsize=2)
-def _aws_splits(folder: Path, task: str = "aws") -> dict[str, tuple[Example, ...]]:
-    rows: dict[str, list[_Row]] = {split: [] for split in SPLITS}
-    targets: set[str] = set()  # over all splits: no test may ask for a sentence seen in training
-    sources: set[str] = set()
-    for service in sorted(path for path in folder.iterdir() if path.is_dir()):
-        versions = sorted(service.glob("*/service-2.json.gz"))
-        if not versions:
-            continue
-        with gzip.open(versions[-1]) as file:
-            description = json.load(file)
-        for source, target in _aws_pairs(description, task):
-            if source not in sources and target not in targets:
-                sources.add(source)
-                targets.add(target)
-                rows[_aws_split(service.name)].append((source, target, ""))
-    return {split: tuple(_group(found)) for split, found in rows.items()}
-
-
-def _aws_split(service: str) -> str:
-    """Assign 92 % of services to train, 5 % to dev, 3 % to test, the same on every machine and botocore version."""
-    percent = int.from_bytes(hashlib.sha1(service.encode()).digest()[:4], "big") % 100
-    return "train" if percent < 92 else "dev" if percent < 97 else "test"
-
-
-def _aws_pairs(description: dict[str, Any], task: str) -> Iterator[tuple[str, str]]:
-    metadata, shapes = description["metadata"], description["shapes"]
-    service = metadata.get("serviceAbbreviation") or metadata["serviceFullName"]
-    for name, operation in sorted(description["operations"].items()):
-        target, rest = _first_sentence(operation.get("documentation", ""))
-        if target is None:
-            continue
-        if task == "aws-summary":
-            if len(rest.split()) >= _MIN_WORDS:
-                yield rest, target
-            continue
-        inputs = shapes.get(operation.get("input", {}).get("shape"), {}).get("required", ())
-        outputs = shapes.get(operation.get("output", {}).get("shape"), {}).get("members", ())
-        fields = {
-            "service": service,
-            "operation": _words(name),
-            "inputs": ", ".join(list(inputs)[:_MAX_MEMBERS]),
-            "outputs": ", ".join(list(outputs)[:_MAX_MEMBERS]),
-        }
-        yield " | ".join(f"{field} : {value}" for field, value in fields.items() if value), target
-
-
-def _words(name: str) -> str:
-    """``AcceptAddressTransfer`` -> ``accept address transfer``; ``ListVPCLinks`` -> ``list vpc links``."""
-    return " ".join(re.findall(r"[A-Z]+(?![a-z])[0-9]*|[A-Z]?[a-z0-9]+", name)).lower()
-
-
-def _first_sentence(documentation: str) -> tuple[str | None, str]:
-    """Return the first sentence as plain text and the text after it. None for a sentence not of 4 to 40 words."""
-    # A block tag ends the sentence before it. Otherwise a heading would run into its paragraph.
-    blocks = re.split(r"</?(?:p|ul|ol|li|note|important|h\d|div|br|fullname)\b[^>]*>", documentation)
-    folded = (" ".join(html.unescape(re.sub(r"<[^>]+>", "", block)).split()) for block in blocks)
-    texts = [text for text in folded if text] or [""]
-    # A period after one of these abbreviations does not end a sentence.
-    match = re.match(r"(.+?(?<!\be\.g)(?<!\bi\.e)(?<!\betc)(?<!\bvs)\.)(?=\s+[A-Z]|$)", texts[0])
-    sentence = match[1] if match else ""
-    rest = " ".join([texts[0][len(sentence) :].strip(), *texts[1:]]).strip()
-    return (sentence if 4 <= len(sentence.split()) <= 40 else None), rest
+    digest = hashlib.sha1(source.encode()).digest()
+    return int.from_bytes(digest[byte : byte + 8], "big") < share * 2**64

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -10,25 +10,36 @@ import torch
 from torch import Tensor
 
 from prefix_attn.hf.attach.infix import IGNORED
-from prefix_attn.training.data import Example
+from prefix_attn.training.chat import Chat, TooLong
+from prefix_attn.training.examples import BadRows, Example, Message
+from prefix_attn.training.prompts import Prompt, plain_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# The space after the arrow is part of the target's first token, " The". Models have learnt words with a leading space,
-# and a space by itself is rare. On E2E this is worth 0.2 nats per token without any training.
-PROMPT = "{source}\n=>"
+DEFAULT = Prompt()
 
 Row = dict[str, list[int]]  # input_ids, and labels where there is something to predict
 Batch = dict[str, Tensor]  # padded rows with their attention_mask
 
 
-def prompt_ids(tokenizer: PreTrainedTokenizerBase, source: str) -> list[int]:
-    """Tokens of the prompt. Training and generation must both use these."""
-    return tokenizer(PROMPT.format(source=source), add_special_tokens=False)["input_ids"]
+def prompt_ids(
+    tokenizer: PreTrainedTokenizerBase, source: str | Sequence[Message], prompt: Prompt = DEFAULT
+) -> list[int]:
+    """Tokens of the prompt. Training and generation must both use these.
+
+    Raises:
+        ValueError: ``source`` is a conversation and ``prompt`` is no chat, or the tokenizer has no chat template.
+    """
+    if prompt.is_chat:
+        chat = Chat(tokenizer, prompt)
+        return chat.prompt_ids(chat.messages(source))[0]
+    if not isinstance(source, str):
+        raise ValueError(f"a conversation needs --template chat, got {prompt.template!r}")
+    return prompt.ids(tokenizer, source)
 
 
-def source_ids(tokenizer: PreTrainedTokenizerBase, source: str) -> list[int]:
+def source_ids(tokenizer: PreTrainedTokenizerBase, source: str, *, special_tokens: bool = False) -> list[int]:
     """Tokens of an encoder's input: only the source, with the special tokens that the tokenizer adds.
 
     Raises:
@@ -37,7 +48,7 @@ def source_ids(tokenizer: PreTrainedTokenizerBase, source: str) -> list[int]:
     if hasattr(tokenizer, "tgt_lang"):
         name = type(tokenizer).__name__
         raise NotImplementedError(f"{name} begins or ends texts with a language, which the data do not name")
-    return tokenizer(source, verbose=False)["input_ids"]
+    return tokenizer(source, split_special_tokens=not special_tokens, verbose=False)["input_ids"]
 
 
 def shortened(source: list[int], length: int, tail: int = 1) -> list[int]:
@@ -51,63 +62,121 @@ def encode(
     max_length: int = 96,
     *,
     encoder_decoder: bool = False,
+    prompt: Prompt = DEFAULT,
+    skip_bad_rows: bool = False,
 ) -> tuple[list[Row], int]:
-    """Make one row of tokens for each reference. Only the target and the end of the text have a loss.
-
-    The text of a row is the prompt, a space and the target. If it is too long, the end of the source is cut, never the
-    target: a model that never sees the end does not learn to stop. For an encoder-decoder, ``input_ids`` is the source
-    and ``labels`` the target, each of at most ``max_length`` tokens.
-
-    Returns:
-        The rows (``input_ids`` and ``labels``), and how many were cut.
+    """All rows of an ``Encoder``, and how many were cut.
 
     Raises:
-        ValueError: a target does not fit even without its source.
-        NotImplementedError: see ``source_ids``.
+        ValueError: as ``Encoder`` and its ``rows``.
     """
-    if tokenizer.eos_token_id is None:
-        raise ValueError("the tokenizer has no end-of-text token (eos_token)")
-    rows = _encoder_decoder_rows if encoder_decoder else _causal_rows
-    return rows(tokenizer, examples, max_length)
+    encoder = Encoder(tokenizer, max_length, encoder_decoder=encoder_decoder, prompt=prompt)
+    return list(encoder.rows(examples, skip_bad_rows=skip_bad_rows)), encoder.cut
 
 
-def _encoder_decoder_rows(
-    tokenizer: PreTrainedTokenizerBase, examples: Iterable[Example], max_length: int
-) -> tuple[list[Row], int]:
-    rows, cut, end = [], 0, tokenizer.eos_token_id
-    for example in examples:
-        source = source_ids(tokenizer, example.source)
-        kept = shortened(source, max_length)
+class Encoder:
+    """Makes one row of tokens for each reference. Only the target and the end of the text have a loss.
+
+    The text of a row is the prompt and the target. If it is too long, the end of the source is cut, never the target: a
+    model that never sees the end does not learn to stop. Of a conversation every answer has a loss. For an
+    encoder-decoder, ``input_ids`` is the source and ``labels`` the target, each of at most ``max_length`` tokens.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        max_length: int,
+        *,
+        encoder_decoder: bool = False,
+        prompt: Prompt = DEFAULT,
+    ) -> None:
+        """See the class.
+
+        Raises:
+            ValueError: the tokenizer lacks an end-of-text token or the chat template, or an encoder-decoder is to chat.
+        """
+        if tokenizer.eos_token_id is None:
+            raise ValueError("the tokenizer has no end-of-text token (eos_token)")
+        if encoder_decoder and prompt.template != DEFAULT.template:
+            raise ValueError(f"an encoder reads the source alone: it takes no template, got {prompt.template!r}")
+        self.tokenizer, self.max_length, self.prompt, self.cut = tokenizer, max_length, prompt, 0
+        self._chat = Chat(tokenizer, prompt) if prompt.is_chat else None
+        self._tail = 0 if prompt.is_chat or encoder_decoder else prompt.tail(tokenizer)
+        self._make = self._encoder_decoder_rows if encoder_decoder else self._text_rows
+        if self._chat is not None:
+            self._make = self._chat_rows
+
+    def rows(self, examples: Iterable[Example], *, skip_bad_rows: bool = False) -> Iterator[Row]:
+        """Rows of all ``examples``, one example at a time.
+
+        Raises:
+            ValueError: targets do not fit even without their sources, or the chat template refuses a conversation, and
+                these are not to be skipped. All are counted first.
+            NotImplementedError: see ``source_ids``.
+        """
+        bad, needed = BadRows("data", "example"), 0
+        for number, example in enumerate(examples, start=1):
+            try:
+                made = self._make(example)
+            except TooLong as error:
+                bad.add(number, error.reason, error.detail)
+                needed = max(needed, error.needed)
+            except ValueError as error:
+                bad.add(number, str(error))
+            else:
+                bad.good += 1
+                yield from made
+        if not bad.count:
+            return
+        try:
+            bad.settle(skip=skip_bad_rows)
+        except ValueError as error:
+            longest = f"; max_length={needed} takes all" if needed and bad.count > 1 else ""
+            raise ValueError(f"{error}{longest}") from None
+
+    def _encoder_decoder_rows(self, example: Example) -> list[Row]:
+        if example.messages:
+            raise ValueError("an encoder-decoder takes rows with a source and a target, not 'messages'")
+        rows, special = [], self.prompt.special_tokens
+        source = source_ids(self.tokenizer, example.source, special_tokens=special)
+        kept = shortened(source, self.max_length)
         for reference in example.references:
-            target = tokenizer(text_target=reference, verbose=False)["input_ids"]
-            if target[-1:] != [end]:  # not all tokenizers add it
-                target = [*target, end]
-            if len(target) > max_length:
-                raise ValueError(
-                    f"max_length={max_length} is too short for the target {reference!r}: needs {len(target)}"
-                )
-            cut += len(kept) < len(source)
+            target = self.tokenizer(text_target=reference, split_special_tokens=not special, verbose=False)["input_ids"]
+            if target[-1:] != [self.tokenizer.eos_token_id]:  # not all tokenizers add it
+                target = [*target, self.tokenizer.eos_token_id]
+            if len(target) > self.max_length:
+                raise TooLong(self.max_length, len(target), reference)
             rows.append({"input_ids": kept, "labels": target})
-    return rows, cut
+        self.cut += len(rows) * (len(kept) < len(source))
+        return rows
 
-
-def _causal_rows(
-    tokenizer: PreTrainedTokenizerBase, examples: Iterable[Example], max_length: int
-) -> tuple[list[Row], int]:
-    tail = len(prompt_ids(tokenizer, ""))
-    rows, cut = [], 0
-    for example in examples:
-        prompt = prompt_ids(tokenizer, example.source)
+    def _text_rows(self, example: Example) -> list[Row]:
+        if example.messages:
+            raise ValueError(f"'messages' need --template chat, got {self.prompt.template!r}")
+        rows, cut, special = [], 0, self.prompt.special_tokens
+        prompt = self.prompt.ids(self.tokenizer, example.source)
         for reference in example.references:
-            target = tokenizer(f" {reference}", add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
-            room = max_length - len(target) - tail
+            target = plain_ids(self.tokenizer, self.prompt.lead + reference, special_tokens=special)
+            target = [*target, self.tokenizer.eos_token_id]
+            room = self.max_length - len(target) - self._tail
             if room < 0:
-                needed = len(target) + tail
-                raise ValueError(f"max_length={max_length} is too short for the target {reference!r}: needs {needed}")
-            kept = shortened(prompt, room + tail, tail)
+                raise TooLong(self.max_length, len(target) + self._tail, reference)
+            kept = shortened(prompt, room + self._tail, self._tail)
             cut += len(kept) < len(prompt)
             rows.append({"input_ids": kept + target, "labels": [IGNORED] * len(kept) + target})
-    return rows, cut
+        self.cut += cut
+        return rows
+
+    def _chat_rows(self, example: Example) -> list[Row]:
+        assert self._chat is not None
+        rows: list[Row] = []
+        for reference in example.references:
+            found, cut = self._chat.rows(self._chat.messages(example, reference), self.max_length)
+            self.cut += cut
+            for row in found:
+                ids = [token for token, _ in row]
+                rows.append({"input_ids": ids, "labels": [token if mine else IGNORED for token, mine in row]})
+        return rows
 
 
 def collate(rows: Sequence[Row], pad_id: int) -> Batch:

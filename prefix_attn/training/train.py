@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,10 +17,11 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback, Tra
 from prefix_attn.hf.attach.gradient_checkpointing import set_checkpointing
 from prefix_attn.hf.io.files import replace
 from prefix_attn.hf.model import PrefixModel
-from prefix_attn.training.data import Example
 from prefix_attn.training.evaluate import target_loss, validation_loss
+from prefix_attn.training.examples import Example
+from prefix_attn.training.prompts import FILE, Prompt
 from prefix_attn.training.settings import TrainingSettings, default_learning_rate
-from prefix_attn.training.tokens import Batch, Collator, Row, batches, encode
+from prefix_attn.training.tokens import DEFAULT, Batch, Collator, Row, batches, encode
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -34,14 +35,18 @@ _log = logging.getLogger(__name__)
 def train(
     model: PrefixModel,
     tokenizer: PreTrainedTokenizerBase,
-    examples: Sequence[Example],
-    validation: Sequence[Example],
+    examples: Iterable[Example],
+    validation: Iterable[Example],
     settings: TrainingSettings,
+    *,
+    prompt: Prompt = DEFAULT,
+    skip_bad_rows: bool = False,
 ) -> dict[str, Any]:
     """Train the active prefix of ``model`` and save it into ``settings.output``.
 
     It uses AdamW without weight decay, with linear warm-up and decay, and bfloat16 autocast on devices with bfloat16
-    units. The folder also gets metrics.json and loss.png.
+    units. The folder also gets prompt.json, metrics.json and loss.png. ``skip_bad_rows`` leaves out rows whose target
+    does not fit.
 
     Returns:
         ``train_loss`` [[step, loss], ...], ``validation_loss`` in the same form from step 0 on (nats per target token),
@@ -51,17 +56,17 @@ def train(
         ValueError: there are no examples, a target does not fit into ``max_length``, there is nothing to resume from,
             or ``settings.output`` holds checkpoints of another training.
     """
-    if not examples:
+    longest, options = settings.max_length, {"prompt": prompt, "encoder_decoder": model.config.is_encoder_decoder}
+    rows, cut = encode(tokenizer, examples, longest, skip_bad_rows=skip_bad_rows, **options)
+    if not rows:
         raise ValueError("no examples to train on")
-    pair = model.config.is_encoder_decoder
-    rows, cut = encode(tokenizer, examples, settings.max_length, encoder_decoder=pair)
     if cut:
-        _log.warning("%d of %d rows have a source longer than max_length=%d: cut", cut, len(rows), settings.max_length)
-    held_out = encode(tokenizer, validation, settings.max_length, encoder_decoder=pair)[0]
+        _log.warning("%d of %d rows have a source longer than max_length=%d: cut", cut, len(rows), longest)
+    held_out = encode(tokenizer, validation, longest, skip_bad_rows=skip_bad_rows, **options)[0]
     pad_id = tokenizer.pad_token_id
     held_out_batches = batches(held_out, VALIDATION_BATCH, pad_id)
     measure = partial(validation_loss, model, held_out_batches) if held_out else lambda: None
-    return fit(model, rows, pad_id, measure, settings, extra={"cut": cut})
+    return fit(model, rows, pad_id, measure, settings, prompt=prompt, extra={"cut": cut})
 
 
 def fit(
@@ -72,6 +77,7 @@ def fit(
     settings: TrainingSettings,
     *,
     objective: Objective | None = None,
+    prompt: Prompt | None = None,
     extra: Mapping[str, Any],
 ) -> dict[str, Any]:
     """Run the Trainer, then save the prefix, metrics and plot. ``train`` and ``distill`` share this.
@@ -83,9 +89,12 @@ def fit(
         measure: returns the current validation loss, or None if there is nothing to measure it on.
         settings: how to train.
         objective: the loss of the model on a batch. Default: ``target_loss``.
+        prompt: what stands around the inputs in ``rows``. It is saved beside the prefix.
         extra: added to the metrics.
     """
     checkpoint = _checkpoint(settings)
+    if prompt is not None:
+        _keep(prompt, settings)
     if settings.gradient_checkpointing:
         set_checkpointing(model, use_reentrant=False)
     trainer = _Trainer(
@@ -161,6 +170,14 @@ def _checkpoint(settings: TrainingSettings) -> str | None:
         # They would stay among those of the new training, and a later resume could pick one of them.
         raise ValueError(f"{settings.output}: holds checkpoints of another training; resume it, or take another folder")
     return str(max(complete, key=complete.__getitem__)) if complete else None
+
+
+def _keep(prompt: Prompt, settings: TrainingSettings) -> None:
+    """Save ``prompt`` before the first checkpoint, with which it is used too. A resumed training has what it had."""
+    before = Prompt.load(settings.output) if (settings.output / FILE).exists() else prompt
+    if settings.resume and before != prompt:
+        raise ValueError(f"{settings.output}: was trained with {before}, and cannot go on with {prompt}")
+    prompt.save(settings.output)
 
 
 def _step(checkpoint: Path) -> int | None:

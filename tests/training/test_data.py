@@ -9,9 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from prefix_attn.training import data
-from prefix_attn.training.data import Example, aws_records, linearise, read_examples
-from prefix_attn.training.tokens import IGNORED, PROMPT, Collator, batches, collate, encode
+from prefix_attn.training import aws
+from prefix_attn.training.aws import aws_records
+from prefix_attn.training.data import read_examples
+from prefix_attn.training.examples import Example
+from prefix_attn.training.prompts import PROMPT
+from prefix_attn.training.tasks import linearise
+from prefix_attn.training.tokens import IGNORED, Collator, batches, collate, encode
 from tests.tokens import END, byte_tokenizer
 
 
@@ -29,12 +33,12 @@ def test_jsonl_groups_references_in_order_of_first_appearance(tmp_path: Path) ->
 
 def test_jsonl_takes_several_references_and_other_columns(tmp_path: Path) -> None:
     path = write(tmp_path, "x.jsonl", json.dumps({"in": " a\n b ", "out": ["one", "two"]}))
-    assert read_examples(path, source_column="in", target_column="out") == [Example("a b", ("one", "two"))]
+    assert read_examples(path, source_column="in", target_column="out") == [Example(" a\n b ", ("one", "two"))]
 
 
 def test_csv_with_its_own_columns(tmp_path: Path) -> None:
     path = write(tmp_path, "x.csv", '\ufeffid,source,target\n1,a,"one, or\ntwo"\n2,a,three\n')
-    assert read_examples(str(path)) == [Example("a", ("one, or two", "three"))]
+    assert read_examples(str(path)) == [Example("a", ("one, or\ntwo", "three"))]
 
 
 @pytest.mark.parametrize("header", ["mr,ref", '"MR","ref"'])
@@ -171,7 +175,7 @@ def test_aws_takes_the_first_sentence_of_the_newest_version(tmp_path: Path) -> N
     service(
         tmp_path, "two", {"2016-11-15": operations, "2010-01-01": {"Old": operation("Old", "<p>Not me at all.</p>")}}
     )
-    found = [example for examples in data._aws_splits(tmp_path).values() for example in examples]
+    found = [example for examples in aws._aws_splits(tmp_path).values() for example in examples]
     source = "service : Full | operation : accept vpc transfer | inputs : Address | outputs : a, b, c, d, e, f"
     assert Example(source, ("Accepts an IP address, e.g. a new one.",)) in found
     assert {target for example in found for target in example.references} == {
@@ -187,7 +191,7 @@ def test_aws_summary_leaves_out_what_it_asks_for(tmp_path: Path) -> None:
         "Short": operation("Short", "<p>Deletes all of it. At once.</p>"),
     }
     service(tmp_path, "one", {"2014-01-01": operations})
-    found = [example for examples in data._aws_splits(tmp_path, "aws-summary").values() for example in examples]
+    found = [example for examples in aws._aws_splits(tmp_path, "aws-summary").values() for example in examples]
     assert found == [Example(f"{rest}And a note.", ("Accepts an IP address.",))]
 
 

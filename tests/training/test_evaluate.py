@@ -11,6 +11,7 @@ import torch
 from prefix_attn.hf.config import PrefixConfig
 from prefix_attn.hf.model import get_prefix_model
 from prefix_attn.training.evaluate import generate_text, target_loss, validation_loss
+from prefix_attn.training.prompts import Prompt
 from prefix_attn.training.tokens import IGNORED, collate, prompt_ids
 from tests.hf.models import spread, tiny
 from tests.numerics import FLOAT, GRADIENT, close
@@ -37,7 +38,7 @@ def test_batches_and_order_do_not_change_the_texts(name: str, num_beams: int) ->
     assert len(set(together)) > 1
 
 
-def test_the_first_line_is_kept_and_the_mode_restored() -> None:
+def test_outputs_are_whole_or_their_first_line_and_the_mode_is_restored() -> None:
     class Parrot(torch.nn.Module):
         """Continues every prompt with the same text."""
 
@@ -53,7 +54,9 @@ def test_the_first_line_is_kept_and_the_mode_restored() -> None:
             return torch.cat([input_ids, torch.tensor([text] * len(input_ids))], 1)
 
     tokenizer, model = byte_tokenizer(), Parrot().train()
-    assert generate_text(model, tokenizer, ["a", "bcd"]) == ["The first."] * 2
+    one_line = Prompt(one_line=True)
+    assert generate_text(model, tokenizer, ["a", "bcd"], prompt=one_line) == ["The first."] * 2
+    assert generate_text(model, tokenizer, ["a", "bcd"]) == ["\n  The first. \nThe second."] * 2
     assert model.training
     assert generate_text(model, tokenizer, []) == []
 
