@@ -69,7 +69,7 @@ def accelerate(model: Any, *, backend: str = "auto") -> Callable[[], None]:
 def _attach(model: Any, backend: str) -> Attachment:
     """Attach to the base model of ``model``, whose active adapter must be one that can be served."""
     if not hasattr(model, "active_peft_config"):
-        raise TypeError(f"accelerate needs a peft.PeftModel, got {type(model).__name__}")
+        raise TypeError(f"accelerate needs a peft.PeftModel, got {type(model).__qualname__}")
     config = _check(model)
     if model.get_base_model().config._attn_implementation == attention.NAME:
         raise ValueError("a prefix of ours is attached to this model already")

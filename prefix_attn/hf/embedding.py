@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from prefix_attn.hf.attach.attachment import Attachment
@@ -33,8 +33,8 @@ class PrefixTuning(Wrapper):
     narrower than the context, recurrent layers, attention outside transformers' AttentionInterface. In an
     encoder-decoder they stand before the encoder's input.
 
-    ``state_dict`` holds ``prefix`` and those parameters of the model that are trainable. Attributes that this class
-    lacks are the model's.
+    ``state_dict`` holds ``prefix`` and those parameters of the model that are trainable. Attributes that only the model
+    has are read, set and deleted there.
     """
 
     def __init__(self, model: PreTrainedModel, prefix_length: int = 10, hidden_size: int = 768) -> None:
@@ -46,7 +46,8 @@ class PrefixTuning(Wrapper):
             hidden_size: of the model's input embeddings.
 
         Raises:
-            ValueError: a size is wrong. NotImplementedError: the model cannot be served. It is unchanged then.
+            TypeError: ``model`` is no bare transformers model. ValueError: a size is wrong. NotImplementedError: the
+                model cannot be served. It is unchanged then.
         """
         super().__init__()
         if isinstance(prefix_length, bool) or not isinstance(prefix_length, int) or prefix_length < 1:
@@ -61,47 +62,22 @@ class PrefixTuning(Wrapper):
         if self._attachment is not None:
             self._config = self._attachment.resolver.resolve(self._config)
         freeze(model)
-        self.base_model = model
         self.prefix = nn.Parameter(initial_embeddings(model, self._config, None))
+        self._wrap(model)
 
     @property
     def shared(self) -> bool:
         """Whether the virtual tokens run once per forward, for all rows, and not in every row."""
         return self._attachment is not None
 
-    def forward(
-        self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        past_key_values: Any = None,
-        inputs_embeds: Tensor | None = None,
-        labels: Tensor | None = None,
-        use_cache: bool | None = None,
-        token_type_ids: Tensor | None = None,
-        decoder_input_ids: Tensor | None = None,
-        decoder_attention_mask: Tensor | None = None,
-        **kwargs: Any,
-    ) -> Any:
-        """The model's forward with the virtual tokens.
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The model's forward with the virtual tokens; arguments are the model's.
 
         Where they run in every row, ``attention_mask`` and ``position_ids`` must be 2-D, ``past_key_values`` need a
         mask, and caches, ``attentions`` and ``encoder_last_hidden_state`` hold them too, behind a row's left padding.
         """
-        given = {
-            "input_ids": input_ids,
-            "attention_mask": attention_mask,
-            "position_ids": position_ids,
-            "past_key_values": past_key_values,
-            "inputs_embeds": inputs_embeds,
-            "labels": labels,
-            "use_cache": use_cache,
-            "token_type_ids": token_type_ids,
-            "decoder_input_ids": decoder_input_ids,
-            "decoder_attention_mask": decoder_attention_mask,
-        }
         with self._running():
-            return self.base_model(**{n: v for n, v in given.items() if v is not None}, **kwargs)
+            return self.base_model(*args, **kwargs)
 
     @torch.no_grad()
     def generate(self, *args: Any, **kwargs: Any) -> Any:

@@ -42,8 +42,8 @@ def get_prefix_model(
         tokenizer: for ``init_text``.
 
     Raises:
-        NotImplementedError: the model's attention cannot be served. ValueError: the configuration does not fit it.
-        ``base`` is unchanged then.
+        TypeError: ``base`` is no bare transformers model. NotImplementedError: its attention cannot be served.
+        ValueError: the configuration does not fit it. ``base`` is unchanged then.
     """
     model = PrefixModel(base)
     try:
@@ -106,6 +106,7 @@ class PrefixModel(NamedPrefixes):
         """``base`` with the prefix in ``path``: a folder, a file or a Hub id, of any library that ``formats`` knows.
 
         Raises:
+            TypeError, NotImplementedError: as ``get_prefix_model``.
             ValueError: the files do not fit ``base``, or are damaged.
         """
         model = cls(base)
@@ -118,17 +119,7 @@ class PrefixModel(NamedPrefixes):
 
     def forward(
         self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        past_key_values: Any = None,
-        inputs_embeds: Tensor | None = None,
-        labels: Tensor | None = None,
-        use_cache: bool | None = None,
-        token_type_ids: Tensor | None = None,
-        input_features: Tensor | None = None,
-        decoder_input_ids: Tensor | None = None,
-        decoder_attention_mask: Tensor | None = None,
+        *args: Any,
         prefix_names: Sequence[str | None] | None = None,
         adapter_names: Sequence[str | None] | None = None,
         infix_start: Tensor | None = None,
@@ -136,35 +127,24 @@ class PrefixModel(NamedPrefixes):
     ) -> Any:
         """The base model's forward with the active prefix. Positions default to those that the mask implies.
 
-        It takes all arguments of the base model. Those most used have names of their own here, because a Trainer drops
-        the columns of a data set that no argument names. Three more are ours:
-
-        * ``prefix_names``: the prefix of each row, None = no prefix, instead of the active one for all.
-        * ``adapter_names``: the same in PEFT's words, where "__base__" is no prefix.
-        * ``infix_start``: (B,) int, for prefixes with ``mode="infix"``: the first column of each row that sees them;
-          columns of padding and of the cache count. Default: the column before the first label that is not -100,
-          where that label is predicted.
+        Args:
+            args: positional arguments of the base model's forward.
+            prefix_names: the prefix of each row, None = no prefix, instead of the active one for all.
+            adapter_names: the same in PEFT's words, where "__base__" is no prefix.
+            infix_start: (B,) int, for prefixes with ``mode="infix"``: the first column of each row that sees them;
+                columns of padding and of the cache count. Default: the column before the first label that is not
+                -100, where that label is predicted.
+            kwargs: keyword arguments of the base model's forward.
 
         Raises:
             ValueError: unknown names, another number of names than of rows, prefixes that do not fit one batch, or
                 nothing that says where an infix stands.
         """
-        given = {
-            "input_ids": input_ids,
-            "attention_mask": attention_mask,
-            "position_ids": position_ids,
-            "past_key_values": past_key_values,
-            "inputs_embeds": inputs_embeds,
-            "labels": labels,
-            "use_cache": use_cache,
-            "token_type_ids": token_type_ids,
-            "input_features": input_features,
-            "decoder_input_ids": decoder_input_ids,
-            "decoder_attention_mask": decoder_attention_mask,
-        }
-        names = row_names(prefix_names, adapter_names, input_ids, inputs_embeds, input_features)
-        with self._running(names, partial(start_of_targets, infix_start, given | kwargs)):
-            return self.base_model(**{n: v for n, v in given.items() if v is not None}, **kwargs)
+        given = dict(zip(self._arguments, args)) | kwargs
+        prompts = (given.get(name) for name in ("input_ids", "inputs_embeds", "input_features"))
+        names = row_names(prefix_names, adapter_names, *prompts)
+        with self._running(names, partial(start_of_targets, infix_start, given)):
+            return self.base_model(*args, **kwargs)
 
     @torch.no_grad()
     def generate(

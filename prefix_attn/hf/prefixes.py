@@ -29,12 +29,12 @@ class NamedPrefixes(Wrapper):
         super().__init__()
         self.attachment = Attachment(base_model)
         self.attachment.freeze()
-        self.base_model = base_model
         self.prefixes = nn.ModuleDict()
         self.heads = nn.ModuleDict()  # its task heads, an nn.ModuleDict for each prefix
         self.prefix_configs: dict[str, PrefixConfig] = {}
         self.active_prefix: str | None = None
         self._disabled: list[None] = []  # one for each disable_prefix now open: to append and to pop is atomic
+        self._wrap(base_model)
 
     @property
     def prefix_names(self) -> list[str]:

@@ -9,6 +9,7 @@ from prefix_attn.hf.attach.layout import Resolver
 from prefix_attn.hf.attach.probe import Probe, check_class
 from prefix_attn.hf.attach.running import Runner
 from prefix_attn.hf.attach.trained import freeze
+from prefix_attn.hf.attach.wrapper import check_base
 
 
 class Attachment:
@@ -22,8 +23,10 @@ class Attachment:
         """Attach to ``base``.
 
         Raises:
-            NotImplementedError: the model's attention cannot be served; ``base`` is unchanged then.
+            TypeError: ``base`` is no bare transformers model. NotImplementedError: its attention cannot be served. It
+                is unchanged then.
         """
+        check_base(base)
         check_class(base)
         self.base = base
         models = [module for module in base.modules() if isinstance(module, PreTrainedModel)]

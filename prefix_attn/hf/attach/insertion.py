@@ -22,7 +22,7 @@ from transformers.utils import ModelOutput
 
 from prefix_attn.hf.attach.positions import cache_of, from_mask
 from prefix_attn.hf.attach.slots import find_layers
-from prefix_attn.hf.attach.wrapper import device_of, evaluating
+from prefix_attn.hf.attach.wrapper import check_base, device_of, evaluating
 
 
 class Insertion:
@@ -35,8 +35,10 @@ class Insertion:
         """Find where in ``base`` tokens enter and leave.
 
         Raises:
+            TypeError: ``base`` is no bare transformers model.
             NotImplementedError: the model takes no input embeddings, or does something else with them than with ids.
         """
+        check_base(base)
         self._name = type(base).__name__
         self._decoder = base.get_decoder() if base.config.is_encoder_decoder else None
         self._layers = base.get_encoder() if self._decoder else find_layers(base)[0]
@@ -47,7 +49,7 @@ class Insertion:
         # The positions of other models are their own affair: RoBERTa's begin at 2.
         self._is_causal = base.can_generate() or any(getattr(m, "is_causal", False) for m in base.modules())
         self.embeddings = base.get_input_embeddings()
-        self._filled: WeakSet[Cache] = WeakSet()  # with virtual tokens
+        self._filled: WeakSet[Cache] = _Caches()  # with virtual tokens
         with torch.no_grad(), evaluating(base):
             self._rehearse(base.config.get_text_config().pad_token_id)
 
@@ -135,6 +137,12 @@ class Insertion:
         elif self._is_causal and "position_ids" in self._names:
             new["position_ids"] = from_mask(new)
         return kwargs | new, None if past else places
+
+
+class _Caches(WeakSet[Cache]):
+    def __reduce__(self) -> tuple[type[_Caches], tuple[()]]:
+        """A copy of the model has filled none yet."""
+        return type(self), ()
 
 
 class _Places:

@@ -1,11 +1,14 @@
-"""Wrapper base class: parameter counts, attribute forwarding, upload to the Hub."""
+"""Wrapper base class: the base model's name, arguments and attributes, parameter counts, upload to the Hub."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
+import inspect
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from inspect import Parameter, Signature
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -15,15 +18,32 @@ from prefix_attn.hf.attach.trained import leave_out_frozen
 
 
 class Wrapper(nn.Module):
-    """A module with a frozen ``base_model`` and trained parameters. Attributes it lacks are looked up on the model."""
+    """A module with a frozen ``base_model`` and trained parameters, which answers as the base model does.
+
+    Trainers, pipelines and collators ask a model for the name of its class and for the arguments of ``forward``: both
+    are the base model's. Attributes that only the base model has are read, set and deleted there. New ones stay here,
+    and so do private ones which the base model's class does not know: they are what a library notes on one module.
+    """
 
     base_model: PreTrainedModel
     prefix_in_state: str  # where this module is in the state that is being loaded
+    _arguments: ClassVar[tuple[str, ...]]  # the names of its positional arguments
+    _written: ClassVar[type[Wrapper]]  # the class without the base model's name
 
     def __init__(self) -> None:
         """Without a model yet."""
         super().__init__()
         leave_out_frozen(self)
+
+    def _wrap(self, base: PreTrainedModel) -> None:
+        """Take ``base``. This is the last thing that ``__init__`` does: what is set later may be an attribute of it."""
+        self.base_model = base
+        self._take_name()
+
+    def _take_name(self) -> None:
+        written: type[Any] = getattr(type(self), "_written", type(self))
+        inner = next(m for m in self.base_model.modules() if isinstance(m, PreTrainedModel))  # torch.compile wraps it
+        self.__class__ = _named_after(written, type(inner))
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
         """(trainable, all) numbers of parameters, as PEFT counts them."""
@@ -51,14 +71,101 @@ class Wrapper(nn.Module):
             create_repo(repo_id, exist_ok=True)
             return upload_folder(repo_id=repo_id, folder_path=folder, **kwargs)
 
+    @property
+    def _hf_peft_config_loaded(self) -> bool:
+        """Whether there is something to train on a quantised model: a Trainer refuses it otherwise."""
+        quantizer = getattr(self.base_model, "hf_quantizer", None)
+        return quantizer is None or quantizer.is_trainable
+
+    def _replicate_for_data_parallel(self) -> Any:
+        raise NotImplementedError(
+            f"{type(self).__qualname__} does not run under nn.DataParallel, which copies the model in every forward: "
+            "start one process per GPU (torchrun, accelerate launch), or show one GPU (CUDA_VISIBLE_DEVICES=0)"
+        )
+
+    def _is_there(self, name: str) -> bool:
+        """Whether the attribute ``name`` is the base model's."""
+        base = vars(self).get("_modules", {}).get("base_model")
+        if base is None:  # not yet
+            return False
+        return hasattr(type(base) if name.startswith("_") else base, name)
+
+    def _is_here(self, name: str) -> bool:
+        places = vars(self), self._parameters, self._buffers, self._modules
+        return hasattr(type(self), name) or any(name in place for place in places)
+
     def __getattr__(self, name: str) -> Any:
         """Look up on the base model what this module does not have."""
         try:
             return super().__getattr__(name)
         except AttributeError:
-            if name == "base_model":
+            if name == "base_model" or (name.startswith("_") and not self._is_there(name)):
                 raise
             return getattr(self.base_model, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Set on the base model what it alone has."""
+        if self._is_here(name) or not self._is_there(name):
+            super().__setattr__(name, value)
+        else:
+            setattr(self.base_model, name, value)
+
+    def __delattr__(self, name: str) -> None:
+        """Delete on the base model what it alone has."""
+        if self._is_here(name) or not self._is_there(name):
+            super().__delattr__(name)
+        else:
+            delattr(self.base_model, name)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """For copies and pickles, which find no class of the base model's name."""
+        return object.__new__, (self._written,), vars(self)
+
+    def __setstate__(self, state: Mapping[str, Any]) -> None:
+        """The reverse."""
+        super().__setstate__(dict(state))
+        self._take_name()
+
+
+@functools.cache
+def _named_after(own: type[Any], base: type[PreTrainedModel]) -> type[Any]:
+    """A subclass of ``own`` with the name of ``base``, and whose forward has the arguments of both."""
+
+    def forward(self: Wrapper, *args: Any, **kwargs: Any) -> Any:
+        return own.forward(self, *args, **kwargs)
+
+    # Without functools.wraps: accelerate unwraps a forward down to the last __wrapped__, which would lose the prefix.
+    theirs = list(inspect.signature(base.forward).parameters.values())
+    ours = [p for p in inspect.signature(own.forward).parameters.values() if p.kind is Parameter.KEYWORD_ONLY]
+    last = [theirs.pop()] if theirs[-1].kind is Parameter.VAR_KEYWORD else []
+    signature = Signature([*theirs, *ours, *last])
+    vars(forward).update(__signature__=signature, __doc__=own.forward.__doc__)
+    positional = Parameter.POSITIONAL_ONLY, Parameter.POSITIONAL_OR_KEYWORD
+    names = tuple(p.name for p in theirs[1:] if p.kind in positional)
+    fields = {"forward": forward, "_arguments": names, "_written": own, "__doc__": own.__doc__}
+    kind = type(base.__name__, (own,), fields)
+    kind.__module__, kind.__qualname__ = own.__module__, f"{own.__qualname__}[{base.__name__}]"
+    return kind
+
+
+def check_base(base: Any) -> None:
+    """Refuse what is not a bare transformers model.
+
+    Raises:
+        TypeError: says what to give instead.
+    """
+    if isinstance(base, PreTrainedModel) or isinstance(getattr(base, "_orig_mod", None), PreTrainedModel):
+        return  # the second is torch.compile's
+    name = type(base).__qualname__
+    if isinstance(base, Wrapper):
+        instead = "its base_model; a PrefixModel has add_prefix and load_prefix for more of them"
+    elif hasattr(base, "get_base_model"):
+        instead = "what get_base_model() or merge_and_unload() returns; accelerate(model) serves PEFT's own prefixes"
+    elif isinstance(base, str | Path):
+        name, instead = f"{base!r}", "the model that from_pretrained or load_base makes of it"
+    else:
+        instead = "the model inside, before anything is put around it"
+    raise TypeError(f"base must be a transformers PreTrainedModel, got {name}: give {instead}")
 
 
 def device_of(module: nn.Module) -> torch.device:
