@@ -5,12 +5,12 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from prefix_attn.hf.attach import attention
 from prefix_attn.hf.attach.attachment import Attachment
 from prefix_attn.hf.attach.layout import Layout
 from prefix_attn.hf.config import PrefixConfig
@@ -28,7 +28,8 @@ def accelerate(model: Any, *, backend: str = "auto") -> Callable[[], None]:
     the sequence alone. The adapter stays PEFT's own: its parameters, ``set_adapter``, ``disable_adapter``,
     ``save_pretrained``. Outputs are PEFT's, except where PEFT loses the prefix (past a sliding window) or counts left
     padding as positions (in a bare forward). Gradient checkpointing, which PEFT refuses, works. In an encoder-decoder
-    model layer i of the decoder has slot 2i mod L of the prefix, as in PEFT.
+    model layer i of the decoder has slot 2i mod L of the prefix, as in PEFT. A copy of the model is accelerated too,
+    and runs its own prefix.
 
     Args:
         model: a ``peft.PeftModel`` over a transformers model; changed in place.
@@ -41,29 +42,40 @@ def accelerate(model: Any, *, backend: str = "auto") -> Callable[[], None]:
         TypeError: not a PEFT model. ValueError: its active adapter has no prefix, or it is accelerated already.
         NotImplementedError: a model whose attention cannot be served.
     """
-    attachment = _attach(model, backend)
+    way = _Way(model, _attach(model, backend), backend)
     theirs = model.forward, model.generate
-
-    @functools.wraps(theirs[0])
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        with _running(model, attachment, backend):
-            return attachment.base(*args, **kwargs)
-
-    @functools.wraps(theirs[1])
-    @torch.no_grad()
-    def generate(*args: Any, **kwargs: Any) -> Any:
-        with _running(model, attachment, backend):
-            return attachment.base.generate(*args, **kwargs)
 
     def undo() -> None:
         """PEFT's own forward and generate, and the base model's own attention."""
         if model.forward is not forward:
             raise ValueError("the model is not accelerated any more, or its adapter is disabled at the moment")
         model.forward, model.generate = theirs
-        attachment.remove()
+        way.attachment.remove()
 
+    # Of what a deepcopy or a pickle of the model copies with it: a closure would go on running the original.
+    forward = functools.update_wrapper(partial(_forward, way), theirs[0])
+    generate = functools.update_wrapper(partial(_generate, way), theirs[1])
     model.forward, model.generate = forward, generate
     return undo
+
+
+class _Way(NamedTuple):
+    """How an accelerated model runs."""
+
+    model: Any
+    attachment: Attachment
+    backend: str
+
+
+def _forward(way: _Way, *args: Any, **kwargs: Any) -> Any:
+    with _running(*way):
+        return way.attachment.base(*args, **kwargs)
+
+
+@torch.no_grad()
+def _generate(way: _Way, *args: Any, **kwargs: Any) -> Any:
+    with _running(*way):
+        return way.attachment.base.generate(*args, **kwargs)
 
 
 def _attach(model: Any, backend: str) -> Attachment:
@@ -71,8 +83,8 @@ def _attach(model: Any, backend: str) -> Attachment:
     if not hasattr(model, "active_peft_config"):
         raise TypeError(f"accelerate needs a peft.PeftModel, got {type(model).__qualname__}")
     config = _check(model)
-    if model.get_base_model().config._attn_implementation == attention.NAME:
-        raise ValueError("a prefix of ours is attached to this model already")
+    if getattr(model.forward, "func", None) is _forward:
+        raise ValueError("the model is accelerated already")
     attachment = Attachment(model.get_base_model())
     try:
         _layout(attachment, config, backend)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+from typing import Any
+
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from prefix_attn.hf.attach.layout import Resolver
 from prefix_attn.hf.attach.probe import Probe, check_class
@@ -29,8 +32,16 @@ class Attachment:
         check_base(base)
         check_class(base)
         self.base = base
-        models = [module for module in base.modules() if isinstance(module, PreTrainedModel)]
-        self._before = [(model.config, model.config._attn_implementation) for model in models]
+        self._configs = [
+            (module, name, value)
+            for module in base.modules()
+            for name, value in vars(module).items()
+            if isinstance(value, PreTrainedConfig)
+        ]
+        # The attention function's name is written there, and other models may be built from the same object.
+        copies: dict[int, Any] = {}
+        for module, name, config in self._configs:
+            setattr(module, name, copy.deepcopy(config, copies))
         self._frozen: list[nn.Parameter] = []
         self.runner = Runner(base)
         self.probe = Probe(base, self.runner)
@@ -49,7 +60,7 @@ class Attachment:
     def remove(self) -> None:
         """Restore ``base`` as it was."""
         self.runner.remove()
-        for config, implementation in self._before:
-            config._attn_implementation = implementation
+        for module, name, config in self._configs:
+            setattr(module, name, config)
         for parameter in self._frozen:
             parameter.requires_grad_(True)

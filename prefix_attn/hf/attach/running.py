@@ -142,7 +142,7 @@ class Runner:
         state, bridge = self._now.state, self._now.bridge
         weights = kwargs.get("output_attentions", getattr(stack.config, "output_attentions", False))
         if state is None:
-            if not weights:
+            if not weights or STATE in kwargs:  # another model with prefixes of its own runs the stack
                 return None
             state = Capture()
             state.weights = True

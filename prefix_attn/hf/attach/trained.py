@@ -23,6 +23,7 @@ def freeze(base: PreTrainedModel) -> list[nn.Parameter]:
     Returns:
         The parameters that were trainable and are not any more.
     """
+    base = getattr(base, "_orig_mod", base)  # torch.compile's is around it
     trainable = {name: p for name, p in base.named_parameters() if p.requires_grad}
     if trainable and _is_chosen(base):
         first, *more = trainable
