@@ -48,6 +48,9 @@ def test_a_messy_table(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
     assert prompt["template"] == "Q: {source}\nA:\n"
     assert run(monkeypatch, "generate", "run", "ab", "--max-new-tokens", 2, "--json") == 0
     capsys.readouterr()
+    shared = ("--skip-bad-rows", "--validation-share", 0.5, "--output", "shared")
+    assert run(monkeypatch, *options, *shared) == 0
+    assert len(json.loads(capsys.readouterr().out)["validation_loss"]) == 2
     assert run(monkeypatch, *options, "--skip-bad-rows", "--resume") == 1
     assert "cannot go on with" in capsys.readouterr().err
 
@@ -80,6 +83,13 @@ ERRORS: dict[str, tuple[tuple[object, ...], str]] = {
     "columns": (("--data", "t.csv"), r"no column 'source'; there are \['id', 'Frage', 'Antwort'\], with ';' between"),
     "delimiter": (("--data", "t.csv", *COLUMNS, "--delimiter", ","), r"there are \['id;Frage;Antwort'\], with ','"),
     "encoding": (("--data", "t.csv", *COLUMNS, "--encoding", "utf-8"), "t.csv: not utf-8 text .* --encoding says"),
+    "two validations": (
+        ("--data", "t.csv", *COLUMNS, "--validation", "t.csv", "--validation-share", 0.5),
+        "--validation and --validation-share exclude one another",
+    ),
+    "a share of nothing": (("--data", "t.csv", *COLUMNS, "--validation-share", 1e-6), "holds out 0 of 2 rows; take"),
+    "a share of aws": (("--data", "aws", "--validation-share", 0.5), "'aws' has a split of its own"),
+    "a share of a document": (("--distill-from", "t.csv", "--validation-share", 0.5), "--distill-from has none: give"),
     "too long": (
         ("--data", "t.csv", *COLUMNS, "--skip-bad-rows", "--max-length", 8),
         r"no row can be used \(2 x max_length=8 is too short for the target",

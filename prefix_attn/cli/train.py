@@ -43,6 +43,10 @@ TopK = Annotated[
     typer.Option(min=1, help="With --distill-from: how many of the likeliest tokens to compare. Default: 20."),
 ]
 Validation = Annotated[str | None, data_option(help="File to validate on. 'aws' has a split of its own.")]
+ValidationShare = Annotated[
+    float | None,
+    data_option(help="Instead of --validation: keep this share of the inputs from training, chosen by their hash."),
+]
 
 VirtualTokens = Annotated[int, prefix_option(min=1, help="Length of the prefix.")]
 Mode = Annotated[
@@ -109,6 +113,7 @@ def train(
     distill_from: DistillFrom = None,
     top_k: TopK = None,
     validation: Validation = None,
+    validation_share: ValidationShare = None,
     source_column: Source = "source",
     target_column: Target = "target",
     delimiter: Delimiter = None,
@@ -156,7 +161,7 @@ def train(
 
     The last one learns to do with 64 tokens what the whole text in front would do. It starts from pieces of the text.
     """
-    _validate(data, distill_from, top_k)
+    _validate(data, distill_from, top_k, validation_share)
     start = _start(init, init_text, init_document, init_path, distill_from)
     encoder = _encoder(mlp, mlp_depth, mlp_activation)
     config = _config(model, virtual_tokens, mode, sites, dropout, gate, frozen_tokens, position_mode, start | encoder)
@@ -169,13 +174,17 @@ def train(
         reading = {"source_column": source_column, "target_column": target_column, "delimiter": delimiter}
         reading |= {"encoding": encoding, "skip_bad_rows": skip_bad_rows}
         prompt = {"template": template and unescaped(template), "system": system, "special_tokens": special_tokens}
-        metrics = _train(config, settings, data or "aws", validation, validation_rows, reading, prompt)
+        metrics = _train(
+            config, settings, data or "aws", validation, validation_share, validation_rows, reading, prompt
+        )
     show(metrics, as_json, _summary(metrics, output))
 
 
-def _validate(data: str | None, distill_from: Path | None, top_k: int | None) -> None:
+def _validate(data: str | None, distill_from: Path | None, top_k: int | None, validation_share: float | None) -> None:
     if distill_from is not None and data is not None:
         raise ValueError("--data and --distill-from exclude one another")
+    if distill_from is not None and validation_share is not None:
+        raise ValueError("--validation-share holds out rows of --data, and --distill-from has none: give --validation")
     if distill_from is None and top_k is not None:
         raise ValueError("--top-k needs --distill-from")
 
@@ -241,24 +250,33 @@ def _train(
     settings: TrainingSettings,
     data: str,
     validation: str | None,
+    validation_share: float | None,
     validation_rows: int,
     reading: dict[str, Any],
     prompt: dict[str, Any],
 ) -> dict[str, Any]:
     from prefix_attn.training.aws import AWS_TASKS
-    from prefix_attn.training.data import Examples, read_examples
+    from prefix_attn.training.data import Examples, hold_out, read_examples
+    from prefix_attn.training.examples import Example
     from prefix_attn.training.prompts import Prompt, default_template
     from prefix_attn.training.train import train as run
 
+    if validation is not None and validation_share is not None:
+        raise ValueError("--validation and --validation-share exclude one another")
+    if validation_share is not None and data in AWS_TASKS:
+        raise ValueError(f"{data!r} has a split of its own to validate on: leave out --validation-share")
     examples = Examples(data, **reading)
     examples.check()
     template = prompt["template"] or default_template(next(iter(examples)))
     chosen = Prompt(**prompt | {"template": template, "one_line": examples.one_line})
-    has_split = validation or data in AWS_TASKS
-    held_out = read_examples(validation or data, split="dev", **reading) if has_split else []
+    rows, held_out = iter(examples), list[Example]()
+    if validation_share is not None:
+        rows, held_out = hold_out(examples, validation_share, validation_rows)
+    elif validation or data in AWS_TASKS:
+        held_out = read_examples(validation or data, split="dev", **reading)[:validation_rows]
     model, tokenizer = _prefixed(config, settings.seed)
     skip = reading["skip_bad_rows"]
-    return run(model, tokenizer, examples, held_out[:validation_rows], settings, prompt=chosen, skip_bad_rows=skip)
+    return run(model, tokenizer, rows, held_out, settings, prompt=chosen, skip_bad_rows=skip)
 
 
 def _distill(

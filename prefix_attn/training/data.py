@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import heapq
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -203,10 +204,41 @@ def _kind_of(spec: str, path: Path) -> str:
     return {".jsonl": "jsonl", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}.get(path.suffix, "json")
 
 
+def hold_out(examples: Examples, share: float, rows: int) -> tuple[Iterator[Example], list[Example]]:
+    """Split into examples to train on, read when they are asked for, and at most ``rows`` others with their references.
+
+    ``share`` of the examples are not trained on, chosen by the hash of their input: those with the same input stay
+    together, and each stays where it is when rows are added or in another order.
+
+    Raises:
+        ValueError: one of the two is empty.
+    """
+    if not 0 < share < 1:
+        raise ValueError(f"validation share must be between 0 and 1, such as 0.05, got {share:g}")
+    counts, first = {True: 0, False: 0}, set[bytes]()
+    for example in examples:
+        counts[out := is_held_out(example.key, share)] += 1
+        if out:
+            first.add(_digest(example.key))
+        if len(first) > 2 * rows:
+            first = set(heapq.nsmallest(rows, first))
+    if not all(counts.values()):
+        raise ValueError(
+            f"{examples.spec}: a validation share of {share:g} holds out {counts[True]} of {sum(counts.values())} rows;"
+            " take another share, or a file to validate on"
+        )
+    first = set(heapq.nsmallest(rows, first))
+    held_out = group(example for example in examples if _digest(example.key) in first)
+    return (example for example in examples if not is_held_out(example.key, share)), held_out
+
+
 def is_held_out(source: str, share: float, byte: int = 0) -> bool:
     """Whether a text is among those held out: ``share`` of all, by its hash from ``byte`` on.
 
     It depends on nothing but the text, so it stays so when rows are added or in another order.
     """
-    digest = hashlib.sha1(source.encode()).digest()
-    return int.from_bytes(digest[byte : byte + 8], "big") < share * 2**64
+    return int.from_bytes(_digest(source)[byte : byte + 8], "big") < share * 2**64
+
+
+def _digest(text: str) -> bytes:
+    return hashlib.sha1(text.encode()).digest()

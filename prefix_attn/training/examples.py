@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -29,6 +30,11 @@ class Example:
     references: tuple[str, ...]
     category: str = ""
     messages: tuple[Message, ...] = ()
+
+    @property
+    def key(self) -> str:
+        """What tells this example's input from others."""
+        return json.dumps(self.prompt, sort_keys=True, default=str) if self.messages else self.source
 
     @property
     def prompt(self) -> str | tuple[Message, ...]:

@@ -20,8 +20,9 @@ from prefix_attn.hf.model import PrefixModel
 from prefix_attn.training.evaluate import target_loss, validation_loss
 from prefix_attn.training.examples import Example
 from prefix_attn.training.prompts import FILE, Prompt
+from prefix_attn.training.row_file import RowFile
 from prefix_attn.training.settings import TrainingSettings, default_learning_rate
-from prefix_attn.training.tokens import DEFAULT, Batch, Collator, Row, batches, encode
+from prefix_attn.training.tokens import DEFAULT, Batch, Collator, Encoder, Row, batches, encode
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -57,10 +58,11 @@ def train(
             or ``settings.output`` holds checkpoints of another training.
     """
     longest, options = settings.max_length, {"prompt": prompt, "encoder_decoder": model.config.is_encoder_decoder}
-    rows, cut = encode(tokenizer, examples, longest, skip_bad_rows=skip_bad_rows, **options)
+    encoder = Encoder(tokenizer, longest, **options)
+    rows = RowFile(encoder.rows(examples, skip_bad_rows=skip_bad_rows), settings.output)
     if not rows:
         raise ValueError("no examples to train on")
-    if cut:
+    if cut := encoder.cut:
         _log.warning("%d of %d rows have a source longer than max_length=%d: cut", cut, len(rows), longest)
     held_out = encode(tokenizer, validation, longest, skip_bad_rows=skip_bad_rows, **options)[0]
     pad_id = tokenizer.pad_token_id

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from prefix_attn.training.data import Examples, is_held_out, read_examples
+from prefix_attn.training.data import Examples, hold_out, is_held_out, read_examples
 from prefix_attn.training.examples import Example
 from prefix_attn.training.tables import read_text
 
@@ -162,6 +162,24 @@ def test_wrong_inputs_are_one_line(case: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=re.escape(message)) as caught:
         read_examples(tmp_path / name, **options)
     assert "\n" not in str(caught.value)
+
+
+def test_a_share_is_held_out_whatever_the_order(tmp_path: Path) -> None:
+    """Rows of one input stay together. Of those held out the same few validate, in any order."""
+    rows = [{"source": f"text {i % 300}", "target": f"{i}"} for i in range(600)]
+    train, held = hold_out(Examples(save(tmp_path / "a.jsonl", rows)), 0.2, 20)
+    kept = list(train)
+    again, same = hold_out(Examples(save(tmp_path / "b.jsonl", rows[::-1])), 0.2, 20)
+    assert len(held) == 20
+    assert all(len(example.references) == 2 for example in held)
+    assert {example.source for example in held} == {example.source for example in same}
+    assert {example.source for example in kept} == {example.source for example in again}
+    assert not {example.source for example in kept} & {example.source for example in held}
+    assert 400 < len(kept) < 560
+    few, more = Examples(save(tmp_path / "c.jsonl", rows[:1])), Examples(tmp_path / "a.jsonl")
+    for examples, share, message in ((few, 0.5, " of 1 rows; take another"), (more, 1.0, "between 0 and 1")):
+        with pytest.raises(ValueError, match=message):
+            hold_out(examples, share, 8)
 
 
 def test_held_out_rows_depend_on_their_text_alone() -> None:
