@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import contextlib
 import math
+import numbers
 import operator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.fx.experimental.proxy_tensor import get_proxy_mode  # make_fx's
 
 MAX_HEAD_SIZE = 256
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -170,11 +172,18 @@ def as_int(name: str, value: Any, low: int, needs: str = "an int") -> Any:
     return value
 
 
+def as_number(value: Any) -> Any:
+    """``value`` as Python's number if it is one of another library, or a tensor of one; else itself, for ``check``."""
+    if isinstance(value, Tensor) and value.dim() == 0 and not value.requires_grad and is_readable(value):
+        value = value.item()
+    return value if isinstance(value, NUMBERS) or not isinstance(value, numbers.Real) else float(value)
+
+
 def is_readable(tensor: Tensor) -> bool:
     """Whether its values can be read here: no device to wait for, and nothing that is traced or mapped over."""
     plain = type(tensor) is Tensor and tensor.device.type == "cpu"
     traced = torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._are_functorch_transforms_active()
-    return plain and not traced
+    return plain and not traced and get_proxy_mode() is None
 
 
 def check_ids(name: str, tensor: Tensor, low: int, high: int) -> None:

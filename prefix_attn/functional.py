@@ -11,7 +11,7 @@ from torch import Tensor
 
 from prefix_attn import _ops, dispatch
 from prefix_attn.backends import eager, visibility
-from prefix_attn.call import Call, as_int, check, check_gate
+from prefix_attn.call import NUMBERS, Call, as_int, as_number, check, check_gate
 from prefix_attn.packing import Packed, Padding
 
 HUGE = 1e30  # nothing that was trained
@@ -260,7 +260,8 @@ def prefix_attention_varlen(
     else:
         queries = packed_q.padding()
         out, lse = _attend(_padded(call, queries, packed_k.padding()), prefix_gate, backend)
-        out, lse = queries.unpad(out, 0.0), queries.unpad(lse[..., None], -torch.inf)[..., 0].transpose(0, 1)
+        out, lse = queries.unpad((out, 0.0), (lse[..., None], -torch.inf))
+        lse = lse[..., 0].transpose(0, 1)
     return (out, lse) if return_lse else out
 
 
@@ -300,6 +301,10 @@ def _call(query: Tensor, key: Tensor, value: Tensor, *rest: Any, **named: Any) -
         call = call._replace(scale=max(size.item() if isinstance(size, Tensor) else size, 1) ** -0.5)  # torch.jit.trace
     if call.window is not None:
         call = call._replace(window=as_int("window", call.window, 1, "an int or None"))
+    for name in ("scale", "softcap", "dropout_p"):
+        number = getattr(call, name)
+        if number is not None and not isinstance(number, NUMBERS):
+            call = call._replace(**{name: as_number(number)})
     check(call)
     return call
 

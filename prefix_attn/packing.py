@@ -47,13 +47,7 @@ class Packed:
         present = places >= free[:, None]
         # Free places read token 0: a real one, so that what they hold is finite. It is masked, and gets no gradient.
         source = torch.where(present, starts[:, None] + places - free[:, None], 0)
-        token = torch.arange(N, device=cu.device)
-        if not N or not self.batch:
-            return Padding(free, present, source, token, token < 0)
-        row = torch.searchsorted(cu[1:].contiguous(), token, right=True).clamp(max=self.batch - 1)
-        step = token - starts[row]
-        within = (step >= 0) & (step < counts[row])
-        return Padding(free, present, source, torch.where(within, row * length + free[row] + step, 0), within)
+        return Padding(free, present, source, cu, N)
 
 
 class Padding(NamedTuple):
@@ -62,17 +56,29 @@ class Padding(NamedTuple):
     free: Tensor  # (B,) places left of each sequence
     present: Tensor  # (B, length) False in free places
     source: Tensor  # (B, length) the token of each place
-    target: Tensor  # (N,) the place of each token
-    within: Tensor  # (N,) False for a token of no sequence
+    bounds: Tensor  # (B + 1,) where each sequence begins
+    tokens: int  # N
 
     def pad(self, tokens: Tensor) -> Tensor:
         """(N, H, D) -> (B, H, length, D), a view of (B, length, H, D)."""
         batch = tokens.index_select(0, self.source.flatten())
         return batch.view(*self.source.shape, *tokens.shape[1:]).transpose(1, 2)
 
-    def unpad(self, batch: Tensor, fill: float) -> Tensor:
-        """(B, H, length, D) -> (N, H, D), with ``fill`` for the tokens of no sequence."""
-        flat = batch.transpose(1, 2).flatten(0, 1)
-        if not flat.shape[0] and self.target.shape[0]:  # tokens, and no sequence
-            return flat.new_full((self.target.shape[0], *flat.shape[1:]), fill)
-        return flat.index_select(0, self.target).masked_fill(~self.within[:, None, None], fill)
+    def targets(self) -> tuple[Tensor, Tensor]:
+        """(N,) the place of each token, and False for a token of no sequence."""
+        batch, length = self.present.shape
+        token = torch.arange(self.tokens, device=self.free.device)
+        if not self.tokens or not batch:
+            return token, token < 0
+        row = torch.searchsorted(self.bounds[1:].contiguous(), token, right=True).clamp(max=batch - 1)
+        step = token - self.bounds[row]
+        within = (step >= 0) & (step < length - self.free[row])
+        return torch.where(within, row * length + self.free[row] + step, 0), within
+
+    def unpad(self, *batches: tuple[Tensor, float]) -> list[Tensor]:
+        """Each (B, H, length, D) -> (N, H, D), with the number beside it for the tokens of no sequence."""
+        target, within = self.targets()
+        flat = [(batch.transpose(1, 2).flatten(0, 1), fill) for batch, fill in batches]
+        if not self.present.numel() and self.tokens:  # tokens, and no sequence
+            return [t.new_full((self.tokens, *t.shape[1:]), fill) for t, fill in flat]
+        return [t.index_select(0, target).masked_fill(~within[:, None, None], fill) for t, fill in flat]

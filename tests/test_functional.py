@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Callable
+from fractions import Fraction
 from functools import partial
 from typing import Any
 
@@ -331,3 +332,18 @@ def test_integers_of_other_libraries(number: Any) -> None:
     call = partial(prefix_attention_varlen, packed, packed, packed, prefix, prefix, cu_seqlens_q=cu, cu_seqlens_k=cu)
     got = call(max_seqlen_q=number, max_seqlen_k=number)
     assert torch.equal(got, call(max_seqlen_q=3, max_seqlen_k=3))
+
+
+@pytest.mark.parametrize("make", [np.float32, Fraction, torch.tensor], ids=["float32", "fraction", "tensor"])
+def test_numbers_of_other_libraries(make: Callable[[float], Any]) -> None:
+    query, prefix = torch.randn(2, 4, 5, 16), torch.randn(4, 3, 16)
+    for name in ("scale", "softcap"):
+        got = prefix_attention(query, query, query, prefix, prefix, **{name: make(0.5)})
+        assert torch.equal(got, prefix_attention(query, query, query, prefix, prefix, **{name: 0.5}))
+    dropped = []
+    for p in (make(0.5), 0.5):
+        torch.manual_seed(0)
+        dropped.append(prefix_attention(query, query, query, prefix, prefix, dropout_p=p, backend="eager"))
+    assert torch.equal(*dropped)
+    with pytest.raises(TypeError, match="scale must be a number, got Tensor"):  # there is no gradient of it
+        prefix_attention(query, query, query, prefix, prefix, scale=torch.tensor(0.5, requires_grad=True))

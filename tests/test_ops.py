@@ -184,6 +184,22 @@ def test_vmap_over_integers(name: str, backend: str) -> None:
     torch.testing.assert_close(torch.vmap(call)(values), torch.stack([call(value) for value in values]))
 
 
+@pytest.mark.parametrize("mode", ["real", "fake", "symbolic"])
+@pytest.mark.parametrize("backend", ["eager", "composed", "cpu"])
+def test_make_fx_over_integers(backend: str, mode: str) -> None:
+    """What is traced with some ids and lengths runs with others: their values are no part of the graph."""
+    query, bank = torch.randn(2, 4, 5, 16), torch.randn(2, 4, 6, 16)
+
+    def call(query: Tensor, bank: Tensor, ids: Tensor, lengths: Tensor) -> Tensor:
+        return prefix_attention(
+            query, query, query, bank, bank, prefix_ids=ids, key_lengths=lengths, prefix_start=lengths, backend=backend
+        )
+
+    traced = make_fx(call, tracing_mode=mode)(query, bank, torch.tensor([0, 1]), torch.tensor([5, 3]))
+    others = torch.tensor([1, -1]), torch.tensor([1, 4])
+    torch.testing.assert_close(traced(query, bank, *others), call(query, bank, *others))
+
+
 @pytest.mark.parametrize(("option", "values", "graphs"), [("window", (2, 3, 4, 5), 2), ("scale", (0.2, 0.3, 0.4), 3)])
 def test_what_compiles_anew(option: str, values: tuple[float, ...], graphs: int) -> None:
     """One graph serves all windows from the second on. torch makes a constant of each float that an op is given."""
