@@ -115,7 +115,7 @@ def test_position_mode_none_leaves_the_context_window_alone() -> None:
     model.prefixes["default"].embedding = torch.nn.Parameter(torch.randn(200, 3 * 2 * 32))
     assert model(ids).logits.isfinite().all()
     shifted = get_prefix_model(tiny("gpt2"), PrefixConfig(num_virtual_tokens=40))
-    with pytest.raises(IndexError):
+    with pytest.raises(IndexError, match="rows of 64 tokens after num_virtual_tokens=40 need 104 positions"):
         shifted(ids)
 
 

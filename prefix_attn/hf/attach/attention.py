@@ -46,7 +46,7 @@ class PrefixState:
     """The prefixes of one forward, by attention module.
 
     ``weights`` says whether each module returns its attention weights. ``entered`` are the stacks that ran, ``served``
-    the modules that took their prefix.
+    the modules that took their prefix. ``longest`` is the largest P.
     """
 
     weights = False
@@ -77,6 +77,7 @@ class PrefixState:
             starts: (B,) int64: the first column of each row that sees an infix; None = all see their prefix.
             watch: is told the share of the softmax that each query gives to the prefix.
         """
+        self.longest = kv.shape[-2]
         parts = kv.unbind(-4)
         self.layers = list(zip(parts[::2], parts[1::2]))
         self.has_lengths = lengths is not None
@@ -139,6 +140,7 @@ class Capture:
     """A state without a prefix that records the calls of all attention modules."""
 
     backend = "auto"
+    longest = 0
     shifts: Mapping[nn.Module, int | Tensor] = {}
     starts = None
     watch = None

@@ -22,6 +22,7 @@ from transformers.utils import ModelOutput
 
 from prefix_attn.hf.attach.positions import cache_of, from_mask
 from prefix_attn.hf.attach.slots import find_layers
+from prefix_attn.hf.attach.window import Tables, check_length
 from prefix_attn.hf.attach.wrapper import check_base, device_of, evaluating
 
 
@@ -100,7 +101,9 @@ class Insertion:
     def _rehearse(self, padding: int | None) -> None:
         """Test insertion in three forwards of four tokens. None is the padding token, which models know by its id."""
         ids = torch.tensor([[i for i in range(5) if i != padding][:4]], device=device_of(self.embeddings))
-        expected = self._entrance(input_ids=ids)[0]
+        with Tables(ids) as tables:
+            expected = self._entrance(input_ids=ids)[0]
+        self._positions = tables.positions(self._entrance)
         if not torch.allclose(self._entrance(inputs_embeds=self.embeddings(ids))[0], expected):
             raise NotImplementedError(f"{self._name} does not treat inputs_embeds as the embeddings of input_ids")
         with self.running(self.embeddings(ids[0, :1])):
@@ -124,6 +127,9 @@ class Insertion:
             self._filled.add(cache)
         mask = torch.ones(B, S, dtype=torch.int64, device=tokens.device) if mask is None else mask
         places = _Places(mask, P)
+        if self._positions is not None and length + P > self._positions:
+            longest = int(mask.sum(-1).max()) if self._is_causal else length
+            check_length(longest, P, self._positions)
         new = {"input_ids": None, "inputs_embeds": tokens, "attention_mask": places.insert(mask.new_ones(()), mask)}
         if not past:
             new["inputs_embeds"] = places.insert(table.to(tokens), tokens)

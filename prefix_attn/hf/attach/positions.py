@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from prefix_attn.hf.attach.attention import DISTANCES, Distances
 from prefix_attn.hf.attach.banks import grow
+from prefix_attn.hf.attach.window import check_length
 from prefix_attn.hf.attach.wrapper import device_of
 
 
@@ -23,8 +24,11 @@ class Positions:
     """How ``stack`` numbers its tokens.
 
     ``names`` are the names of its arguments. ``embedding`` is its module ``embed_positions``, if that takes the
-    positions. ``can_shift`` says whether the tokens can be moved behind a prefix.
+    positions. ``can_shift`` says whether the tokens can be moved behind a prefix. ``limit`` is the number of positions,
+    if the stack has a table of them.
     """
+
+    limit: int | None = None
 
     def __init__(self, stack: PreTrainedModel) -> None:
         """Inspect ``stack``; it is not run."""
@@ -46,16 +50,35 @@ class Positions:
             table = module if _has_table(module) else self._table
             self._distances[module] = cast(Any, table).compute_bias
 
-    def arguments(self, kwargs: dict[str, Any], shift: int | Tensor) -> dict[str, Any]:
-        """Arguments to add to the stack's ``kwargs``, so that its tokens start at position ``shift``."""
+    def arguments(self, kwargs: dict[str, Any], shift: int | Tensor, longest: int) -> dict[str, Any]:
+        """Arguments to add to the stack's ``kwargs``, so that its tokens start at position ``shift``.
+
+        Raises:
+            RowsTooLongError: there are fewer positions than tokens and ``longest``, the length of the longest prefix.
+        """
         if self._takes_ids:
             given = kwargs.get("position_ids")
             if isinstance(shift, Tensor):
                 shift = grow(shift, _tokens(kwargs).shape[0])
-            return {"position_ids": (self._first + from_mask(kwargs) if given is None else given) + shift}
+            ids = (self._first + from_mask(kwargs) if given is None else given) + shift
+            self._check_length(kwargs, longest, ids)
+            return {"position_ids": ids}
+        self._check_length(kwargs, longest, None)
         if not self._distances or (isinstance(shift, int) and shift == 0):
             return {}
         return {DISTANCES: Distances(past(kwargs) + shift, self._distances)}
+
+    def _check_length(self, kwargs: dict[str, Any], virtual: int, ids: Tensor | None) -> None:
+        """Whether the tokens fit behind the ``virtual`` ones. Only rows that may be too long cost a look at ``ids``."""
+        if self.limit is None or torch.compiler.is_compiling():
+            return
+        before = past(kwargs)
+        if isinstance(before, Tensor):  # a static cache, which counts on its device, but knows its size
+            before = cache_of(kwargs).get_max_length() - _tokens(kwargs).shape[1]
+        length = before + _tokens(kwargs).shape[1]
+        if length + virtual > self.limit and ids is not None:
+            length = int(ids.max()) - self._first + 1 - virtual  # padding takes no position
+        check_length(length, virtual, self.limit)
 
 
 def shifted(embedding: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], shift: int | Tensor) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from prefix_attn.hf.attach.attention import MASKED, NAME, AttentionCall, Capture
 from prefix_attn.hf.attach.running import Runner
 from prefix_attn.hf.attach.slots import Slot, find_slots, is_causal
+from prefix_attn.hf.attach.window import Tables
 from prefix_attn.hf.attach.wrapper import device_of, evaluating
 
 
@@ -38,9 +39,14 @@ class Probe:
         """
         try:
             # The decoder gets another length than the encoder, which tells cross attention from self-attention.
-            inputs = self._inputs(*(some_ids(e, n) for n, e in enumerate(self.embeddings(), start=3)))
+            ids = [some_ids(e, n) for n, e in enumerate(self.embeddings(), start=3)]
+            inputs = self._inputs(*ids)
             self._switch("eager")
-            expected = self._forward(inputs, None)
+            with Tables(*ids) as tables:
+                expected = self._forward(inputs, None)
+            for stack, positions in self._runner.positions.items():
+                if "input_ids" in positions.names:  # the length of a sound is checked by its model
+                    positions.limit = tables.positions(stack)
             self._switch(MASKED)
             state = Capture()
             got = self._forward(inputs, state)

@@ -153,7 +153,9 @@ class Runner:
         state.entered.add(stack)
         positions = self.positions[stack]
         kwargs = dict(zip(positions.names, args)) | kwargs | {STATE: state}
-        kwargs |= positions.arguments(kwargs, state.shifts.get(stack, 0))
+        shift = state.shifts.get(stack, 0)
+        longest = state.longest if isinstance(shift, Tensor) else shift
+        kwargs |= positions.arguments(kwargs, shift, longest)
         if is_packed(kwargs):  # with a cache transformers would not see where a sequence ends
             if kwargs.get("use_cache"):
                 raise ValueError("packed sequences (position_ids that start again) need use_cache=False, got True")
