@@ -59,7 +59,8 @@ class PrefixConfig:
             us.
         task_type: PEFT's name of what the model is for. Default: by the model's class.
         modules_to_save: task heads (children of the model) of which a copy is trained and saved with the prefix.
-            Default: all in classification and question answering, where they usually start at random; otherwise none.
+            Default: all that a model for a task (classification, question answering, multiple choice, ...) adds to a
+            pretrained one, where they usually start at random; none in language models.
         base_model_name_or_path: the model that the prefix was trained for.
         backend: of ``prefix_attention``.
 

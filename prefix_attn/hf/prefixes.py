@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from prefix_attn.hf.attach.attachment import Attachment
 from prefix_attn.hf.attach.banks import NO_PREFIX
-from prefix_attn.hf.attach.task_heads import freeze_replaced
+from prefix_attn.hf.attach.task_heads import train_copies
 from prefix_attn.hf.attach.wrapper import Wrapper, device_of
 from prefix_attn.hf.config import PrefixConfig
 from prefix_attn.hf.encoder import PrefixEncoder
@@ -130,7 +130,7 @@ class NamedPrefixes(Wrapper):
         for module in (encoder, task_heads):
             module.requires_grad_(trainable)
             module.train(self.training)
-        freeze_replaced(self.base_model, task_heads)
+        train_copies(self.base_model, task_heads, trainable=trainable)
         self.heads[name] = task_heads
         self.prefixes[name] = encoder.to(device_of(self.base_model.get_input_embeddings()))
         self.prefix_configs[name] = config

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from prefix_attn.hf.attach.positions import Positions
 from prefix_attn.hf.attach.slots import Slot
-from prefix_attn.hf.attach.task_heads import find_task_heads, task_of
+from prefix_attn.hf.attach.task_heads import default_task_heads, find_task_heads, task_of
 from prefix_attn.hf.config import SITES, PrefixConfig
 
 
@@ -66,7 +66,7 @@ class Resolver:
             config,
             sites=self._sites(config),
             task_type=task,
-            modules_to_save=self._modules_to_save(config, task),
+            modules_to_save=self._modules_to_save(config),
             base_model_name_or_path=config.base_model_name_or_path or self._base.config._name_or_path or None,
         )
         layout = self.layout(config)
@@ -111,10 +111,10 @@ class Resolver:
             return config.sites
         return SITES if self._has_decoder else [s for s in SITES if any(s == slot.site for slot in self._slots)]
 
-    def _modules_to_save(self, config: PrefixConfig, task: str) -> tuple[str, ...]:
+    def _modules_to_save(self, config: PrefixConfig) -> tuple[str, ...]:
         task_heads, chosen = find_task_heads(self._base), config.modules_to_save
         if chosen is None:
-            chosen = task_heads if task in ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS") else ()
+            chosen = default_task_heads(self._base)
         if unknown := sorted(set(chosen) - set(task_heads)):
             raise ValueError(f"modules_to_save: {self._name} has no head {unknown}; its heads are {list(task_heads)}")
         return tuple(chosen)

@@ -7,6 +7,7 @@ Each prefix has copies of its own, which replace the base model's heads while th
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
@@ -24,18 +25,37 @@ def find_task_heads(base: PreTrainedModel) -> tuple[str, ...]:
     )
 
 
+def default_task_heads(base: PreTrainedModel) -> tuple[str, ...]:
+    """Those that are trained unless the configuration names others: what a model for a task adds to a pretrained one.
+
+    Such a model has a pretrained one as a child, takes labels, and predicts no tokens: the heads of language models are
+    pretrained too.
+    """
+    forwards = [vars(kind)["forward"] for kind in type(base).__mro__ if "forward" in vars(kind)]
+    arguments = {name for forward in forwards for name in inspect.signature(forward).parameters}
+    is_language_model = base.can_generate() or base.get_output_embeddings() is not None
+    if is_language_model or not arguments & {"labels", "start_positions"}:
+        return ()
+    return find_task_heads(base) if any(isinstance(child, PreTrainedModel) for child in base.children()) else ()
+
+
 def copy_task_heads(base: PreTrainedModel, names: Iterable[str]) -> nn.ModuleDict:
     """Copies of these children of ``base``."""
     return nn.ModuleDict({name: copy.deepcopy(base.get_submodule(name)) for name in names})
 
 
-def freeze_replaced(base: PreTrainedModel, names: Iterable[str]) -> None:
-    """Freeze these children of ``base``, in whose place copies are trained, but for what others share with them."""
+def train_copies(base: PreTrainedModel, names: Iterable[str], *, trainable: bool) -> None:
+    """Freeze these children of ``base``, in whose place copies run, but for what others share with them.
+
+    Parameters outside of all children, such as weights of layers, cannot be replaced: they are trained as the copies.
+    """
     replaced = set(names)
     others = {p for name, child in base.named_children() if name not in replaced for p in child.parameters()}
     for name in replaced:
         for parameter in set(base.get_submodule(name).parameters()) - others:
             parameter.requires_grad_(False)
+    for parameter in base.parameters(recurse=False) if replaced else ():
+        parameter.requires_grad_(trainable)
 
 
 @contextmanager
