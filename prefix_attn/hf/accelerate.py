@@ -13,10 +13,12 @@ from torch import Tensor
 
 from prefix_attn.hf.attach.attachment import Attachment
 from prefix_attn.hf.attach.layout import Layout
+from prefix_attn.hf.attach.outside import refuse_continuous_batching
 from prefix_attn.hf.config import PrefixConfig
 from prefix_attn.hf.io.stored import slots_of_peft
 
 SERVED = ("PREFIX_TUNING", "CARTRIDGE")
+CONTINUOUS_BATCHING = ("generate_batch", "init_continuous_batching", "continuous_batching_context_manager")
 
 
 def accelerate(model: Any, *, backend: str = "auto") -> Callable[[], None]:
@@ -50,12 +52,16 @@ def accelerate(model: Any, *, backend: str = "auto") -> Callable[[], None]:
         if model.forward is not forward:
             raise ValueError("the model is not accelerated any more, or its adapter is disabled at the moment")
         model.forward, model.generate = theirs
+        for name in CONTINUOUS_BATCHING:
+            delattr(model, name)
         way.attachment.remove()
 
     # Of what a deepcopy or a pickle of the model copies with it: a closure would go on running the original.
     forward = functools.update_wrapper(partial(_forward, way), theirs[0])
     generate = functools.update_wrapper(partial(_generate, way), theirs[1])
     model.forward, model.generate = forward, generate
+    for name in CONTINUOUS_BATCHING:
+        setattr(model, name, refuse_continuous_batching)
     return undo
 
 

@@ -76,13 +76,13 @@ class PrefixTuning(Wrapper):
         Where they run in every row, ``attention_mask`` and ``position_ids`` must be 2-D, ``past_key_values`` need a
         mask, and caches, ``attentions`` and ``encoder_last_hidden_state`` hold them too, behind a row's left padding.
         """
-        with self._running():
+        with self._own_forward(), self._running():
             return self.base_model(*args, **kwargs)
 
     @torch.no_grad()
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """The model's generate, with the virtual tokens. Where they run in every row, caches must be dynamic."""
-        with self._running():
+        with self._own_forward(), self._running():
             return self.base_model.generate(*args, **kwargs)
 
     def save_pretrained(self, path: str | Path) -> None:
@@ -101,6 +101,14 @@ class PrefixTuning(Wrapper):
         tuned.load_state_dict({"prefix": table})
         tuned.prefix.requires_grad_(is_trainable)
         return tuned
+
+    def _stacks(self) -> set[nn.Module]:
+        return self._insertion.stacks if self._attachment is None else self._attachment.runner.stacks
+
+    def _on_demand(self, given: dict[str, Any], *, needed: bool) -> AbstractContextManager[None]:
+        if self._attachment is None:
+            return self._insertion.running(self.prefix, needed=False)
+        return self._attachment.runner.on_demand(self._running, needed=needed)
 
     def _running(self) -> AbstractContextManager[None]:
         if self._attachment is None:

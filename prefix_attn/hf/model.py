@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -140,10 +140,10 @@ class PrefixModel(NamedPrefixes):
             ValueError: unknown names, another number of names than of rows, prefixes that do not fit one batch, or
                 nothing that says where an infix stands.
         """
-        given = dict(zip(self._arguments, args)) | kwargs
+        given = self.named(args, kwargs)
         prompts = (given.get(name) for name in ("input_ids", "inputs_embeds", "input_features"))
         names = row_names(prefix_names, adapter_names, *prompts)
-        with self._running(names, partial(start_of_targets, infix_start, given)):
+        with self._own_forward(), self._running(names, partial(start_of_targets, infix_start, given)):
             return self.base_model(*args, **kwargs)
 
     @torch.no_grad()
@@ -167,10 +167,10 @@ class PrefixModel(NamedPrefixes):
         Raises:
             ValueError: as ``forward``.
         """
-        names = ("inputs", "inputs_embeds", self.base_model.main_input_name)
+        names = ("inputs", "inputs_embeds", self._base().main_input_name)
         prompts = (*args[:1], *(kwargs.get(name) for name in names))
         names = row_names(prefix_names, adapter_names, *prompts)
-        with self._running(names, partial(end_of_prompt, infix_start, *prompts)):
+        with self._own_forward(), self._running(names, partial(end_of_prompt, infix_start, *prompts)):
             return self.base_model.generate(*args, **kwargs)
 
     @contextmanager
@@ -191,7 +191,7 @@ class PrefixModel(NamedPrefixes):
             elif len(set(names)) == 1:
                 ((name, (encoder, config)),) = found.items()
                 kv = encoder()
-                stack.enter_context(task_heads_in_place(self.base_model, self.task_heads(name)))
+                stack.enter_context(task_heads_in_place(self._base(), self.task_heads(name)))
                 stack.enter_context(runner.running(kv, resolver.layout(config), gates=encoder.gate, starts=starts))
             else:
                 configs = {name: config for name, (_, config) in found.items()}
@@ -206,6 +206,16 @@ class PrefixModel(NamedPrefixes):
                     starts = starts * torch.tensor(infix, device=starts.device)
                 stack.enter_context(runner.running(*bank, starts))
             yield
+
+    def _stacks(self) -> set[nn.Module]:
+        return self.attachment.runner.stacks
+
+    def _on_demand(self, given: dict[str, Any], *, needed: bool) -> AbstractContextManager[None]:
+        prompts = (given.get(name) for name in ("input_ids", "inputs_embeds", "input_features"))
+        names = row_names(given.get("prefix_names"), given.get("adapter_names"), *prompts)
+        start = partial(start_of_targets, given.get("infix_start"), given)
+        needed = needed and not self._disabled and any(names or [self.active_prefix])
+        return self.attachment.runner.on_demand(partial(self._running, names, start), needed=needed)
 
     def _check_together(self, configs: dict[str, PrefixConfig]) -> None:
         for field in ("backend", "sites", "layers", "gate"):

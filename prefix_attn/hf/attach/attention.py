@@ -46,7 +46,8 @@ class PrefixState:
     """The prefixes of one forward, by attention module.
 
     ``weights`` says whether each module returns its attention weights. ``entered`` are the stacks that ran, ``served``
-    the modules that took their prefix. ``longest`` is the largest P.
+    the modules that took their prefix, ``recent`` those that took it in the last call of their stack. ``sites`` are the
+    modules of which one has to in each call: by stack and site. ``longest`` is the largest P.
     """
 
     weights = False
@@ -92,6 +93,8 @@ class PrefixState:
         self.watch = watch
         self.entered: set[nn.Module] = set()
         self.served: set[nn.Module] = set()
+        self.recent: set[nn.Module] = set()
+        self.sites: dict[nn.Module, dict[str, set[nn.Module]]] = {}
 
     def take(self, call: AttentionCall) -> Prefix:
         """The prefix of the module, for the rows of the call."""
@@ -99,6 +102,7 @@ class PrefixState:
         if slot is None:
             return Prefix()
         self.served.add(call.module)
+        self.recent.add(call.module)
         gate = None if self.gates is None else self.gates[slot]
         start = None if self.starts is None else self._start(self.starts, call)
         ids = lengths = None
@@ -145,9 +149,11 @@ class Capture:
     starts = None
     watch = None
     weights = False
+    sites: Mapping[nn.Module, Mapping[str, set[nn.Module]]] = {}
 
     def __init__(self) -> None:
         """Empty."""
+        self.recent: set[nn.Module] = set()
         self.entered: set[nn.Module] = set()
         self.calls: list[AttentionCall] = []
 

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from transformers import Cache, DynamicCache, PreTrainedModel, StaticCache
 from transformers.utils import ModelOutput
 
+from prefix_attn.hf.attach.outside import called
 from prefix_attn.hf.attach.positions import cache_of, from_mask
 from prefix_attn.hf.attach.slots import find_layers
 from prefix_attn.hf.attach.window import Tables, check_length
@@ -43,6 +44,7 @@ class Insertion:
         self._name = type(base).__name__
         self._decoder = base.get_decoder() if base.config.is_encoder_decoder else None
         self._layers = base.get_encoder() if self._decoder else find_layers(base)[0]
+        self._first = next(m for m in self._layers.modules() if isinstance(m, nn.ModuleList))[0]
         self._entrance = _entrance(base, self._layers)
         self._names = list(inspect.signature(self._entrance.forward).parameters)
         if base.can_generate() and self._decoder is None and not self._counts_tokens(base):
@@ -51,16 +53,28 @@ class Insertion:
         self._is_causal = base.can_generate() or any(getattr(m, "is_causal", False) for m in base.modules())
         self.embeddings = base.get_input_embeddings()
         self._filled: WeakSet[Cache] = _Caches()  # with virtual tokens
+        self._is_running = False
         with torch.no_grad(), evaluating(base):
             self._rehearse(base.config.get_text_config().pad_token_id)
 
+    @property
+    def stacks(self) -> set[nn.Module]:
+        """The modules that virtual tokens enter by."""
+        return {self._entrance}
+
     @contextmanager
-    def running(self, table: Tensor) -> Iterator[None]:
+    def running(self, table: Tensor, *, needed: bool = True) -> Iterator[None]:
         """Forwards of the model within the context have the virtual tokens ``table`` (P, hidden size) in every row.
 
+        A context within another one changes nothing.
+
         Raises:
-            RuntimeError: on leaving, if no forward inserted them: a prefix is never lost silently.
+            RuntimeError: on leaving, if no forward inserted them, and ``needed`` or layers ran without them: a prefix
+                is never lost silently.
         """
+        if self._is_running:
+            yield
+            return
         last: deque[_Places | None] = deque(maxlen=1)  # what the last forward inserted, None if its cache holds it
 
         def enter(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
@@ -81,12 +95,15 @@ class Insertion:
             hooks += [module.register_forward_hook(leave) for module in {self._layers, self._entrance}]
         else:
             hooks += [self._decoder.register_forward_pre_hook(cross, with_kwargs=True)]
+        self._is_running = True
         try:
-            yield
+            with called([self._first]) as ran:
+                yield
         finally:
+            self._is_running = False
             for hook in hooks:
                 hook.remove()
-        if not last:
+        if not last and (needed or ran):
             raise RuntimeError(f"{self._name} did not run {type(self._entrance).__name__}: no virtual token entered it")
 
     def _counts_tokens(self, base: PreTrainedModel) -> bool:

@@ -84,6 +84,9 @@ class Probe:
         Arguments are those of ``capture``.
         """
         calls = {call.module: call for call in self.capture(tokens, decoder_ids)}
+        slots = list(slots)
+        if any(slot.module not in calls for slot in slots):
+            raise RuntimeError(f"not every layer of {self._name} took the prefix: its attention was replaced")
         pairs = [(calls[slot.module].key, calls[slot.module].value) for slot in slots]
         length = min(key.shape[2] for key, _ in pairs)  # an encoder of sound has a length of its own
         return torch.stack([t[0, :, :length] for pair in pairs for t in pair])

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
@@ -17,6 +17,7 @@ from prefix_attn.hf.attach.attention import FIRST, STATE, Capture, PrefixState, 
 from prefix_attn.hf.attach.banks import BatchRows
 from prefix_attn.hf.attach.gradient_checkpointing import Bridge, bridge_next
 from prefix_attn.hf.attach.layout import Layout
+from prefix_attn.hf.attach.outside import called
 from prefix_attn.hf.attach.positions import Positions, is_packed, past, shifted
 from prefix_attn.hf.attach.slots import Slot, find_stacks
 
@@ -39,10 +40,16 @@ class Runner:
     def keep(self, slots: Iterable[Slot]) -> None:
         """Leave hooks only on the stacks of ``slots``, which are all that a prefix can enter."""
         slots = list(slots)
+        self._first = list({slot.stack: slot.module for slot in reversed(slots)}.values())
         for slot in slots:
             if slot.site != "cross":
                 self.positions[slot.stack].add(slot.module)
         self._listen(dict.fromkeys(slot.stack for slot in slots))
+
+    @property
+    def stacks(self) -> set[nn.Module]:
+        """The stacks that a prefix can enter."""
+        return set(self._stacks)
 
     def remove(self) -> None:
         """Take all hooks off."""
@@ -67,9 +74,10 @@ class Runner:
             starts: (B,) int64, the first column of each row that sees an infix.
 
         Raises:
-            RuntimeError: on leaving, if a stack ran and one of its slots did not take its prefix: a prefix is never
-                lost silently.
+            RuntimeError: if a stack ran and none of its slots took its prefix, or on leaving, if one of them never did:
+                a prefix is never lost silently.
         """
+        on_demand = self._now.demand is not None and self._now.demand.answered
         bridge = None
         made = [kv] if gates is None else [kv, gates]
         if torch.is_grad_enabled() and any(t.requires_grad for t in made) and self._is_reentrant():
@@ -89,9 +97,30 @@ class Runner:
             starts=starts,
             watch=self._now.watch,
         )
+        for slot in layout.slots if layout.slots[0].layer == 0 else []:
+            state.sites.setdefault(slot.stack, {}).setdefault(slot.site, set()).add(slot.module)
         with self.context(state, bridge):
             yield
-        self._check_served(state, layout.slots)
+        self._check_served(state, layout.slots, on_demand=on_demand)
+
+    @contextmanager
+    def on_demand(self, running: Callable[[], AbstractContextManager[None]], *, needed: bool) -> Iterator[None]:
+        """The first stack that runs within this context and has no other enters ``running()``, for the rest of it.
+
+        Raises:
+            RuntimeError: on leaving, if ``needed`` and layers ran but no stack: they had no prefix.
+        """
+        outer = self._now.demand  # of the call that this one is part of, whose arguments say more
+        demand = _Demand(running) if outer is None else outer
+        met, demand.met, self._now.demand = demand.met, False, demand
+        try:
+            with ExitStack() if outer else demand.contexts, called(self._first if needed else []) as ran:
+                yield
+        finally:
+            self._now.demand = outer
+        if ran and not demand.met:
+            raise RuntimeError(f"{self._name} ran its layers without the modules that hand them the prefix")
+        demand.met |= met
 
     @contextmanager
     def plain(self) -> Iterator[None]:
@@ -111,16 +140,18 @@ class Runner:
     @contextmanager
     def context(self, state: PrefixState | Capture | None, bridge: tuple[Any, ...] | None = None) -> Iterator[None]:
         """Forwards of this thread within the context have ``state``."""
-        before = self._now.state, self._now.bridge
-        self._now.state, self._now.bridge = state, bridge
+        before = self._now.state, self._now.bridge, self._now.demand
+        if self._now.demand is not None:
+            self._now.demand.met = True
+        self._now.state, self._now.bridge, self._now.demand = state, bridge, None
         try:
             yield
         finally:
-            self._now.state, self._now.bridge = before
+            self._now.state, self._now.bridge, self._now.demand = before
 
-    def _check_served(self, state: PrefixState, slots: list[Slot]) -> None:
+    def _check_served(self, state: PrefixState, slots: list[Slot], *, on_demand: bool) -> None:
         # Not every slot has to ask: an encoder runs once for many steps of its decoder, and layerdrop skips layers.
-        ran = [slot for slot in slots if slot.stack in state.entered] or slots
+        ran = [slot for slot in slots if slot.stack in state.entered] or ([] if on_demand else slots)
         left = [slot for slot in ran if slot.module not in state.served and not _drops_layers(slot.stack)]
         if left:
             names = ", ".join(f"{slot.site} {slot.layer}" for slot in left)
@@ -131,14 +162,20 @@ class Runner:
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
-        for stack in stacks:
+        self._stacks = list(stacks)
+        for stack in self._stacks:
             self._hooks.append(stack.register_forward_pre_hook(self._inject, with_kwargs=True))
+            self._hooks.append(stack.register_forward_hook(self._left))
             if (positions := self.positions[stack].embedding) is not None:
                 hook = partial(self._shifted, stack)
                 self._hooks.append(positions.register_forward_pre_hook(hook, with_kwargs=True))
 
     def _inject(self, stack: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Before ``stack`` runs: add the state, the positions of its tokens and the bridge to its arguments."""
+        if (demand := self._now.demand) is not None:
+            demand.met = True
+            if self._now.state is None:
+                demand.answer()
         state, bridge = self._now.state, self._now.bridge
         weights = kwargs.get("output_attentions", getattr(stack.config, "output_attentions", False))
         if state is None:
@@ -151,6 +188,8 @@ class Runner:
             raise NotImplementedError(f"nn.DataParallel copied {self._name}: start one process per GPU instead")
         state.weights = bool(weights)
         state.entered.add(stack)
+        if not torch.compiler.is_compiling():
+            state.recent.difference_update(*state.sites.get(stack, {}).values())
         positions = self.positions[stack]
         kwargs = dict(zip(positions.names, args)) | kwargs | {STATE: state}
         shift = state.shifts.get(stack, 0)
@@ -169,6 +208,15 @@ class Runner:
                 bridge_next(stack.get_input_embeddings(), bridge)
         return (), kwargs
 
+    def _left(self, stack: PreTrainedModel, _: Any, __: Any) -> None:
+        """After ``stack`` ran: other code may have replaced its attention for some of its calls."""
+        state = self._now.state
+        if state is None or torch.compiler.is_compiling() or _drops_layers(stack):
+            return
+        if left := [site for site, modules in state.sites.get(stack, {}).items() if state.recent.isdisjoint(modules)]:
+            names = f"{type(stack).__name__} of {self._name}"
+            raise RuntimeError(f"no {', '.join(left)} layer of {names} took the prefix: its attention was replaced")
+
     def _shifted(self, stack: PreTrainedModel, embedding: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
         """Before ``stack`` embeds positions: shift them."""
         state = self._now.state
@@ -185,11 +233,27 @@ class Runner:
         return False
 
 
+class _Demand:
+    """What the stacks shall see that run with no state. It is made when the first of them asks."""
+
+    def __init__(self, running: Callable[[], AbstractContextManager[None]]) -> None:
+        self._running = running
+        self.contexts = ExitStack()
+        self.answered = False
+        self.met = False
+
+    def answer(self) -> None:
+        """Enter the context."""
+        self.answered = True
+        self.contexts.enter_context(self._running())
+
+
 class _Now(threading.local):
     """What the forwards of this thread run with. Other threads may run the same model with other prefixes."""
 
     state: PrefixState | Capture | None = None
     bridge: tuple[Any, ...] | None = None
+    demand: _Demand | None = None
     watch: Watch | None = None
 
     def __reduce__(self) -> tuple[type[_Now], tuple[()]]:

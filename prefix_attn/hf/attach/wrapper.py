@@ -14,10 +14,11 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from prefix_attn.hf.attach.outside import Reached
 from prefix_attn.hf.attach.trained import leave_out_frozen
 
 
-class Wrapper(nn.Module):
+class Wrapper(Reached):
     """A module with a frozen ``base_model`` and trained parameters, which answers as the base model does.
 
     Trainers, pipelines and collators ask a model for the name of its class and for the arguments of ``forward``: both
@@ -25,7 +26,6 @@ class Wrapper(nn.Module):
     and so do private ones which the base model's class does not know: they are what a library notes on one module.
     """
 
-    base_model: PreTrainedModel
     prefix_in_state: str  # where this module is in the state that is being loaded
     _arguments: ClassVar[tuple[str, ...]]  # the names of its positional arguments
     _written: ClassVar[type[Wrapper]]  # the class without the base model's name
@@ -37,13 +37,17 @@ class Wrapper(nn.Module):
 
     def _wrap(self, base: PreTrainedModel) -> None:
         """Take ``base``. This is the last thing that ``__init__`` does: what is set later may be an attribute of it."""
-        self.base_model = base
+        self.register_module("base_model", base)
         self._take_name()
 
     def _take_name(self) -> None:
         written: type[Any] = getattr(type(self), "_written", type(self))
-        inner = next(m for m in self.base_model.modules() if isinstance(m, PreTrainedModel))  # torch.compile wraps it
+        inner = next(m for m in self._base().modules() if isinstance(m, PreTrainedModel))  # torch.compile wraps it
         self.__class__ = _named_after(written, type(inner))
+
+    def named(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+        """All arguments of a forward by their names."""
+        return dict(zip(self._arguments, args)) | kwargs
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
         """(trainable, all) numbers of parameters, as PEFT counts them."""
@@ -74,7 +78,7 @@ class Wrapper(nn.Module):
     @property
     def _hf_peft_config_loaded(self) -> bool:
         """Whether there is something to train on a quantised model: a Trainer refuses it otherwise."""
-        quantizer = getattr(self.base_model, "hf_quantizer", None)
+        quantizer = getattr(self._base(), "hf_quantizer", None)
         return quantizer is None or quantizer.is_trainable
 
     def _replicate_for_data_parallel(self) -> Any:
@@ -101,21 +105,23 @@ class Wrapper(nn.Module):
         except AttributeError:
             if name == "base_model" or (name.startswith("_") and not self._is_there(name)):
                 raise
-            return getattr(self.base_model, name)
+            return self._of_base(name)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """Set on the base model what it alone has."""
-        if self._is_here(name) or not self._is_there(name):
+        """Set on the base model what it alone has. A forward in place of the class's own runs with the prefix too."""
+        if name == "forward":
+            self._replace_forward(value)
+        elif self._is_here(name) or not self._is_there(name):
             super().__setattr__(name, value)
         else:
-            setattr(self.base_model, name, value)
+            setattr(self._base(), name, value)
 
     def __delattr__(self, name: str) -> None:
         """Delete on the base model what it alone has."""
         if self._is_here(name) or not self._is_there(name):
             super().__delattr__(name)
         else:
-            delattr(self.base_model, name)
+            delattr(self._base(), name)
 
     def __reduce__(self) -> tuple[Any, ...]:
         """For copies and pickles, which find no class of the base model's name."""
