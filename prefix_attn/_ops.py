@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from prefix_attn.backends import _native, cpu
 from prefix_attn.call import DIFFERENTIABLE, TENSORS, Call
-from prefix_attn.dispatch import BY_NAME
+from prefix_attn.dispatch import BY_NAME, slow
 
 _CALL = (
     "Tensor query, Tensor key, Tensor value, Tensor? prefix_key, Tensor? prefix_value, Tensor? sinks, Tensor? bias, "
@@ -25,8 +26,46 @@ torch.library.define(
     "prefix_attn::backward",
     f"({_CALL}, Tensor out, Tensor lse, Tensor grad_out, Tensor? grad_lse, bool[] needs) -> Tensor[]",
 )
+_PLAIN = frozenset((Tensor, torch.nn.Parameter, type(None)))
 _forward = torch.ops.prefix_attn.forward.default
 _backward = torch.ops.prefix_attn.backward.default
+
+
+def at_once(call: Call, backend: str) -> tuple[Tensor, Tensor] | None:
+    """(out, lse) of a call that was not checked, straight from the kernels of ``cpu``, which check it; else None.
+
+    Most of a tiny call's time is spent before its kernel. None means the long way, for all that somebody else has to
+    see, and for all that is wrong: there the checks say what it was. No call is remembered, so none can be stale.
+    """
+    if torch.compiler.is_compiling() or backend not in ("auto", cpu.NAME) or not _is_plain(call):
+        return None
+    try:
+        return None if backend == "auto" and slow(call) else cpu.forward(call, strict=True)
+    except (RuntimeError, IndexError):
+        return None
+
+
+def _is_plain(call: Call) -> bool:
+    """Whether nobody but the kernels of ``cpu`` has to see the call, and its options are of the types they must be."""
+    return (
+        _native.isa != ""
+        and _PLAIN.issuperset(map(type, call[:TENSORS]))
+        and call.query is not None
+        and call.query.is_cpu
+        and call.query.dtype is not torch.float64
+        and call.bias is None
+        and type(call.is_causal) is bool
+        and type(call.window) in (int, type(None))
+        and type(call.scale) in (float, type(None))
+        and type(call.softcap) in (float, type(None))
+        and type(call.dropout_p) in (float, int)
+        and not call.dropout_p
+        and not torch.is_autocast_enabled("cpu")
+        and not torch._C._len_torch_dispatch_stack()
+        and not torch._C._len_torch_function_stack()  # of them one traces before dispatch
+        and not torch._C._get_tracing_state()
+        and not _differentiates(call)
+    )
 
 
 def attend(call: Call, backend: str) -> tuple[Tensor, Tensor]:

@@ -15,7 +15,7 @@ ORDER: tuple[ModuleType, ...] = (cpu, composed, triton, eager)  # the fastest fi
 # Triton's interpreter is for testing the kernels: it runs when it is named, never because nothing else can.
 AUTO = tuple(backend for backend in ORDER if not (backend is triton and interpreter.ACTIVE))
 BY_NAME: dict[str, ModuleType] = {backend.NAME: backend for backend in ORDER}
-LONG = 1024  # virtual tokens, see ``_slow``
+LONG = 1024  # virtual tokens, see ``slow``
 NOT_IN_THIS_VERSION = ("cuda",)  # names that the public contract reserves
 
 
@@ -32,7 +32,7 @@ class Explanation(NamedTuple):
         return "\n".join(lines)
 
 
-def _slow(call: Call) -> str | None:
+def slow(call: Call) -> str | None:
     """Why torch's own kernels are faster than those of ``cpu``, if they are: on this processor, or for this call.
 
     The second was measured (``python -m benchmarks regret``) on a Zen 5: one float32 query for each key head, so that
@@ -51,7 +51,7 @@ def _slow(call: Call) -> str | None:
 
 def _auto(call: Call) -> tuple[ModuleType, ...]:
     """``AUTO``, but where ``cpu`` is slow it comes after torch's own kernels."""
-    return (composed, cpu, *AUTO[2:]) if _slow(call) else AUTO
+    return (composed, cpu, *AUTO[2:]) if slow(call) else AUTO
 
 
 def select(call: Call, backend: str = "auto") -> ModuleType:
@@ -78,6 +78,6 @@ def explain(call: Call) -> Explanation:
     refused = {b.NAME: tuple(b.refuse(call)) for b in ORDER}
     refused |= dict.fromkeys(NOT_IN_THIS_VERSION, ("not part of this version",))
     chosen = select(call)
-    if chosen is not cpu and not refused[cpu.NAME] and (reason := _slow(call)):
+    if chosen is not cpu and not refused[cpu.NAME] and (reason := slow(call)):
         refused[cpu.NAME] = (reason,)
     return Explanation(chosen.NAME, {name: reasons for name, reasons in refused.items() if reasons})

@@ -12,7 +12,7 @@ from torch import Tensor
 from prefix_attn import _ops, dispatch
 from prefix_attn.backends import eager, visibility
 from prefix_attn.call import NUMBERS, Call, as_int, as_number, check, check_gate
-from prefix_attn.packing import Packed, Padding
+from prefix_attn.packing import Packed, padded
 
 HUGE = 1e30  # nothing that was trained
 
@@ -119,7 +119,7 @@ def prefix_attention(
 
     Source: Li and Liang 2021, section 4.2 (prefix activations of every layer); Dao et al. 2022 (log-sum-exp).
     """
-    call = _call(
+    call = Call(
         query,
         key,
         value,
@@ -134,11 +134,12 @@ def prefix_attention(
         key_mask,
         is_causal=is_causal,
         window=window,
-        scale=scale,
+        scale=scale,  # pyrefly: ignore[bad-argument-type]  # None until it is checked
         softcap=softcap,
         dropout_p=dropout_p,
     )
-    out, lse = _attend(call, prefix_gate, backend)
+    done = None if prefix_gate is not None else _ops.at_once(call, backend)
+    out, lse = done or _attend(_checked(call), prefix_gate, backend)
     return (out, lse) if return_lse else out
 
 
@@ -259,7 +260,7 @@ def prefix_attention_varlen(
         out, lse = out[0].transpose(0, 1), lse[0]
     else:
         queries = packed_q.padding()
-        out, lse = _attend(_padded(call, queries, packed_k.padding()), prefix_gate, backend)
+        out, lse = _attend(padded(call, queries, packed_k.padding()), prefix_gate, backend)
         out, lse = queries.unpad((out, 0.0), (lse[..., None], -torch.inf))
         lse = lse[..., 0].transpose(0, 1)
     return (out, lse) if return_lse else out
@@ -289,13 +290,18 @@ explain.__signature__ = _signature  # pyrefly: ignore[missing-attribute]
 
 
 def _call(query: Tensor, key: Tensor, value: Tensor, *rest: Any, **named: Any) -> Call:
-    """A checked Call: query, key and value in autocast's dtype where it is on, the default scale filled in."""
+    return _checked(Call(query, key, value, *rest, **named))
+
+
+def _checked(call: Call) -> Call:
+    """The call, found to be right: query, key and value in autocast's dtype where it is on, a scale filled in."""
+    query, key, value = call[:3]
     if all(isinstance(t, Tensor) for t in (query, key, value)):
         kind = query.device.type
         on = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
         if on and query.dtype != torch.float64:
             query, key, value = (t.to(torch.get_autocast_dtype(kind)) for t in (query, key, value))
-    call = Call(query, key, value, *rest, **named)
+            call = call._replace(query=query, key=key, value=value)
     if call.scale is None and isinstance(query, Tensor) and query.dim():
         size = query.shape[-1]
         call = call._replace(scale=max(size.item() if isinstance(size, Tensor) else size, 1) ** -0.5)  # torch.jit.trace
@@ -307,22 +313,6 @@ def _call(query: Tensor, key: Tensor, value: Tensor, *rest: Any, **named: Any) -
             call = call._replace(**{name: as_number(number)})
     check(call)
     return call
-
-
-def _padded(call: Call, queries: Padding, keys: Padding) -> Call:
-    """A packed call as a batch. Each sequence ends at the right edge, from where causality and windows count."""
-    start = call.prefix_start
-    return call._replace(
-        query=queries.pad(call.query[0].transpose(0, 1)),
-        key=keys.pad(call.key[0].transpose(0, 1)),
-        value=keys.pad(call.value[0].transpose(0, 1)),
-        prefix_start=None if start is None else start + keys.free,
-        key_mask=keys.present,
-        cu_seqlens_q=None,
-        cu_seqlens_k=None,
-        max_seqlen_q=None,
-        max_seqlen_k=None,
-    )
 
 
 def _attend(call: Call, gate: Tensor | None, backend: str) -> tuple[Tensor, Tensor]:

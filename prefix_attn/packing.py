@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from prefix_attn.call import as_int, check_ids
+from prefix_attn.call import Call, as_int, check_ids
 
 
 class Packed:
@@ -82,3 +82,19 @@ class Padding(NamedTuple):
         if not self.present.numel() and self.tokens:  # tokens, and no sequence
             return [t.new_full((self.tokens, *t.shape[1:]), fill) for t, fill in flat]
         return [t.index_select(0, target).masked_fill(~within[:, None, None], fill) for t, fill in flat]
+
+
+def padded(call: Call, queries: Padding, keys: Padding) -> Call:
+    """A packed call as a batch. Each sequence ends at the right edge, from where causality and windows count."""
+    start = call.prefix_start
+    return call._replace(
+        query=queries.pad(call.query[0].transpose(0, 1)),
+        key=keys.pad(call.key[0].transpose(0, 1)),
+        value=keys.pad(call.value[0].transpose(0, 1)),
+        prefix_start=None if start is None else start + keys.free,
+        key_mask=keys.present,
+        cu_seqlens_q=None,
+        cu_seqlens_k=None,
+        max_seqlen_q=None,
+        max_seqlen_k=None,
+    )

@@ -43,13 +43,9 @@ def slow() -> str | None:
     return "without AVX2 it is slower than torch's kernels" if _native.isa == "generic" else None
 
 
-def forward(call: Call) -> tuple[Tensor, Tensor]:
-    """(out, lse) of the call."""
-    out = empty_like(call, call.query, call.value.shape[-1])
-    lse = call.query.new_full(call.query.shape[:3], -torch.inf, dtype=torch.float32)
-    if lse.numel():
-        torch.ops.prefix_attn_cpu.forward.default(*_arguments(call), out, lse)
-    return out, lse
+def forward(call: Call, *, strict: bool = False) -> tuple[Tensor, Tensor]:
+    """(out, lse) of the call. ``strict``: it was not checked, and the op raises RuntimeError where it is wrong."""
+    return torch.ops.prefix_attn_cpu.forward.default(*_arguments(call), strict)
 
 
 def backward(
@@ -68,7 +64,7 @@ def backward(
     share = torch.zeros_like(lse) if needs[5] else None
     if lse.numel():
         torch.ops.prefix_attn_cpu.backward.default(
-            *_arguments(call), out, lse, grad_out, grad_lse, *sequence, *partials, slots, share
+            *_arguments(call), False, out, lse, grad_out, grad_lse, *sequence, *partials, slots, share
         )
     else:
         for grad in sequence:
@@ -83,26 +79,8 @@ def backward(
 
 def _arguments(call: Call) -> tuple[Any, ...]:
     """What both ops take first."""
-    prefix = [_bank(t) if call.prefix_length() else None for t in (call.prefix_key, call.prefix_value)]
-    sinks = None if call.sinks is None else call.sinks.detach().float().contiguous()
-    ints = (call.prefix_ids, call.prefix_lengths, call.prefix_start, call.key_lengths)
-    ints += (call.cu_seqlens_q, call.cu_seqlens_k)
-    mask = None if call.key_mask is None else call.key_mask.contiguous()
-    return (
-        *call[:3],
-        *prefix,
-        sinks,
-        *(None if t is None else t.long().contiguous() for t in ints),
-        mask,
-        call.is_causal,
-        call.window or 0,
-        call.scale,
-        call.softcap or 0.0,
-    )
-
-
-def _bank(prefix: Tensor | None) -> Tensor | None:
-    return prefix[None] if prefix is not None and prefix.dim() == 3 else prefix
+    packed = (call.cu_seqlens_q, call.cu_seqlens_k)
+    return (*call[:6], *call[7:12], *packed, call.is_causal, call.window, call.scale, call.softcap)
 
 
 def _slots(call: Call) -> int:
