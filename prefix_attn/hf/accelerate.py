@@ -14,11 +14,13 @@ from torch import Tensor
 from prefix_attn.hf.attach.attachment import Attachment
 from prefix_attn.hf.attach.layout import Layout
 from prefix_attn.hf.attach.outside import refuse_continuous_batching
+from prefix_attn.hf.attach.wrapper import refuse_data_parallel
 from prefix_attn.hf.config import PrefixConfig
 from prefix_attn.hf.io.stored import slots_of_peft
 
 SERVED = ("PREFIX_TUNING", "CARTRIDGE")
 CONTINUOUS_BATCHING = ("generate_batch", "init_continuous_batching", "continuous_batching_context_manager")
+_REPLICATE = "_replicate_for_data_parallel"  # what nn.DataParallel calls
 
 
 def accelerate(model: Any, *, backend: str = "auto") -> Callable[[], None]:
@@ -54,6 +56,7 @@ def accelerate(model: Any, *, backend: str = "auto") -> Callable[[], None]:
         model.forward, model.generate = theirs
         for name in CONTINUOUS_BATCHING:
             delattr(model, name)
+        del vars(model)[_REPLICATE]
         way.attachment.remove()
 
     # Of what a deepcopy or a pickle of the model copies with it: a closure would go on running the original.
@@ -62,6 +65,7 @@ def accelerate(model: Any, *, backend: str = "auto") -> Callable[[], None]:
     model.forward, model.generate = forward, generate
     for name in CONTINUOUS_BATCHING:
         setattr(model, name, refuse_continuous_batching)
+    vars(model)[_REPLICATE] = partial(refuse_data_parallel, f"{type(model).__name__}, accelerated,")
     return undo
 
 

@@ -367,3 +367,15 @@ def test_data_parallel_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     for model in (prefixed(tiny("llama")), tuned(tiny("llama")), nn.Sequential(tuned(tiny("bert")))):
         with pytest.raises(NotImplementedError, match=r"does not run under nn\.DataParallel.*one process per GPU"):
             replicas(model, monkeypatch)
+
+
+@pytest.mark.peft
+def test_data_parallel_is_refused_of_an_accelerated_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    from peft import PrefixTuningConfig, get_peft_model
+
+    theirs = get_peft_model(tiny("llama"), PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=P)).eval()
+    undo = accelerate(theirs)
+    with pytest.raises(NotImplementedError, match=r"PeftModelForCausalLM, accelerated, does not run under nn\.DataPar"):
+        replicas(nn.Sequential(theirs), monkeypatch)
+    undo()
+    assert len(replicas(theirs, monkeypatch)) == 2

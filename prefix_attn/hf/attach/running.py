@@ -184,8 +184,6 @@ class Runner:
             state = Capture()
             state.weights = True
             return args, kwargs | {STATE: state}
-        if stack not in self.positions:
-            raise NotImplementedError(f"nn.DataParallel copied {self._name}: start one process per GPU instead")
         state.weights = bool(weights)
         state.entered.add(stack)
         if not torch.compiler.is_compiling():

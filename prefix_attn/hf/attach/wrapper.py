@@ -82,10 +82,7 @@ class Wrapper(Reached):
         return quantizer is None or quantizer.is_trainable
 
     def _replicate_for_data_parallel(self) -> Any:
-        raise NotImplementedError(
-            f"{type(self).__qualname__} does not run under nn.DataParallel, which copies the model in every forward: "
-            "start one process per GPU (torchrun, accelerate launch), or show one GPU (CUDA_VISIBLE_DEVICES=0)"
-        )
+        refuse_data_parallel(type(self).__qualname__)
 
     def _is_there(self, name: str) -> bool:
         """Whether the attribute ``name`` is the base model's."""
@@ -152,6 +149,14 @@ def _named_after(own: type[Any], base: type[PreTrainedModel]) -> type[Any]:
     kind = type(base.__name__, (own,), fields)
     kind.__module__, kind.__qualname__ = own.__module__, f"{own.__qualname__}[{base.__name__}]"
     return kind
+
+
+def refuse_data_parallel(name: str) -> None:
+    """What nn.DataParallel gets for a copy of a model, in whose layers nobody would know the prefix."""
+    raise NotImplementedError(
+        f"{name} does not run under nn.DataParallel, which copies the model in every forward: start one process per "
+        "GPU (torchrun, accelerate launch), or show one GPU (CUDA_VISIBLE_DEVICES=0)"
+    )
 
 
 def check_base(base: Any) -> None:
