@@ -341,6 +341,11 @@ std::string isa() {
     return kernels().name;
 }
 
+// Counts the changes of the schemas below, so that a library of other sources is not called. _native.py has it too.
+int64_t interface() {
+    return 2;
+}
+
 }  // namespace
 
 // ``strict``: ids and lengths that are out of range are refused. Without it, no row reads them.
@@ -356,6 +361,7 @@ STABLE_TORCH_LIBRARY(prefix_attn_cpu, m) {
           "Tensor(c!)? grad_value, Tensor(d!)? grad_prefix_key, Tensor(e!)? grad_prefix_value, int slots, "
           "Tensor(f!)? share) -> ()");
     m.def("isa() -> str");
+    m.def("interface() -> int");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(prefix_attn_cpu, CPU, m) {
@@ -365,4 +371,5 @@ STABLE_TORCH_LIBRARY_IMPL(prefix_attn_cpu, CPU, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(prefix_attn_cpu, CompositeExplicitAutograd, m) {
     m.impl("isa", TORCH_BOX(&isa));
+    m.impl("interface", TORCH_BOX(&interface));
 }

@@ -13,6 +13,7 @@ import torch
 
 PACKAGE = Path(__file__).resolve().parent.parent
 FLAGS = ["-O3", "-std=c++20", "-fno-math-errno", "-Wno-psabi", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
+INTERFACE = 2  # of csrc/bind_cpu.cpp
 
 
 def _load() -> str | None:
@@ -24,6 +25,9 @@ def _load() -> str | None:
         torch.ops.load_library(found)
     except OSError as error:
         return f"{found.name} does not load: {str(error).splitlines()[0]}"
+    ops = torch.ops.prefix_attn_cpu
+    if not hasattr(ops, "interface") or ops.interface() != INTERFACE:
+        return f"{found.name} was built from other sources than these: build it again"
     return _choose()
 
 

@@ -60,6 +60,11 @@ def test_is_there_and_auto_takes_it() -> None:
     assert (said.backend, said.refused.get("cpu")) == ("cpu", None) or _native.isa == "generic"
 
 
+def test_a_library_of_other_sources_is_not_called(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_native, "INTERFACE", 0)
+    assert "was built from other sources than these: build it again" in (_native._load() or "")
+
+
 def test_auto_prefers_torch_without_vector_instructions(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_native, "isa", "generic")
     arguments = Case().arguments(torch.float32)
