@@ -26,12 +26,13 @@ ORDER = (
     ("prefix_attn.packing", "prefix_attn.dispatch"),
     ("prefix_attn._ops",),
     ("prefix_attn.functional",),
-    ("prefix_attn.nn", "prefix_attn.hf.encoder"),
+    ("prefix_attn.nn", "prefix_attn.hf.encoder", "prefix_attn.hf.hub"),
     ("prefix_attn.hf.config",),
     ("prefix_attn.hf.attach",),
     ("prefix_attn.hf.io",),
     ("prefix_attn.hf.initial", "prefix_attn.hf.accelerate", "prefix_attn.hf.load"),
     ("prefix_attn.hf.prefixes",),
+    ("prefix_attn.hf.peft_words",),
     ("prefix_attn.hf.model", "prefix_attn.hf.embedding"),
     ("prefix_attn.hf.edit", "prefix_attn.hf.mass", "prefix_attn.hf.check"),
     ("prefix_attn.training",),
@@ -286,8 +287,8 @@ PRIVATE = {
     *("_patch_lang_tensor", "_prefix_attn_repaired"),
     # transformers has setters, but nothing public that reads these back.
     *("_attn_implementation", "_can_set_attn_implementation", "_name_or_path"),
-    # Resuming as a Trainer does, and the tokenizer that transformers wraps.
-    *("_load_from_checkpoint", "_tokenizer"),
+    # Resuming and saving as a Trainer does, and the tokenizer that transformers wraps.
+    *("_load_from_checkpoint", "_save", "_tokenizer"),
 }
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from prefix_attn.hf.attach.attachment import Attachment
 from prefix_attn.hf.attach.layout import Layout
 from prefix_attn.hf.attach.outside import refuse_continuous_batching
-from prefix_attn.hf.attach.wrapper import refuse_data_parallel
+from prefix_attn.hf.attach.wrapper import Wrapper, refuse_data_parallel
 from prefix_attn.hf.config import PrefixConfig
 from prefix_attn.hf.io.stored import slots_of_peft
 
@@ -90,7 +90,7 @@ def _generate(way: _Way, *args: Any, **kwargs: Any) -> Any:
 
 def _attach(model: Any, backend: str) -> Attachment:
     """Attach to the base model of ``model``, whose active adapter must be one that can be served."""
-    if not hasattr(model, "active_peft_config"):
+    if isinstance(model, Wrapper) or not hasattr(model, "active_peft_config"):
         raise TypeError(f"accelerate needs a peft.PeftModel, got {type(model).__qualname__}")
     config = _check(model)
     if getattr(model.forward, "func", None) is _forward:

@@ -14,6 +14,12 @@ INITS = ("random", "text", "document", "prefix", "zero", "uniform")
 GATES = (None, "zero")
 POSITION_MODES = ("shift", "none")
 SITES = ("encoder", "cross", "decoder")  # the order of a prefix's keys and values
+# A state_dict shows some fields by its shapes, and has to say others.
+SHOWN_FIELDS = (
+    *("num_virtual_tokens", "num_frozen_tokens", "prefix_projection", "encoder_hidden_size", "encoder_depth", "gate"),
+    "modules_to_save",
+)
+UNSHOWN_FIELDS = ("mode", "sites", "layers", "encoder_activation", "position_mode")
 TASK_TYPES = ("CAUSAL_LM", "SEQ_2_SEQ_LM", "SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")
 
 
@@ -62,6 +68,7 @@ class PrefixConfig:
             Default: all that a model for a task (classification, question answering, multiple choice, ...) adds to a
             pretrained one, where they usually start at random; none in language models.
         base_model_name_or_path: the model that the prefix was trained for.
+        inference_mode: the prefix is not trained (PEFT's field).
         backend: of ``prefix_attention``.
 
     Raises:
@@ -89,6 +96,7 @@ class PrefixConfig:
     modules_to_save: Sequence[str] | None = None
     base_model_name_or_path: str | None = None
     backend: str = "auto"
+    inference_mode: bool = False
 
     def __post_init__(self) -> None:
         """Validate."""
@@ -177,6 +185,51 @@ class PrefixConfig:
                     )
             self.layers = {n: self.layers[n] for n in numbers} if isinstance(self.layers, Mapping) else numbers
 
+    @classmethod
+    def from_peft(cls, config: Any) -> PrefixConfig:
+        """The same prefix as ``config``, a PrefixTuningConfig or CartridgeConfig of PEFT, but for where it starts.
+
+        PEFT's start is random numbers. Ours is the default of ``init``, or "zero" where PEFT's is zero too. Sizes of
+        the base model (token_dim, num_layers...) come from the model.
+
+        Raises:
+            ValueError: it is not the configuration of a prefix.
+        """
+        kind = getattr(config, "peft_type", None)
+        kind = getattr(kind, "value", kind)
+        if kind not in ("PREFIX_TUNING", "CARTRIDGE"):
+            raise ValueError(
+                "config must be a PrefixConfig, or a PrefixTuningConfig or CartridgeConfig of PEFT, got "
+                f"{type(config).__name__}"
+            )
+        task = getattr(config.task_type, "value", config.task_type)
+        return cls(
+            num_virtual_tokens=config.num_virtual_tokens,
+            prefix_projection=getattr(config, "prefix_projection", False),
+            encoder_hidden_size=getattr(config, "encoder_hidden_size", None),
+            init="zero" if getattr(config, "init_weights", None) == "zero" else "random",
+            num_frozen_tokens=getattr(config, "num_frozen_tokens", 0),
+            task_type=task,
+            modules_to_save=getattr(config, "modules_to_save", None),
+            base_model_name_or_path=config.base_model_name_or_path,
+            inference_mode=config.inference_mode,
+        )
+
+    is_prompt_learning = True  # PEFT asks its configurations
+
+    @property
+    def peft_type(self) -> str:
+        """PEFT's name of such a prefix, where it has one; ours otherwise."""
+        if (
+            self.layers != "all"
+            or self.gate is not None
+            or self.mode == "infix"
+            or self.position_mode == "none"
+            or len(self.sites or ()) > 1
+        ):
+            return "PREFIX_ATTN"
+        return "CARTRIDGE" if self.num_frozen_tokens else "PREFIX_TUNING"
+
     @property
     def shift(self) -> int:
         """How much the prefix adds to the positions of the tokens after it."""
@@ -197,8 +250,9 @@ class PrefixConfig:
         self.prefix_projection = False
 
     def to_dict(self) -> dict[str, Any]:
-        """Fields as JSON can hold them."""
-        return {n: list(v) if isinstance(v, tuple) else v for n, v in asdict(self).items()}
+        """Fields as JSON can hold them, but for ``inference_mode``, which is not of the prefix but of its use."""
+        values = {n: list(v) if isinstance(v, tuple) else v for n, v in asdict(self).items()}
+        return {n: v for n, v in values.items() if n != "inference_mode"}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> PrefixConfig:

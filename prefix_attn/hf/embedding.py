@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from prefix_attn.hf.attach.attachment import Attachment
@@ -15,6 +16,7 @@ from prefix_attn.hf.attach.insertion import Insertion
 from prefix_attn.hf.attach.trained import freeze
 from prefix_attn.hf.attach.wrapper import Wrapper
 from prefix_attn.hf.config import PrefixConfig
+from prefix_attn.hf.hub import download_options
 from prefix_attn.hf.initial import initial_embeddings
 from prefix_attn.hf.io import checkpoint
 
@@ -85,18 +87,36 @@ class PrefixTuning(Wrapper):
         with self._own_forward(), self._running():
             return self.base_model.generate(*args, **kwargs)
 
-    def save_pretrained(self, path: str | Path) -> None:
-        """Write the table into a folder, in the format of PEFT's prompt tuning, which is this method."""
-        checkpoint.save_table(Path(path), self.prefix, self.base_model)
+    def save_pretrained(
+        self,
+        path: str | Path,
+        *,
+        is_main_process: bool = True,
+        state_dict: Mapping[str, Tensor] | None = None,
+        safe_serialization: bool = True,
+        save_function: Any = None,
+    ) -> None:
+        """Write the table into a folder, in the format of PEFT's prompt tuning, which is this method.
+
+        Other arguments are as for ``PrefixModel.save_pretrained``.
+        """
+        checkpoint.check_safe(safe_serialization)
+        if is_main_process:
+            table = self.prefix if state_dict is None else checkpoint.find_table(state_dict)
+            checkpoint.save_table(Path(path), table, self.base_model)
 
     @classmethod
-    def from_pretrained(cls, model: PreTrainedModel, path: str | Path, *, is_trainable: bool = False) -> PrefixTuning:
+    def from_pretrained(
+        cls, model: PreTrainedModel, path: str | Path, *, is_trainable: bool = False, **options: Any
+    ) -> PrefixTuning:
         """``model`` with the table in ``path`` (a folder or a Hub id), as ``save_pretrained`` or PEFT wrote it.
+
+        ``options`` are those of ``PrefixModel.load_prefix``.
 
         Raises:
             ValueError: the files do not fit ``model``, or are damaged.
         """
-        table = checkpoint.load_table(path, model)
+        table = checkpoint.load_table(path, model, **download_options(options))
         tuned = cls(model, *table.shape)
         tuned.load_state_dict({"prefix": table})
         tuned.prefix.requires_grad_(is_trainable)

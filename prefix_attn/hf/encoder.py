@@ -7,7 +7,9 @@ once per forward of the model, not once per sample.
 
 from __future__ import annotations
 
+import json
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +28,7 @@ ACTIVATIONS: dict[str, type[nn.Module]] = {
     "softplus": nn.Softplus,
     "tanh": nn.Tanh,
 }
+UNSHOWN = "_extra_state"  # torch's name of what a state_dict holds besides parameters and buffers
 
 
 class PrefixEncoder(nn.Module):
@@ -38,6 +41,9 @@ class PrefixEncoder(nn.Module):
     The first tokens can be ``frozen``: F rows in the flat layout that are not trained, bypass the MLP and get no
     dropout. ``embedding`` then has rows for the other P - F. A ``gate`` (L, query heads) is the factor of each query
     head's attention to the prefix, and starts at 0.
+
+    ``unshown`` holds those fields of the prefix's configuration that nobody could tell from the shapes. If there are
+    any, ``state_dict`` has them as an entry of numbers, because files of tensors hold nothing else.
     """
 
     frozen: Tensor | None
@@ -63,10 +69,13 @@ class PrefixEncoder(nn.Module):
         ``gate_heads`` are the query heads to gate.
         """
         super().__init__()
+        self.register_state_dict_post_hook(_tell)
+        self.register_load_state_dict_pre_hook(_compare)
         self.num_layers, self.num_heads, self.head_dim = num_layers, num_heads, head_dim
         width = 2 * num_layers * num_heads * head_dim
         self.dropout = nn.Dropout(dropout)
         self.mlp: nn.Module | None = None
+        self.unshown: dict[str, Any] = {}
         self.register_buffer("frozen", torch.zeros(num_frozen_tokens, width) if num_frozen_tokens else None)
         self.gate = None if gate_heads is None else nn.Parameter(torch.zeros(num_layers, gate_heads))
         trained = num_virtual_tokens - num_frozen_tokens
@@ -133,3 +142,45 @@ class PrefixEncoder(nn.Module):
 
     def _after_frozen(self, rows: Tensor) -> Tensor:
         return rows if self.frozen is None else torch.cat([self.frozen, rows])
+
+
+def _tell(encoder: PrefixEncoder, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any]) -> None:
+    """Add to a state_dict what its shapes do not show."""
+    if encoder.unshown:
+        told = json.dumps(encoder.unshown).encode()
+        state_dict[prefix + UNSHOWN] = torch.tensor(list(told), dtype=torch.uint8)
+
+
+def _compare(
+    encoder: PrefixEncoder,
+    state_dict: dict[str, Any],
+    prefix: str,
+    local_metadata: dict[str, Any],
+    strict: bool,
+    missing_keys: list[str],
+    unexpected_keys: list[str],
+    error_msgs: list[str],
+) -> None:
+    """Refuse a state_dict of another kind of prefix with the same shapes."""
+    told = state_dict.pop(prefix + UNSHOWN, None)
+    here = json.loads(json.dumps(encoder.unshown))
+    if told is not None and read_unshown(told) != here:
+        name = prefix.rstrip(".") or "this"
+        error_msgs.append(f"{name} is a prefix with {here}, the state is of one with {read_unshown(told)}")
+
+
+def read_unshown(entry: Any) -> dict[str, Any]:
+    """What the entry ``UNSHOWN`` of a state_dict says.
+
+    Raises:
+        ValueError: it says nothing of that kind.
+    """
+    if not isinstance(entry, Tensor) or entry.dim() != 1 or entry.numel() > 1 << 16:
+        raise ValueError(f"{UNSHOWN} must be the bytes of a JSON object")
+    try:
+        told = json.loads(bytes(entry.to("cpu", torch.uint8).tolist()))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{UNSHOWN} must be the bytes of a JSON object ({error})") from None
+    if not isinstance(told, dict):
+        raise ValueError(f"{UNSHOWN} must be the bytes of a JSON object, got {type(told).__name__!r}")
+    return told

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
@@ -18,16 +17,18 @@ from prefix_attn.hf.attach.infix import end_of_prompt, start_of_targets
 from prefix_attn.hf.attach.task_heads import copy_task_heads, task_heads_in_place
 from prefix_attn.hf.config import PrefixConfig
 from prefix_attn.hf.encoder import PrefixEncoder
+from prefix_attn.hf.hub import download_options
 from prefix_attn.hf.initial import draw_pieces, initial_embeddings, initial_kv, start_from_prefix
-from prefix_attn.hf.io import checkpoint
-from prefix_attn.hf.prefixes import NamedPrefixes
+from prefix_attn.hf.io import checkpoint, formats
+from prefix_attn.hf.io.stored import Stored
+from prefix_attn.hf.peft_words import PeftWords
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
 def get_prefix_model(
-    base: PreTrainedModel, config: PrefixConfig, tokenizer: PreTrainedTokenizerBase | None = None
+    base: PreTrainedModel, config: PrefixConfig | Any, tokenizer: PreTrainedTokenizerBase | None = None
 ) -> PrefixModel:
     """``base``, frozen, with one trainable prefix named "default".
 
@@ -38,7 +39,7 @@ def get_prefix_model(
 
     Args:
         base: a transformers model, decoder, encoder or both; its attention function is switched in place.
-        config: the prefix.
+        config: the prefix; or a PrefixTuningConfig or CartridgeConfig of PEFT: see ``PrefixConfig.from_peft``.
         tokenizer: for ``init_text``.
 
     Raises:
@@ -54,7 +55,7 @@ def get_prefix_model(
     return model
 
 
-class PrefixModel(NamedPrefixes):
+class PrefixModel(PeftWords):
     """A frozen model with trained prefixes (Li and Liang 2021, section 4.2). Other attributes are the base model's.
 
     A forward or generate keeps the prefixes that it started with. Prefixes that are added, selected, deleted or
@@ -63,12 +64,20 @@ class PrefixModel(NamedPrefixes):
 
     ``state_dict`` holds what is trained, wherever the model is nested: the prefixes with their MLPs and task heads, and
     those parameters of the base model that are trainable. A Trainer saves it in its checkpoints and resumes from it.
-    ``load_state_dict`` misses nothing that is frozen.
+    ``load_state_dict`` misses nothing that is frozen. What a Trainer saves, and the files of a state_dict alone, are
+    read like those of ``save_pretrained``.
     """
 
-    def add_prefix(self, name: str, config: PrefixConfig, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
-        """Add a trainable prefix, initialised as ``config`` says. It becomes the active one."""
+    def add_prefix(
+        self, name: str, config: PrefixConfig | Any, tokenizer: PreTrainedTokenizerBase | None = None
+    ) -> None:
+        """Add a prefix, initialised as ``config`` says. It becomes the active one.
+
+        ``config`` may be PEFT's: see ``PrefixConfig.from_peft``. The prefix is trained, unless ``inference_mode`` is
+        set.
+        """
         self.check_new_name(name)
+        config = config if isinstance(config, PrefixConfig) else PrefixConfig.from_peft(config)
         config = draw_pieces(self.attachment.resolver.resolve(config), tokenizer)
         encoder = self.make_encoder(config)
         if config.init == "prefix":
@@ -78,44 +87,129 @@ class PrefixModel(NamedPrefixes):
         else:
             encoder.set_kv(initial_kv(self.attachment, config, tokenizer))
         task_heads = copy_task_heads(self.base_model, config.modules_to_save or ())
-        self.install_prefix(name, config, encoder, task_heads, trainable=True)
+        self.install_prefix(name, config, encoder, task_heads, trainable=not config.inference_mode)
 
-    def load_prefix(self, path: str | Path, name: str, *, is_trainable: bool = False) -> None:
-        """Add a prefix from a folder, a file or a Hub id, of any library in ``formats``. It becomes the active one."""
-        self.check_new_name(name)
-        config, encoder, task_heads = self._load(path, is_trainable=is_trainable)
-        self.install_prefix(name, config, encoder, task_heads, trainable=is_trainable)
+    def load_prefix(
+        self,
+        path: str | Path,
+        name: str,
+        *,
+        is_trainable: bool = False,
+        config: PrefixConfig | Any = None,
+        **options: Any,
+    ) -> None:
+        """Add a prefix from a folder, a file or a Hub id, of any library in ``formats``. It becomes the active one.
 
-    def save_pretrained(self, path: str | Path, *, training_state: bool = False) -> None:
-        """Write the active prefix, folded, in PEFT's format where PEFT has such prefixes.
+        Args:
+            path: where it is. If it has several prefixes, that of this name is taken, otherwise that which was active.
+            name: of the new prefix.
+            is_trainable: whether it is trained, with its MLP where that was saved.
+            config: instead of the one that was saved, or for a state_dict, which does not say everything.
+            options: subfolder, revision, token, cache_dir, local_files_only, force_download, as for PEFT.
+
+        Raises:
+            ValueError: the files do not fit the base model, or are damaged. The model is unchanged then.
+        """
+        self.load_prefixes(path, name, is_trainable=is_trainable, config=config, **options)
+
+    def save_pretrained(
+        self,
+        path: str | Path,
+        *,
+        training_state: bool = False,
+        is_main_process: bool = True,
+        state_dict: Mapping[str, Tensor] | None = None,
+        selected_adapters: Sequence[str] | None = None,
+        safe_serialization: bool = True,
+        save_function: Any = None,
+    ) -> None:
+        """Write the active prefix, folded, in PEFT's format where PEFT has such prefixes, with a model card.
 
         Args:
             path: the folder. A kill at any moment leaves the old files or the new ones.
             training_state: also write what continuing the training of an MLP needs.
+            is_main_process: whether to write at all, in a training of several processes.
+            state_dict: take the values from it, as ``accelerator.get_state_dict(model)`` gives them.
+            selected_adapters: the names of the prefixes to save instead: "default" into ``path``, others into folders
+                of their names in it, as PEFT has it.
+            safe_serialization: must be True: pickles would not say which model and configuration they belong to.
+            save_function: accelerate's scripts give one. It is for pickles, and not called.
+
+        Raises:
+            ValueError: there is no such prefix, or another wrong argument. Nothing is written then.
         """
-        if self.active_prefix is None:
+        checkpoint.check_safe(safe_serialization)
+        if self.active_prefix is None and selected_adapters is None:
             raise ValueError("there is no active prefix to save")
-        encoder, config = self.find_prefix(self.active_prefix)
-        task_heads = self.task_heads(self.active_prefix)
-        checkpoint.save_prefix(Path(path), encoder, task_heads, config, self.attachment, training_state=training_state)
+        names = [self.active_prefix] if selected_adapters is None else selected_adapters
+        state = self.state_dict() if state_dict is None else state_dict
+        saved = {str(name): checkpoint.parts(str(name), self.find_prefix(str(name))[0], state) for name in names}
+        for name, parts in saved.items() if is_main_process else ():
+            folder = Path(path) if selected_adapters is None or name == "default" else Path(path) / name
+            encoder, config = self.find_prefix(name)
+            checkpoint.save_prefix(folder, parts, encoder, config, self.attachment, training_state=training_state)
 
     @classmethod
     def from_pretrained(
-        cls, base: PreTrainedModel, path: str | Path, *, is_trainable: bool = False, name: str = "default"
+        cls,
+        base: PreTrainedModel,
+        path: str | Path,
+        adapter_name: str | None = None,
+        is_trainable: bool = False,
+        config: PrefixConfig | Any = None,
+        *,
+        name: str | None = None,
+        **options: Any,
     ) -> PrefixModel:
         """``base`` with the prefix in ``path``: a folder, a file or a Hub id, of any library that ``formats`` knows.
 
+        Args:
+            base: the model that it was trained for.
+            path: where it is. Of a model with several prefixes all come back, under their names.
+            adapter_name: PEFT's word for ``name``.
+            is_trainable: as for ``load_prefix``; so are ``config`` and ``options``.
+            config: see there.
+            name: of the prefix, default "default". Where there are several, only the one of this name is loaded.
+            options: see there.
+
         Raises:
             TypeError, NotImplementedError: as ``get_prefix_model``.
-            ValueError: the files do not fit ``base``, or are damaged.
+            ValueError: the files do not fit ``base``, or are damaged. ``base`` is unchanged then.
         """
+        if None not in (name, adapter_name) and name != adapter_name:
+            raise ValueError(f"name and adapter_name are the same thing, got {name!r} and {adapter_name!r}")
         model = cls(base)
         try:
-            model.load_prefix(path, name, is_trainable=is_trainable)
+            name = adapter_name if name is None else name
+            model.load_prefixes(path, name, is_trainable=is_trainable, config=config, **options)
         except Exception:
             model.attachment.remove()
             raise
         return model
+
+    def load_prefixes(
+        self,
+        path: str | Path,
+        name: str | None = None,
+        *,
+        is_trainable: bool = False,
+        config: PrefixConfig | Any = None,
+        **options: Any,
+    ) -> None:
+        """Add every prefix that ``path`` has, under its name. The one that was active becomes the active one.
+
+        Arguments and errors are those of ``load_prefix``. A ``name`` adds only one, and a prefix alone is "default".
+        """
+        found = self._read(path, options)
+        if len(found) == 1 or name is not None:
+            found = {name or "default": formats.choose(path, found, name)}
+        for own in found:
+            self.check_new_name(own)
+        made = {own: self._made(stored, config, is_trainable=is_trainable) for own, stored in found.items()}
+        for own, parts in made.items():
+            self._install(own, *parts)
+        first = "default" if "default" in made else next(iter(made))
+        self.active_prefix = next((own for own in made if found[own].active), first)
 
     def forward(
         self,
@@ -225,21 +319,47 @@ class PrefixModel(NamedPrefixes):
         if own := [name for name in configs if len(self.task_heads(name))]:
             raise ValueError(f"prefixes with task heads cannot share a batch with others, got {own}")
 
-    def _load(self, path: str | Path, *, is_trainable: bool) -> tuple[PrefixConfig, PrefixEncoder, nn.ModuleDict]:
-        config, parameters, saved = checkpoint.load_prefix(path, self.attachment, is_trainable=is_trainable)
+    def _read(self, path: str | Path, options: Mapping[str, Any]) -> dict[str, Stored]:
+        layers = self.attachment.resolver.decoder_layers
+        return formats.read_all(path, decoder_layers=layers, **download_options(options))
+
+    def _made(
+        self, stored: Stored, config: PrefixConfig | Any, *, is_trainable: bool
+    ) -> tuple[PrefixConfig, PrefixEncoder, nn.ModuleDict, dict[str, Tensor]]:
+        """What ``stored`` becomes on this model: configuration, encoder, task heads, weights of the base model."""
+        if config is not None:
+            config = config if isinstance(config, PrefixConfig) else PrefixConfig.from_peft(config)
+            stored = stored._replace(config=config)
+        loaded = checkpoint.load_prefix(stored, self.attachment, is_trainable=is_trainable)
+        config = loaded.config
         encoder = self.make_encoder(config)
         try:
-            encoder.load_state_dict(parameters)
+            encoder.load_state_dict(loaded.parameters)
         except RuntimeError as error:
-            raise ValueError(f"{path}: the saved MLP does not fit its configuration ({error})") from None
+            raise ValueError(f"{stored.path}: the saved MLP does not fit its configuration ({error})") from None
+        if config.mode == "embedding" and not is_trainable:
+            encoder.fold()
+            config.fold()
+        config.inference_mode = not is_trainable
         task_heads = copy_task_heads(self.base_model, config.modules_to_save or ())
-        task_heads.load_state_dict(saved)
-        return config, encoder, task_heads
+        task_heads.load_state_dict(loaded.task_heads)
+        return config, encoder, task_heads, loaded.others
+
+    @torch.no_grad()
+    def _install(
+        self, name: str, config: PrefixConfig, encoder: PrefixEncoder, task_heads: nn.ModuleDict, others: Any
+    ) -> None:
+        self.install_prefix(name, config, encoder, task_heads, trainable=not config.inference_mode)
+        here = self.base_model.state_dict() if others else {}
+        for weight, tensor in others.items():
+            here[weight].copy_(tensor)
 
     def _init_prefix(self, config: PrefixConfig) -> tuple[PrefixEncoder, PrefixConfig]:
         """The prefix that a new one starts from: one of this model, or one from files."""
         if config.init_path is not None:
-            source, encoder, _ = self._load(os.fspath(config.init_path), is_trainable=config.mode == "embedding")
+            path = str(config.init_path)
+            stored = formats.choose(path, self._read(path, {}), None)
+            source, encoder, *_ = self._made(stored, None, is_trainable=config.mode == "embedding")
             return encoder, source
         assert config.init_prefix is not None
         try:

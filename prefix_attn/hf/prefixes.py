@@ -70,6 +70,7 @@ class NamedPrefixes(Wrapper):
             encoder, config = self.find_prefix(name)
             encoder.fold()
             config.fold()
+            encoder.unshown = self.attachment.resolver.unshown(config)
 
     # For other modules ------------------------------------------------------------------------------------------------
 
@@ -131,6 +132,7 @@ class NamedPrefixes(Wrapper):
             module.requires_grad_(trainable)
             module.train(self.training)
         train_copies(self.base_model, task_heads, trainable=trainable)
+        encoder.unshown = self.attachment.resolver.unshown(config)
         self.heads[name] = task_heads
         self.prefixes[name] = encoder.to(device_of(self.base_model.get_input_embeddings()))
         self.prefix_configs[name] = config

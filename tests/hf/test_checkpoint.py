@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from prefix_attn import PrefixConfig, PrefixModel, get_prefix_model
+from prefix_attn.hf.hub import CARD
 from prefix_attn.hf.io import checkpoint, files
 from tests.hf.models import tiny, tokens
 
@@ -41,7 +42,8 @@ def test_round_trip(tmp_path: Path, projection: bool, mode: str) -> None:
     """The logits after loading are the same bits, whichever way the prefix was made."""
     model = prefixed(prefix_projection=projection, position_mode=mode, dropout=0.5)
     model.save_pretrained(tmp_path)
-    assert sorted(f.name for f in tmp_path.iterdir()) == [checkpoint.ADAPTER_CONFIG, checkpoint.ADAPTER]
+    names = [CARD, checkpoint.ADAPTER_CONFIG, checkpoint.ADAPTER]
+    assert sorted(f.name for f in tmp_path.iterdir()) == names
     tensors = load_file(tmp_path / checkpoint.ADAPTER)
     assert {n: (tuple(t.shape), t.dtype) for n, t in tensors.items()} == {
         "prompt_embeddings": ((P, WIDTH), torch.float32)
@@ -90,7 +92,7 @@ def test_training_state_of_another_prefix_is_not_used(tmp_path: Path, caplog: py
     assert torch.equal(logits(again), logits(newer))
 
 
-@pytest.mark.parametrize("renames", [0, 1, 2])
+@pytest.mark.parametrize("renames", [0, 1, 2, 3])
 def test_a_kill_leaves_the_old_prefix_or_the_new_one(
     tmp_path: Path, renames: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -109,7 +111,7 @@ def test_a_kill_leaves_the_old_prefix_or_the_new_one(
         patch.setattr(os, "replace", replace)
         with pytest.raises(KeyboardInterrupt):
             new.save_pretrained(tmp_path, training_state=True)
-    assert len(list(tmp_path.iterdir())) == 3
+    assert len(list(tmp_path.iterdir())) == 4
     for is_trainable in (False, True):
         again = PrefixModel.from_pretrained(tiny("llama"), tmp_path, is_trainable=is_trainable)
         assert any(torch.equal(logits(again), logits(m)) for m in (old, new))

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from transformers import PreTrainedModel
 
 from prefix_attn.hf.attach.positions import Positions
 from prefix_attn.hf.attach.slots import Slot
 from prefix_attn.hf.attach.task_heads import default_task_heads, find_task_heads, task_of
-from prefix_attn.hf.config import SITES, PrefixConfig
+from prefix_attn.hf.config import SHOWN_FIELDS, SITES, UNSHOWN_FIELDS, PrefixConfig
 
 
 class Layout(NamedTuple):
@@ -74,6 +74,15 @@ class Resolver:
         self._check_mode(layout)
         self._check_gate(layout)
         return replace(config, position_mode=config.position_mode or self._default_position_mode(config))
+
+    def unshown(self, config: PrefixConfig) -> dict[str, Any]:
+        """The fields of a resolved ``config`` that neither the shapes of its parameters nor the model would tell."""
+        told = {n: v for n, v in config.to_dict().items() if n in SHOWN_FIELDS}
+        try:
+            default = self.resolve(PrefixConfig.from_dict(told)).to_dict()
+        except (NotImplementedError, ValueError):  # the model has no default: its layers differ, say
+            default = {}
+        return {n: v for n, v in config.to_dict().items() if n in UNSHOWN_FIELDS and v != default.get(n)}
 
     def unshiftable(self, config: PrefixConfig) -> list[PreTrainedModel]:
         """The stacks that a prefix enters and whose tokens cannot be moved behind it."""

@@ -14,8 +14,10 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from prefix_attn.hf import hub
 from prefix_attn.hf.attach.outside import Reached
 from prefix_attn.hf.attach.trained import leave_out_frozen
+from prefix_attn.hf.attach.trainers import complete_folders
 
 
 class Wrapper(Reached):
@@ -34,6 +36,7 @@ class Wrapper(Reached):
         """Without a model yet."""
         super().__init__()
         leave_out_frozen(self)
+        complete_folders(Wrapper)
 
     def _wrap(self, base: PreTrainedModel) -> None:
         """Take ``base``. This is the last thing that ``__init__`` does: what is set later may be an attribute of it."""
@@ -60,20 +63,27 @@ class Wrapper(Reached):
         share = 100 * trainable / total
         print(f"trainable params: {trainable:,} || all params: {total:,} || trainable%: {share:.4f}")  # noqa: T201
 
-    def save_pretrained(self, path: str | Path) -> None:
+    def save_pretrained(self, path: str | Path, **options: Any) -> None:
         """Write what is trained, in PEFT's format."""
         raise NotImplementedError
 
-    def push_to_hub(self, repo_id: str, **kwargs: Any) -> Any:
-        """Upload what ``save_pretrained`` writes; ``kwargs`` are those of ``huggingface_hub.upload_folder``."""
-        from tempfile import TemporaryDirectory
+    def push_to_hub(self, repo_id: str, **options: Any) -> Any:
+        """Upload what ``save_pretrained`` writes; a model card that the repository has keeps its text.
 
-        from huggingface_hub import create_repo, upload_folder
+        Args:
+            repo_id: the repository, made if it is not there.
+            options: private, token, revision, create_pr and tags, as in transformers; and those of
+                ``huggingface_hub.upload_folder``, such as commit_message.
 
-        with TemporaryDirectory() as folder:
-            self.save_pretrained(folder)
-            create_repo(repo_id, exist_ok=True)
-            return upload_folder(repo_id=repo_id, folder_path=folder, **kwargs)
+        Raises:
+            TypeError or ValueError: wrong arguments. Nothing was requested from the Hub then.
+        """
+        return hub.push(self.save_pretrained, repo_id, **options)
+
+    def train(self, mode: bool = True) -> Wrapper:
+        """As of any module."""
+        complete_folders(Wrapper)  # a Trainer may have been imported since
+        return super().train(mode)
 
     @property
     def _hf_peft_config_loaded(self) -> bool:

@@ -22,17 +22,19 @@ import json
 import logging
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from prefix_attn.hf.attach.attachment import Attachment
 from prefix_attn.hf.attach.slots import Slot
+from prefix_attn.hf.attach.wrapper import evaluating
 from prefix_attn.hf.config import PrefixConfig
-from prefix_attn.hf.encoder import PrefixEncoder
+from prefix_attn.hf.encoder import UNSHOWN, PrefixEncoder
 from prefix_attn.hf.io import files, formats
+from prefix_attn.hf.io.state import plain_name
 from prefix_attn.hf.io.stored import (
     ADAPTER,
     ADAPTER_CONFIG,
@@ -50,25 +52,53 @@ from prefix_attn.hf.io.stored import (
 _log = logging.getLogger(__name__)
 
 
+class Parts(NamedTuple):
+    """The tensors of a prefix that is saved."""
+
+    prefix: dict[str, Tensor]  # folded, and its gate
+    task_heads: dict[str, Tensor]
+    training: dict[str, Tensor]  # the parameters of the encoder
+    others: dict[str, Tensor]  # weights of the base model that were trained too
+
+
+def parts(name: str, encoder: PrefixEncoder, state: Mapping[str, Tensor]) -> Parts:
+    """Of the prefix ``name`` in the state_dict ``state`` of its model, which need not be on this process alone.
+
+    Raises:
+        ValueError: ``state`` lacks it.
+    """
+    state = {plain_name(n): tensor for n, tensor in state.items()}
+    begin, head = f"prefixes.{name}.", f"heads.{name}."
+    needed = [n for n in encoder.state_dict() if n != UNSHOWN]
+    training = {n.removeprefix(begin): tensor for n, tensor in state.items() if n.startswith(begin)}
+    if missing := sorted(set(needed) - training.keys()):
+        raise ValueError(f"state_dict lacks {[begin + n for n in missing]}; it has {sorted(state)[:6]}")
+    training = {n: training[n] for n in needed}
+    with torch.no_grad(), evaluating(encoder):
+        kv = torch.func.functional_call(encoder, training, ())
+    prefix = {KEY: kv.permute(2, 0, 1, 3).flatten(1).float()}
+    if "gate" in training:
+        prefix[GATE] = training["gate"].float()
+    task_heads = {TASK_HEAD + n.removeprefix(head): t for n, t in state.items() if n.startswith(head)}
+    others = {n: t for n, t in state.items() if n.startswith(TASK_HEAD)}
+    return Parts(prefix, task_heads, training, others)
+
+
 def save_prefix(
     folder: Path,
+    saved: Parts,
     encoder: PrefixEncoder,
-    task_heads: nn.ModuleDict,
     config: PrefixConfig,
     attachment: Attachment,
     *,
     training_state: bool,
 ) -> None:
     """Write a prefix into ``folder``, with ``training_state`` also its MLP."""
-    with torch.no_grad():
-        prefix = {KEY: encoder.prompt_embeddings().float()}
-    if encoder.gate is not None:
-        prefix[GATE] = encoder.gate.float()
     metadata = {
         "format": "pt",
         "prefix_config": json.dumps(config.to_dict()),
         "base": json.dumps(fingerprint(attachment.base.config)),
-        "prefix_sha256": _digest(prefix),  # says to which prefix a training state belongs
+        "prefix_sha256": _digest(saved.prefix),  # says to which prefix a training state belongs
     }
     fields = peft_fields(
         _kind(config, attachment),
@@ -78,56 +108,48 @@ def save_prefix(
         width=encoder.num_heads * encoder.head_dim,
         submodules=2 if attachment.probe.has_decoder else 1,
     )
-    training = encoder.state_dict() if training_state and encoder.mlp is not None else None
-    write_adapter(folder, fields, prefix | task_heads.state_dict(prefix=TASK_HEAD), metadata, training)
+    training = saved.training if training_state and encoder.mlp is not None else None
+    tensors = saved.others | saved.prefix | saved.task_heads
+    write_adapter(folder, fields, tensors, metadata, training, attachment.base.model_tags or ())
 
 
-def load_prefix(
-    path: str | Path, attachment: Attachment, *, is_trainable: bool
-) -> tuple[PrefixConfig, dict[str, Tensor], dict[str, Tensor]]:
-    """(resolved configuration, parameters of the encoder, those of the task heads) from a folder, a file or a Hub id.
+class Loaded(NamedTuple):
+    """A prefix from disk that was checked against its base model."""
 
-    With ``is_trainable`` the MLP, where it was saved; otherwise the folded prefix.
+    config: PrefixConfig  # resolved
+    parameters: dict[str, Tensor]  # of the encoder
+    task_heads: dict[str, Tensor]
+    others: dict[str, Tensor]  # weights of the base model, by their names there
+    active: bool
+
+
+def load_prefix(stored: Stored, attachment: Attachment, *, is_trainable: bool) -> Loaded:
+    """Check ``stored`` against the base model.
+
+    With ``is_trainable`` the MLP, where it was saved; otherwise the folded prefix. Embeddings in a state_dict stay
+    embeddings: only the model can fold them.
 
     Raises:
-        ValueError: missing, damaged, or made for another model.
+        ValueError: damaged, or made for another model.
     """
-    stored = formats.read(path, decoder_layers=attachment.resolver.decoder_layers)
-    config = stored.config
-    if stored.peft_slots is not None and not attachment.probe.has_decoder:
-        name = type(attachment.base).__name__
-        raise ValueError(f"{stored.path}: a prefix of an encoder-decoder model, and {name} is none")
-    _check_base(stored.path, config, stored.metadata, attachment.base)
-    try:
-        config = attachment.resolver.resolve(config)
-        _, slots, heads, head_dim = attachment.resolver.layout(config)
-    except (ValueError, NotImplementedError) as error:
-        raise ValueError(f"{stored.path}: {error}") from None
-    sizes = len(slots), heads, head_dim
-    _check_sizes(stored, slots, heads * head_dim, sizes, attachment.base)
-    wanted = {KEY: (config.num_virtual_tokens, 2 * len(slots) * heads * head_dim)}
-    if config.gate is not None:
-        wanted[GATE] = len(slots), slots[0].query_heads
-    for name in config.modules_to_save or ():
-        head = attachment.base.get_submodule(name).state_dict(prefix=f"{TASK_HEAD}{name}.")
-        wanted |= {n: tuple(t.shape) for n, t in head.items()}
+    config, sizes = _resolved(stored, attachment)
+    wanted = _wanted(stored, config, sizes, attachment)
     tensors = files.checked(stored.path, stored.tensors, wanted)
+    others = _others(stored, attachment.base)
     for note in stored.notes:
         _log.warning("%s: %s", stored.path, note)
     prefix = {name: tensors.pop(name).float() for name in (KEY, GATE) if name in wanted}
     saved = {n.removeprefix(TASK_HEAD): t for n, t in tensors.items()}
-    training = stored.path.parent / TRAINING
-    if is_trainable and (config.prefix_projection or config.mode == "embedding") and training.exists():
-        state = files.read_tensors(training)
-        if files.read_metadata(training).get("prefix_sha256") == _digest(prefix):
-            if config.mode == "embedding":
-                width = int(attachment.base.get_input_embeddings().weight.shape[1])
-                parameters: files.Shapes = {"embedding": (config.num_virtual_tokens, width)}
-            else:
-                parameters = _mlp_shapes(training, len(state), config, sizes)
-            gate = {} if config.gate is None else {"gate": wanted[GATE]}
-            return config, files.checked(training, state, {**parameters, **gate}), saved
-        _log.warning("%s belongs to another prefix: training goes on from the folded one", training)
+    training = _training(stored, config, prefix) if is_trainable or KEY not in prefix else None
+    if training is not None:
+        path, state = training
+        if config.mode == "embedding":
+            width = int(attachment.base.get_input_embeddings().weight.shape[1])
+            shapes: files.Shapes = {"embedding": (config.num_virtual_tokens, width)}
+        else:
+            shapes = _mlp_shapes(path, len(state), config, sizes)
+        gate = {} if config.gate is None else {"gate": wanted[GATE]}
+        return Loaded(config, files.checked(path, state, {**shapes, **gate}), saved, others, stored.active)
     config.fold()  # what is left is the prefix that was made
     frozen = config.num_frozen_tokens
     values = {"embedding": prefix[KEY][frozen:]}
@@ -135,7 +157,72 @@ def load_prefix(
         values["frozen"] = prefix[KEY][:frozen]
     if config.gate is not None:
         values["gate"] = prefix[GATE]
-    return config, values, saved
+    return Loaded(config, values, saved, others, stored.active)
+
+
+def _resolved(stored: Stored, attachment: Attachment) -> tuple[PrefixConfig, tuple[int, int, int]]:
+    """The configuration on this model, and its slots, heads and head size."""
+    if stored.peft_slots is not None and not attachment.probe.has_decoder:
+        name = type(attachment.base).__name__
+        raise ValueError(f"{stored.path}: a prefix of an encoder-decoder model, and {name} is none")
+    _check_base(stored.path, stored.config, stored.metadata, attachment.base)
+    try:
+        config = attachment.resolver.resolve(stored.config)
+        _, slots, heads, head_dim = attachment.resolver.layout(config)
+    except (ValueError, NotImplementedError) as error:
+        raise ValueError(f"{stored.path}: {error}") from None
+    sizes = len(slots), heads, head_dim
+    _check_sizes(stored, slots, heads * head_dim, sizes, attachment.base)
+    return config, sizes
+
+
+def _wanted(
+    stored: Stored, config: PrefixConfig, sizes: tuple[int, int, int], attachment: Attachment
+) -> dict[str, tuple[int, ...]]:
+    """The shapes that the file must have."""
+    layers, heads, head_dim = sizes
+    wanted: dict[str, tuple[int, ...]] = {}
+    if KEY in stored.tensors or config.mode != "embedding" or not stored.training:
+        wanted[KEY] = config.num_virtual_tokens, 2 * layers * heads * head_dim
+    if config.gate is not None:
+        wanted[GATE] = layers, attachment.resolver.layout(config).slots[0].query_heads
+    for name in config.modules_to_save or ():
+        head = attachment.base.get_submodule(name).state_dict(prefix=f"{TASK_HEAD}{name}.")
+        wanted |= {n: tuple(t.shape) for n, t in head.items()}
+    return wanted
+
+
+def _training(
+    stored: Stored, config: PrefixConfig, prefix: Mapping[str, Tensor]
+) -> tuple[Path, Mapping[str, Tensor]] | None:
+    """What continuing the training needs besides ``prefix``, and its file. None if it was not saved."""
+    if not config.prefix_projection and config.mode != "embedding":
+        return None
+    if stored.training:
+        return stored.path, stored.training
+    path = stored.path.parent / TRAINING
+    if not path.exists():
+        return None
+    state = files.read_tensors(path)
+    if files.read_metadata(path).get("prefix_sha256") == _digest(prefix):
+        return path, state
+    _log.warning("%s belongs to another prefix: training goes on from the folded one", path)
+    return None
+
+
+def _others(stored: Stored, base: PreTrainedModel) -> dict[str, Tensor]:
+    """The weights of the base model that were trained with the prefix, checked to be in ``base``."""
+    here = {name: tuple(tensor.shape) for name, tensor in base.state_dict().items()} if stored.others else {}
+    found = {name.removeprefix(TASK_HEAD): tensor for name, tensor in stored.others.items()}
+    for name, tensor in found.items():
+        if here.get(name) != tuple(tensor.shape):
+            raise ValueError(
+                f"{stored.path}: {name} {tuple(tensor.shape)} of the base model was trained with the prefix, and "
+                f"{type(base).__name__} has {here.get(name, 'no such weight')}: make it first, as before training"
+            )
+        if not tensor.isfinite().all():
+            raise ValueError(f"{stored.path}: {name} of the base model must hold finite numbers")
+    return found
 
 
 def save_table(folder: Path, table: Tensor, base: PreTrainedModel) -> None:
@@ -156,13 +243,27 @@ def save_table(folder: Path, table: Tensor, base: PreTrainedModel) -> None:
     write_adapter(folder, peft, {KEY: table.float()}, metadata)
 
 
-def load_table(path: str | Path, base: PreTrainedModel) -> Tensor:
+def check_safe(safe_serialization: bool) -> None:
+    """Refuse to pickle."""
+    if not safe_serialization:
+        raise ValueError("safe_serialization must be True: prefixes are saved as safetensors, never pickled")
+
+
+def find_table(state: Mapping[str, Tensor]) -> Tensor:
+    """The table in the state_dict of a ``PrefixTuning``."""
+    found = [tensor for name, tensor in state.items() if plain_name(name) == "prefix"]
+    if len(found) != 1:
+        raise ValueError(f"state_dict lacks 'prefix'; it has {sorted(state)[:6]}")
+    return found[0]
+
+
+def load_table(path: str | Path, base: PreTrainedModel, **hub: Any) -> Tensor:
     """The reverse: (P, hidden size) float32 from a folder or a Hub id.
 
     Raises:
         ValueError: missing, damaged, or made for another model.
     """
-    folder = files.find(path, ADAPTER_CONFIG, ADAPTER)
+    folder = files.find(path, ADAPTER_CONFIG, ADAPTER, **hub)
     peft = files.read_json(folder / ADAPTER_CONFIG)
     if peft.get("peft_type") != "PROMPT_TUNING":
         raise ValueError(f"{folder / ADAPTER_CONFIG}: peft_type must be PROMPT_TUNING, got {peft.get('peft_type')!r}")
@@ -174,14 +275,18 @@ def load_table(path: str | Path, base: PreTrainedModel) -> Tensor:
 
 def describe(path: str | Path) -> dict[str, Any]:
     """What a prefix on disk holds, as far as it is known without its base model: our configuration and PEFT's sizes."""
-    stored = formats.read(path)
+    every = formats.read_all(path)
+    stored = next((one for one in every.values() if one.active), next(iter(every.values())))
     known = {name: value for name, value in stored.config.to_dict().items() if value is not None}
     sizes = {name: stored.sizes.get(name) for name in ("num_layers", "num_attention_heads", "token_dim")}
-    tensors = {f"tensor {name}": str(tuple(tensor.shape)) for name, tensor in stored.tensors.items()}
-    parameters = sum(tensor.numel() for tensor in stored.tensors.values())
+    made = {} if KEY in stored.tensors else stored.training
+    held = {**made, **stored.tensors, **stored.others}
+    tensors = {f"tensor {name}": str(tuple(tensor.shape)) for name, tensor in held.items()}
+    parameters = sum(tensor.numel() for tensor in held.values())
     known.setdefault("base_model_name_or_path", None)
-    training = (stored.path.parent / TRAINING).is_file()
+    training = bool(stored.training) or (stored.path.parent / TRAINING).is_file()
     found = {"format": stored.format} | known | sizes | tensors | {"parameters": parameters, "training_state": training}
+    found |= {"prefixes": list(every)} if len(every) > 1 else {}
     return found | stored.of_peft_s_decoder | ({"notes": list(stored.notes)} if stored.notes else {})
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedConfig
 
+from prefix_attn.hf.config import SITES
 from prefix_attn.hf.io import files, formats
 from prefix_attn.hf.io.checkpoint import fingerprint, peft_fields
 from prefix_attn.hf.io.stored import (
@@ -51,6 +52,7 @@ def convert(
     if to not in TARGETS:
         raise ValueError(f"to must be one of {TARGETS}, got {to!r}")
     stored = formats.read(source, decoder_layers=None if base is None else _sizes(base)["decoder_layers"])
+    stored = stored if base is None else _on_base(stored, base)
     folder = Path(target)
     if folder.is_file() or folder.resolve() in (stored.path.resolve(), stored.path.parent.resolve()):
         raise ValueError(f"{folder}: must be a folder other than that of the source")
@@ -76,6 +78,19 @@ def convert(
     return _report(stored, folder, kind, sizes["num_layers"], tensors) | stored.of_peft_s_decoder | {"notes": notes}
 
 
+def _on_base(stored: Stored, base: PreTrainedConfig) -> Stored:
+    """A prefix from a state_dict, with what that leaves to the defaults of its model."""
+    config = stored.config
+    if stored.format != "state_dict" or config.position_mode is not None:
+        return stored
+    in_place = base.is_encoder_decoder or config.gate is not None or config.mode == "infix"
+    config.position_mode = "none" if in_place else "shift"
+    if base.is_encoder_decoder and config.sites is None:
+        config.sites = SITES
+    kind = config.peft_type if not base.is_encoder_decoder else OURS
+    return stored._replace(peft_type=kind, encoder_decoder=base.is_encoder_decoder)
+
+
 def _our_metadata(stored: Stored, base: PreTrainedConfig | None) -> dict[str, str]:
     """What our files say besides PEFT's fields: our configuration and, where known, the base model."""
     metadata = {"prefix_config": json.dumps(stored.config.to_dict())}
@@ -87,6 +102,10 @@ def _our_metadata(stored: Stored, base: PreTrainedConfig | None) -> dict[str, st
 def _losses(stored: Stored, to: str) -> list[str]:
     """In words, what the target lacks."""
     notes = []
+    if stored.others:
+        notes.append(f"{len(stored.others)} weights of the base model, which were trained too, are left behind")
+    if any(name.startswith("mlp.") for name in stored.training):
+        notes.append("its MLP is left behind: the prefix is folded, and goes on training without it")
     if (stored.path.parent / TRAINING).exists():
         notes.append(f"{TRAINING} is left behind: the prefix is folded, and goes on training without its MLP")
     if to == "peft" and stored.config.task_type is None:
@@ -139,6 +158,11 @@ def _checked(stored: Stored, base: PreTrainedConfig | None) -> tuple[dict[str, T
         if theirs != here:
             raise ValueError(f"{stored.path}: trained for a base model {theirs}, this one is {here}")
     P = stored.config.num_virtual_tokens
+    if KEY not in stored.tensors and stored.config.mode == "embedding":
+        raise ValueError(
+            f"{stored.path}: holds input embeddings, of which only their model makes keys and values: load it with "
+            "PrefixModel.from_pretrained, and save_pretrained"
+        )
     found = stored.tensors.get(KEY)
     width = 0 if found is None or found.dim() != 2 else found.shape[1]
     if sizes["token_dim"] is not None and sizes["num_layers"] is None:

@@ -23,20 +23,30 @@ from torch import Tensor, nn
 Shapes = Mapping[str, tuple[int, ...]]
 
 
-def find(path: str | Path, *names: str) -> Path:
+def find(path: str | Path, *names: str, subfolder: str | None = None, **hub: Any) -> Path:
     """An existing file or folder, or the download of a Hub repository, of which only ``names`` are fetched.
+
+    Args:
+        path: what to find.
+        names: of files.
+        subfolder: the folder in it.
+        hub: of ``huggingface_hub.snapshot_download``, such as revision, token and cache_dir.
 
     Raises:
         ValueError: ``path`` is neither.
     """
     if Path(path).exists():
-        return Path(path)
+        place = Path(path) / (subfolder or "")
+        if not place.exists():
+            raise ValueError(f"{path}: has no subfolder {subfolder!r}")
+        return place
     if not is_hub_id(str(path)):
         raise ValueError(f"{path}: not a folder with an adapter, nor a file")
     from huggingface_hub import snapshot_download
 
+    patterns = [f"{subfolder}/{name}" if subfolder else name for name in names]
     try:
-        return Path(snapshot_download(str(path), allow_patterns=list(names)))
+        return Path(snapshot_download(str(path), allow_patterns=patterns, **hub)) / (subfolder or "")
     except Exception as error:  # offline, not there, private, gated: a dozen types, one meaning
         raise ValueError(f"{path}: neither a folder nor a Hub repository within reach ({error})") from error
 
@@ -65,6 +75,15 @@ def read_metadata(path: Path) -> dict[str, str]:
         return {}
     with _opened(path) as f:
         return f.metadata() or {}
+
+
+def read_names(path: Path) -> list[str]:
+    """The names of the tensors in a safetensors file, or in an index of such; nothing else is read."""
+    if path.suffix == ".json":
+        listed = read_json(path).get("weight_map")
+        return list(listed) if isinstance(listed, dict) else []
+    with _opened(path) as f:
+        return list(f.keys())
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
@@ -106,14 +125,15 @@ def read_pickle(path: Path) -> Any:
     except Exception as error:  # the bytes of a stranger raise anything: KeyError, IndexError, struct.error...
         refused = re.search(r"GLOBAL (\S+)", str(error))
         reason = f"it wants to run {refused[1]}" if refused else type(error).__name__
-        raise ValueError(f"{path}: damaged, or more than tensors ({reason})") from None
+        advice = "; torch.save(model.state_dict(), ...) makes a file that is read" if refused else ""
+        raise ValueError(f"{path}: damaged, or more than tensors ({reason}): not read{advice}") from None
 
 
-def backed(path: Path, name: str, tensor: Any) -> Tensor:
-    """``tensor``, checked to be a floating-point tensor no larger than the file that claims to hold it."""
+def backed(path: Path, name: str, tensor: Any, *, floating: bool = True) -> Tensor:
+    """``tensor``, checked to be one no larger than the file that claims to hold it, and unless told of floats."""
     if not isinstance(tensor, Tensor) or tensor.layout != torch.strided or tensor.device.type != "cpu":
         raise ValueError(f"{path}: {name} must be a tensor, got {type(tensor).__name__!r}")
-    if not tensor.is_floating_point():
+    if floating and not tensor.is_floating_point():
         raise ValueError(f"{path}: {name} must hold finite floating-point numbers, got {tensor.dtype}")
     if tensor.numel() * tensor.element_size() > path.stat().st_size:  # strides of 0, for one
         raise ValueError(f"{path}: {name} claims the size {tuple(tensor.shape)}, more than the file holds")

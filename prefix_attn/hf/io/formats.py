@@ -1,6 +1,7 @@
 """Read prefixes of any library; each format is recognised by its files.
 
     ours, and PEFT's    adapter_config.json with peft_type, adapter_model.safetensors (or .bin): prompt_embeddings
+    of a Trainer        model.safetensors, *.ckpt or any other file with a state_dict: see ``state``
     adapters'           adapter_config.json with architecture, pytorch_adapter.bin or adapter.safetensors
     Cartridges'         a .pt file: trainable_keys and trainable_values, frozen_keys and frozen_values
     PrefixTuning's      pytorch_model.bin beside config.json: wte and control_trans (Li and Liang 2021, their code)
@@ -11,9 +12,9 @@ MLPs are folded on reading, because the code that wrote them needs them only in 
 from __future__ import annotations
 
 import json
+import logging
 import re
 from collections.abc import Mapping, Sequence
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +25,13 @@ from transformers.activations import ACT2FN
 
 from prefix_attn.hf.config import SITES, PrefixConfig
 from prefix_attn.hf.io import files
+from prefix_attn.hf.io.mlp import fold
+from prefix_attn.hf.io.state import STATES, find_state, is_state, read_state, read_state_file
 from prefix_attn.hf.io.stored import (
     ADAPTER,
     ADAPTER_CONFIG,
     FROZEN,
+    GATE,
     KEY,
     OLD_ADAPTER,
     OURS,
@@ -39,15 +43,25 @@ from prefix_attn.hf.io.stored import (
     task_heads_of,
 )
 
+_log = logging.getLogger(__name__)
 _ADAPTERS = ("adapter.safetensors", "pytorch_adapter.bin")
 _ADAPTERS_TASK_HEADS = ("model_head.safetensors", "pytorch_model_head.bin")
-_ORIGINAL = "pytorch_model.bin"
+_NAMED = (".safetensors", ".json")  # files that say which tensors they have before these are read
+_ROUNDING = 1e-3  # of an MLP, on another machine
+# A model's file: not an adapter's, a shard, or what trainers save besides.
+_MODEL = re.compile(
+    r"(?!adapter|pytorch_adapter|pytorch_model_head|model_head|training_|optimizer|scheduler|scaler|sampler|rng_state"
+    r"|random_states|dl_state_dict|.*-\d{5}-of-\d{5}\.).*\.(?:safetensors|bin|pt|pth|ckpt|torch)"
+)
 _ON_HUB = (ADAPTER_CONFIG, ADAPTER, TRAINING, OLD_ADAPTER, *_ADAPTERS, *_ADAPTERS_TASK_HEADS)
-_LARGEST = 2**28  # numbers that an MLP may make: a hostile one of a few megabytes could ask for any
+READABLE = (
+    f"a folder with {ADAPTER_CONFIG} (ours, PEFT's, adapters'); a state_dict of a PrefixModel in a file of torch.save "
+    "or safetensors (Trainer's, accelerate's, Lightning's); a cartridge (.pt); pytorch_model.bin of the original code"
+)
 
 
 def read(path: str | Path, *, decoder_layers: int | None = None) -> Stored:
-    """The prefix in a folder, a file or a Hub repository. On the Hub, only ours, PEFT's and adapters' are read.
+    """The prefix in a folder, a file or a Hub repository; of several the one that was active.
 
     Args:
         path: where it is.
@@ -56,50 +70,123 @@ def read(path: str | Path, *, decoder_layers: int | None = None) -> Stored:
     Raises:
         ValueError: not a prefix of a known format, damaged, or not supported.
     """
-    place = files.find(path, *_ON_HUB)
+    return choose(path, read_all(path, decoder_layers=decoder_layers), "default")
+
+
+def choose(path: str | Path, found: Mapping[str, Stored], name: str | None) -> Stored:
+    """The only prefix, that of this name, or that which was active."""
+    if len(found) == 1 or name in found:
+        return next(iter(found.values())) if len(found) == 1 else found[str(name)]
+    active = next((own for own, stored in found.items() if stored.active), None)
+    if active is None:
+        raise ValueError(f"{path}: has the prefixes {list(found)}; give the name of one of them, got {name!r}")
+    _log.warning("%s: has the prefixes %s; %r was active and is taken", path, list(found), active)
+    return found[active]
+
+
+def read_all(path: str | Path, *, decoder_layers: int | None = None, **hub: Any) -> dict[str, Stored]:
+    """Every prefix at ``path`` by its name; one without a name is "default". Of the Hub, only folders of adapters.
+
+    Raises:
+        ValueError: as ``read``.
+    """
+    place = files.find(path, *_ON_HUB, **hub)
     try:
-        stored = _read(place, decoder_layers)
+        found = _file(place) if place.is_file() else _folder(place, decoder_layers)
     except (TypeError, AttributeError, KeyError, RuntimeError, NotImplementedError, RecursionError) as error:
         raise ValueError(f"{place}: {type(error).__name__}: {error}") from None
-    for name, size in stored.sizes.items():
-        if size is not None and (type(size) is not int or size < 1):
-            raise ValueError(f"{stored.path}: {name} must be a positive int, got {size!r}")
-    return stored
+    for stored in found.values():
+        for name, size in stored.sizes.items():
+            if size is not None and (type(size) is not int or size < 1):
+                raise ValueError(f"{stored.path}: {name} must be a positive int, got {size!r}")
+    return found
 
 
-def _read(place: Path, decoder_layers: int | None) -> Stored:
-    if place.is_file():
-        return _file(place)
-    if (place / ADAPTER_CONFIG).exists() or not any((place / name).exists() for name in _pickles(place)):
-        known = files.read_json(place / ADAPTER_CONFIG)
-        return _adapters(place, known) if "peft_type" not in known else read_peft(place, known, decoder_layers)
-    return _file(_one_of(place))
+def _folder(place: Path, decoder_layers: int | None) -> dict[str, Stored]:
+    if not (place / ADAPTER_CONFIG).exists():
+        return _file(_one_of(place))
+    known = files.read_json(place / ADAPTER_CONFIG)
+    stored = _adapters(place, known) if "peft_type" not in known else read_peft(place, known, decoder_layers)
+    return _beside_state(place, stored)
 
 
-def _file(path: Path) -> Stored:
+def _beside_state(place: Path, stored: Stored) -> dict[str, Stored]:
+    """Our adapter, and what else a Trainer saved of the model beside it: MLP, other prefixes, weights of the base."""
+    path = next((place / name for name in STATES[:2] if (place / name).exists()), None)
+    if path is None or "prefix_config" not in stored.metadata or not is_state(files.read_names(path)):
+        return {"default": stored}  # the base model's own weights, say
+    states = read_state_file(path)
+    name = next((name for name, state in states.items() if _is_same(stored, state)), None)
+    if name is None:
+        note = f"{path.name} beside it has other prefixes: {ADAPTER} alone is read"
+        return {"default": stored._replace(notes=(*stored.notes, note))}
+    training, others = states[name].training, states[name].others
+    return states | {name: stored._replace(training=training, others=others, active=True)}
+
+
+def _is_same(stored: Stored, state: Stored) -> bool:
+    """Whether an adapter is the prefix in a state. An MLP may round a little otherwise on another machine."""
+    if stored.config.mode == "embedding" or state.config.mode == "embedding":
+        return stored.config.mode == state.config.mode and KEY in stored.tensors
+    ours, theirs = ([stored.tensors.get(KEY), stored.tensors.get(GATE)], [state.tensors[KEY], state.tensors.get(GATE)])
+    for one, other in zip(ours, theirs, strict=True):
+        if one is None or other is None:
+            if one is not other:
+                return False
+        elif one.shape != other.shape or not (one - other).norm() <= _ROUNDING * other.norm():
+            return False
+    return True
+
+
+def _file(path: Path) -> dict[str, Stored]:
+    if path.suffix in (".safetensors", ".json"):
+        is_adapter = path.name == ADAPTER and (path.parent / ADAPTER_CONFIG).exists()
+        return _folder(path.parent, None) if is_adapter else read_state_file(path)
     content = files.read_pickle(path)
+    if (state := find_state(content)) is not None:
+        return read_state(path, state)
     names = list(content) if isinstance(content, dict) else []
     if "trainable_keys" in names:
-        return _cartridge(path, content)
+        return {"default": _cartridge(path, content)}
     if any(str(name).split(".")[0] == "control_trans" for name in names):
-        return _original(path, {str(name): files.backed(path, str(name), t) for name, t in content.items()})
+        tensors = {str(name): files.backed(path, str(name), t) for name, t in content.items()}
+        return {"default": _original(path, tensors)}
     raise ValueError(
-        f"{path}: neither a cartridge (trainable_keys) nor a checkpoint of the original PrefixTuning (control_trans), "
+        f"{path}: neither a cartridge (trainable_keys), a checkpoint of the original PrefixTuning (control_trans) nor "
+        "a state_dict with prefixes (prefixes.NAME.embedding), "
         f"got {[str(name) for name in names[:4]] or type(content).__name__}"
     )
 
 
-def _pickles(folder: Path) -> list[str]:
-    return [_ORIGINAL, *sorted(p.name for kind in ("*.pt", "*.torch") for p in folder.glob(kind))]
-
-
 def _one_of(folder: Path) -> Path:
-    """The one file that holds a prefix."""
-    found = [folder / name for name in _pickles(folder) if (folder / name).exists()]
+    """The one file in ``folder`` that holds prefixes.
+
+    Raises:
+        ValueError: there is none, or more than one; the message says what there is.
+    """
+    here = sorted(path for path in folder.iterdir() if path.is_file() and not path.name.startswith("."))
+    found = [path for path in here if path.name in STATES or _MODEL.fullmatch(path.name)]
     last = folder / "cache_last.pt"  # what Cartridges leaves after its last step
-    if len(found) > 1 and last not in found:
+    if last in found:
+        return last
+    if len(found) > 1:  # accelerate saves several models side by side
+        found = [path for path in found if path.suffix not in _NAMED or is_state(files.read_names(path))] or found
+    if len(found) > 1:
         raise ValueError(f"{folder}: has {[path.name for path in found]}; name one of them")
-    return last if last in found else found[0]
+    if found:
+        return found[0]
+    inside = sorted(path for path in folder.iterdir() if path.is_dir())
+    if sharded := [path.name for path in (folder, *inside) if (path / ".metadata").exists()]:
+        raise ValueError(
+            f"{folder}: {sharded} is in shards of torch.distributed.checkpoint, whose index is a pickle that is not "
+            "read; torch.distributed.checkpoint.format_utils.dcp_to_torch_save makes one file of it"
+        )
+    further = [path.name for path in inside if (path / ADAPTER_CONFIG).exists() or (path / STATES[0]).exists()]
+    more = f"; its folders {further[:8]} may be read" if further else ""
+    raise ValueError(
+        f"{folder / ADAPTER_CONFIG}: no such file; the folder has {[path.name for path in here][:8]}{more}; what can "
+        f"be read: {READABLE}"
+    )
 
 
 # adapters' ------------------------------------------------------------------------------------------------------------
@@ -257,54 +344,6 @@ def _original(path: Path, tensors: dict[str, Tensor]) -> Stored:
 
 
 # What they have in common ---------------------------------------------------------------------------------------------
-
-
-def fold(path: Path, part: Mapping[str, Tensor], length: Any, activation: Any) -> Tensor:
-    """(P, width) float32 from ``wte`` and the MLP ``control_trans``, or from ``control_trans`` alone.
-
-    Args:
-        path: for messages.
-        part: tensors by name.
-        length: P, for a prefix without MLP, which is one row of numbers (P * width,), or past keys and values
-            (2 * L, 1, H, P, D).
-        activation: between the MLP's layers.
-    """
-    flat = part.get("control_trans")
-    return _mlp_rows(path, part, activation) if flat is None else _flat_rows(path, flat, length)
-
-
-def _flat_rows(path: Path, flat: Tensor, length: Any) -> Tensor:
-    """The rows of a prefix without MLP."""
-    if flat.dim() == 5 and flat.shape[1] == 1:
-        return flat[:, 0].permute(2, 0, 1, 3).flatten(1).float()
-    if flat.dim() != 1 or type(length) is not int or length < 1 or flat.numel() % length:
-        raise ValueError(f"{path}: {tuple(flat.shape)} numbers are no prefix of length {length!r}")
-    return flat.view(length, -1).float()
-
-
-def _mlp_rows(path: Path, part: Mapping[str, Tensor], activation: Any) -> Tensor:
-    """What the MLP makes of the table ``wte``."""
-    layers = _mlp_layers(path, part)
-    hidden = part["wte.weight"].float()
-    if hidden.dim() != 2 or any(w.dim() != 2 or b.shape != w.shape[:1] for w, b in layers):
-        raise ValueError(f"{path}: an MLP must have matrices, got { {n: tuple(t.shape) for n, t in part.items()} }")
-    sizes = [hidden.shape[1], *(w.shape[0] for w, _ in layers)]
-    if hidden.shape[0] * max(sizes) > _LARGEST:
-        raise ValueError(f"{path}: its MLP would make {hidden.shape[0]} x {max(sizes)} numbers, too many for a prefix")
-    if any(n != w.shape[1] for n, (w, _) in zip(sizes, layers)):
-        raise ValueError(f"{path}: the layers of the MLP do not fit one another: {list(pairwise(sizes))}")
-    for number, (weight, bias) in enumerate(layers):
-        hidden = torch.nn.functional.linear(activation(hidden) if number else hidden, weight, bias)
-    return hidden
-
-
-def _mlp_layers(path: Path, part: Mapping[str, Tensor]) -> list[tuple[Tensor, Tensor]]:
-    """Weight and bias of each layer, in the order of their numbers."""
-    numbers = sorted({int(n.split(".")[1]) for n in part if re.fullmatch(r"control_trans\.\d{1,3}\.(weight|bias)", n)})
-    needed = {f"control_trans.{i}.{kind}" for i in numbers for kind in ("weight", "bias")}
-    if not numbers or set(part) != {"wte.weight"} | needed:
-        raise ValueError(f"{path}: an MLP must have wte and layers of weight and bias, got {sorted(part)[:8]}")
-    return [(part[f"control_trans.{i}.weight"].float(), part[f"control_trans.{i}.bias"].float()) for i in numbers]
 
 
 def _joined(

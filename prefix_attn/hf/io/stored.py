@@ -11,6 +11,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from prefix_attn.hf.config import PrefixConfig
+from prefix_attn.hf.hub import CARD, card_text
 from prefix_attn.hf.io import files
 
 ADAPTER_CONFIG, ADAPTER, TRAINING = "adapter_config.json", "adapter_model.safetensors", "training_state.safetensors"
@@ -39,6 +40,9 @@ class Stored(NamedTuple):
     peft_type: str = OURS  # as which PEFT would know it, as it is
     encoder_decoder: bool = False  # the base model
     peft_slots: Sequence[int] | None = None  # of each decoder layer, in the file of an encoder-decoder model
+    training: Mapping[str, Tensor] = {}  # the parameters of the encoder, where the file has them
+    active: bool = False  # where the model had several
+    others: Mapping[str, Tensor] = {}  # weights of the base model that were trained too, as base_model.NAME
 
     @property
     def of_peft_s_decoder(self) -> dict[str, Any]:
@@ -60,6 +64,7 @@ def write_adapter(
     tensors: Mapping[str, Tensor],
     metadata: dict[str, str],
     training: Mapping[str, Tensor] | None = None,
+    tags: Iterable[str] = (),
 ) -> None:
     """Write an adapter into ``folder``. A kill at any moment leaves each file as it was or as it is to be.
 
@@ -69,17 +74,55 @@ def write_adapter(
         tensors: of the adapter.
         metadata: of the safetensors files.
         training: tensors of the training state. Without them, the state of an earlier adapter is removed.
+        tags: of the model card, besides ours. A card that is there keeps its text.
+
+    Raises:
+        ValueError: ``folder`` is a file.
     """
+    if folder.is_file():
+        raise ValueError(f"{folder}: must be a folder, and is a file")
     contents = {} if training is None else {TRAINING: save(_on_cpu(training), metadata)}
     contents |= {
         ADAPTER_CONFIG: json.dumps(fields, indent=2).encode(),
         ADAPTER: save(_on_cpu(tensors), metadata),
+        CARD: _card(folder / CARD, fields, tags).encode(),
     }
     folder.mkdir(parents=True, exist_ok=True)
     for name, content in contents.items():
         files.replace(folder / name, content)
     if training is None:
         (folder / TRAINING).unlink(missing_ok=True)
+
+
+def _card(path: Path, fields: Mapping[str, Any], tags: Iterable[str]) -> str:
+    """The model card of an adapter with these ``fields``."""
+    base, known = fields["base_model_name_or_path"], fields["peft_type"] != OURS
+    named = isinstance(base, str) and files.is_hub_id(base)  # a path of this machine helps nobody
+    of_base = [f"base_model:adapter:{base}"] if named else []
+    data = {
+        "library_name": "peft" if known else "prefix_attn",
+        "base_model": base if named else None,
+        "pipeline_tag": "text-generation" if fields["task_type"] == "CAUSAL_LM" else None,
+        "tags": [
+            "prefix-tuning",
+            "prefix_attn",
+            "transformers",
+            *of_base,
+            *tags,
+        ],
+    }
+    body = f"""# A prefix{f" of {base}" if named else ""}
+
+{fields["num_virtual_tokens"]} virtual tokens for a frozen model, trained by prefix tuning.
+{"PEFT loads them too, with `PeftModel.from_pretrained`." if known else ""}
+
+```python
+from prefix_attn import PrefixModel
+
+model = PrefixModel.from_pretrained(base, "this repository")  # base: the model, as transformers loads it
+```
+"""
+    return card_text(path.read_text(encoding="utf-8") if path.exists() else None, data, body)
 
 
 def _on_cpu(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -107,8 +150,12 @@ def read_peft(folder: Path, peft: dict[str, Any], decoder_layers: int | None) ->
     metadata, tensors = files.read_metadata(path), files.read_tensors(path)
     config = _peft_config(folder, peft, tensors, metadata)
     sizes = {name: peft.get(name) for name in ("num_layers", "num_attention_heads", "token_dim")}
-    name = "ours" if "prefix_config" in metadata else "PEFT"
-    stored = Stored(name, path, config, tensors, sizes, {}, metadata, (), kind, submodules == 2)
+    name, others = "ours" if "prefix_config" in metadata else "PEFT", {}
+    if name == "ours":
+        heads = {f"{TASK_HEAD}{head}" for head in config.modules_to_save or ()}
+        others = {n: t for n, t in tensors.items() if n.startswith(TASK_HEAD) and not n.startswith(tuple(heads))}
+        tensors = {n: t for n, t in tensors.items() if n not in others}
+    stored = Stored(name, path, config, tensors, sizes, {}, metadata, (), kind, submodules == 2, others=others)
     if kind == OURS or submodules in (None, 1):
         return stored
     if submodules != 2:

@@ -1,0 +1,34 @@
+"""What transformers' Trainer saves of a model of ours.
+
+Of a model that is neither transformers' nor PEFT's, ``Trainer._save`` writes the state_dict alone, and asks nobody. So
+it is wrapped: behind its own files it writes those of ``save_pretrained``, which other programs can load. The Trainer
+resumes from its own files as before.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from typing import Any
+
+_COMPLETE: list[type] = []  # the Trainers that save our models whole
+
+
+def complete_folders(kind: type[Any]) -> None:
+    """From now on let every Trainer save models of ``kind`` whole. Nothing is imported: there may be no Trainer."""
+    module = sys.modules.get("transformers.trainer")
+    trainer = getattr(module, "Trainer", None)  # None while it is imported
+    if trainer is None or trainer in _COMPLETE:
+        return
+    theirs = trainer._save
+    _COMPLETE.append(trainer)
+
+    @functools.wraps(theirs)
+    def _save(self: Any, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        theirs(self, output_dir, state_dict)
+        model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        if isinstance(model, kind):
+            folder = self.args.output_dir if output_dir is None else output_dir
+            model.save_pretrained(folder, state_dict=state_dict, is_main_process=self.args.should_save)
+
+    trainer._save = _save
