@@ -13,6 +13,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from prefix_attn.hf.attach.attachment import Attachment
 from prefix_attn.hf.attach.insertion import Insertion
+from prefix_attn.hf.attach.slots import find_layers
 from prefix_attn.hf.attach.trained import freeze
 from prefix_attn.hf.attach.wrapper import Wrapper
 from prefix_attn.hf.config import PrefixConfig
@@ -140,14 +141,19 @@ class PrefixTuning(Wrapper):
 
 def _attach(model: PreTrainedModel) -> Attachment | None:
     """For a shared prefix; None where the virtual tokens must run in every row."""
-    config = model.config.get_text_config()
-    causal = all(getattr(module, "is_causal", True) for module in model.modules())
-    if model.config.is_encoder_decoder or not causal or not _sees_all(config):
+    if model.config.is_encoder_decoder or not _sees_all(model.config.get_text_config()):
         return None
     try:
-        return Attachment(model)
+        layers, _ = find_layers(model)
+        if not all(getattr(module, "is_causal", True) for module in layers.modules()):
+            return None
+        attachment = Attachment(model)
     except NotImplementedError:
         return None
+    if not attachment.probe.masks_outside:
+        return attachment
+    attachment.remove()
+    return None
 
 
 def _sees_all(config: PreTrainedConfig) -> bool:

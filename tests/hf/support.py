@@ -23,7 +23,7 @@ from transformers import DynamicCache
 
 from prefix_attn import PrefixConfig, PrefixModel, get_prefix_model
 from prefix_attn.hf.attach.gradient_checkpointing import set_checkpointing
-from tests.hf import quantised, test_encoder, test_encoder_decoder, test_gradients
+from tests.hf import quantised, test_encoder, test_encoder_decoder, test_gradients, vision
 from tests.hf.models import (
     _LLAMA,
     _MULTI_HEAD,
@@ -342,6 +342,7 @@ def page() -> str:
         lines += [f"## {kind}", "", f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
         lines += [f"| {' | '.join([name, *row(kind, name)])} |" for name in sorted(table.configs)]
         lines += [""]
+    lines += ["## Images and text", "", vision.INTRODUCTION, "", *vision.table(), ""]
     lines += [
         "## Quantised bases",
         "",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterable
 from typing import Any
 
 from torch import nn
@@ -11,6 +12,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from prefix_attn.hf.attach.layout import Resolver
 from prefix_attn.hf.attach.probe import Probe, check_class
 from prefix_attn.hf.attach.running import Runner
+from prefix_attn.hf.attach.slots import Slot
 from prefix_attn.hf.attach.trained import freeze
 from prefix_attn.hf.attach.wrapper import check_base
 
@@ -48,6 +50,7 @@ class Attachment:
         try:
             slots = self.probe.find_slots()
             self.runner.keep(slots)
+            self._leave_others(slots)
         except Exception:
             self.remove()
             raise
@@ -56,6 +59,16 @@ class Attachment:
     def freeze(self) -> None:
         """Freeze what nobody chose to train of the model; ``remove`` undoes that."""
         self._frozen = freeze(self.base)
+
+    def _leave_others(self, slots: Iterable[Slot]) -> None:
+        """Give what no prefix enters its own attention back, such as a vision tower."""
+        stacks = {slot.stack for slot in slots}
+        models = [module for module in self.base.modules() if isinstance(module, PreTrainedModel)]
+        ours = {id(model.config) for model in models if not stacks.isdisjoint(model.modules())}
+        for module, name, original in self._configs:
+            config = getattr(module, name)
+            if module in models and id(config) not in ours:
+                config._attn_implementation = original._attn_implementation
 
     def remove(self) -> None:
         """Restore ``base`` as it was."""

@@ -141,7 +141,10 @@ class Distances(NamedTuple):
 
 
 class Capture:
-    """A state without a prefix that records the calls of all attention modules."""
+    """A state without a prefix that records the calls of all attention modules.
+
+    ``masks_outside`` says whether a stack was given a mask.
+    """
 
     backend = "auto"
     longest = 0
@@ -150,6 +153,7 @@ class Capture:
     watch = None
     weights = False
     sites: Mapping[nn.Module, Mapping[str, set[nn.Module]]] = {}
+    masks_outside = False
 
     def __init__(self) -> None:
         """Empty."""

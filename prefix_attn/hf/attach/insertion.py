@@ -4,6 +4,9 @@ Virtual tokens enter with the input embeddings. They stand between a row's left 
 changes nothing, not even under sliding windows. After the last layer they are cut out again, so that task heads,
 poolers and losses see the sequence alone. In an encoder-decoder they stay in the encoder's output, because the decoder
 attends to them.
+
+A model of images and text makes masks, positions and the places of images from the token ids, before the stack of its
+text is called. There, virtual tokens are put into the ids with an id of text, and the stack gets their embeddings.
 """
 
 from __future__ import annotations
@@ -17,11 +20,11 @@ from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
-from transformers import Cache, DynamicCache, PreTrainedModel, StaticCache
+from transformers import Cache, DynamicCache, PreTrainedConfig, PreTrainedModel, StaticCache
 from transformers.utils import ModelOutput
 
 from prefix_attn.hf.attach.outside import called
-from prefix_attn.hf.attach.positions import cache_of, from_mask
+from prefix_attn.hf.attach.positions import cache_of, from_mask, mask_of, starts_again
 from prefix_attn.hf.attach.slots import find_layers
 from prefix_attn.hf.attach.window import Tables, check_length
 from prefix_attn.hf.attach.wrapper import check_base, device_of, evaluating
@@ -45,8 +48,15 @@ class Insertion:
         self._decoder = base.get_decoder() if base.config.is_encoder_decoder else None
         self._layers = base.get_encoder() if self._decoder else find_layers(base)[0]
         self._first = next(m for m in self._layers.modules() if isinstance(m, nn.ModuleList))[0]
-        self._entrance = _entrance(base, self._layers)
+        around = _around(base, self._layers)
+        self._stack = around[-1]
+        if self._decoder is not None and _has_towers(base, self._stack, self._decoder):
+            raise NotImplementedError(f"{self._name} is an encoder-decoder that reads more than text")
+        outer = [m for m in around if m is not base and self._decoder is None and _has_towers(m, self._stack)]
+        self._entrance = [*outer, self._stack][0]
         self._names = list(inspect.signature(self._entrance.forward).parameters)
+        if any("cross_attention" in name for name in self._names):
+            raise NotImplementedError(f"{self._name} attends to images by cross attention, which counts their tokens")
         if base.can_generate() and self._decoder is None and not self._counts_tokens(base):
             raise NotImplementedError(f"{self._name} has no past_key_values: virtual tokens would enter at every step")
         # The positions of other models are their own affair: RoBERTa's begin at 2.
@@ -54,8 +64,14 @@ class Insertion:
         self.embeddings = base.get_input_embeddings()
         self._filled: WeakSet[Cache] = _Caches()  # with virtual tokens
         self._is_running = False
-        with torch.no_grad(), evaluating(base):
-            self._rehearse(base.config.get_text_config().pad_token_id)
+        self._text = _ids_of_text(base.config)
+        try:
+            with torch.no_grad(), evaluating(base):
+                self._rehearse()
+        except NotImplementedError:
+            raise
+        except Exception as error:  # as in Probe
+            raise NotImplementedError(f"{self._name} does not run on a few tokens alone ({error})") from error
 
     @property
     def stacks(self) -> set[nn.Module]:
@@ -82,8 +98,15 @@ class Insertion:
             last.append(places)
             return (), kwargs
 
+        def fill(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
+            if not last or last[-1] is None:
+                return None
+            given = kwargs.get("inputs_embeds")
+            given = self.embeddings(kwargs["input_ids"]) if given is None else given
+            return args, kwargs | {"input_ids": None, "inputs_embeds": last[-1].fill(table, given)}
+
         def leave(_: nn.Module, __: Any, output: Any) -> Any:
-            return output if last[-1] is None else _cut(output, last[-1])
+            return output if not last or last[-1] is None else _cut(output, last[-1])
 
         def cross(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
             if (mask := kwargs.get("encoder_attention_mask")) is not None:
@@ -91,8 +114,10 @@ class Insertion:
             return args, kwargs
 
         hooks = [self._entrance.register_forward_pre_hook(enter, with_kwargs=True)]
+        if self._entrance is not self._stack:
+            hooks += [self._stack.register_forward_pre_hook(fill, with_kwargs=True)]
         if self._decoder is None:
-            hooks += [module.register_forward_hook(leave) for module in {self._layers, self._entrance}]
+            hooks += [module.register_forward_hook(leave) for module in {self._layers, self._stack}]
         else:
             hooks += [self._decoder.register_forward_pre_hook(cross, with_kwargs=True)]
         self._is_running = True
@@ -115,12 +140,12 @@ class Insertion:
         except ValueError:
             return False
 
-    def _rehearse(self, padding: int | None) -> None:
-        """Test insertion in three forwards of four tokens. None is the padding token, which models know by its id."""
-        ids = torch.tensor([[i for i in range(5) if i != padding][:4]], device=device_of(self.embeddings))
+    def _rehearse(self) -> None:
+        """Test insertion in three forwards of four tokens."""
+        ids = torch.tensor([self._text], device=device_of(self.embeddings))
         with Tables(ids) as tables:
             expected = self._entrance(input_ids=ids)[0]
-        self._positions = tables.positions(self._entrance)
+        self._positions = tables.positions(self._stack)
         if not torch.allclose(self._entrance(inputs_embeds=self.embeddings(ids))[0], expected):
             raise NotImplementedError(f"{self._name} does not treat inputs_embeds as the embeddings of input_ids")
         with self.running(self.embeddings(ids[0, :1])):
@@ -133,7 +158,8 @@ class Insertion:
     def _insert(self, table: Tensor, kwargs: dict[str, Any]) -> tuple[dict[str, Any], _Places | None]:
         """Add the virtual tokens to the entrance's arguments. Also return their places if the cache lacks them yet."""
         tokens, mask, cache = kwargs.get("inputs_embeds"), kwargs.get("attention_mask"), cache_of(kwargs)
-        tokens = self.embeddings(kwargs["input_ids"]) if tokens is None else tokens
+        if tokens is None:
+            tokens = kwargs["input_ids"] if self._entrance is not self._stack else self.embeddings(kwargs["input_ids"])
         (B, S), P = tokens.shape[:2], len(table)
         past = 0 if cache is None else cache.get_seq_length()
         length = past + S - (P if past else 0)
@@ -147,18 +173,19 @@ class Insertion:
         if self._positions is not None and length + P > self._positions:
             longest = int(mask.sum(-1).max()) if self._is_causal else length
             check_length(longest, P, self._positions)
-        new = {"input_ids": None, "inputs_embeds": tokens, "attention_mask": places.insert(mask.new_ones(()), mask)}
+        new = {"attention_mask": places.insert(mask.new_ones(()), mask)}
         if not past:
-            new["inputs_embeds"] = places.insert(table.to(tokens), tokens)
-        if not past and (types := kwargs.get("token_type_ids")) is not None:
-            new["token_type_ids"] = places.insert(types.new_zeros(()), types)
+            virtual = table.to(tokens) if tokens.is_floating_point() else tokens.new_full((), self._text[0])
+            tokens = places.insert(virtual, tokens)
+            types = {n: t for n, t in kwargs.items() if n.endswith("token_type_ids") and isinstance(t, Tensor)}
+            new |= {name: places.insert(t.new_zeros(()), t) for name, t in types.items()}
+        new |= {"input_ids": None, "inputs_embeds": tokens} if tokens.is_floating_point() else {"input_ids": tokens}
         if (given := kwargs.get("position_ids")) is not None:
-            given = given.expand(B, -1)
-            first = given.gather(1, places.padding.clamp(max=S - 1))
-            virtual = first + torch.arange(P, device=given.device)
-            new["position_ids"] = given + P if past else places.insert(virtual, given + P)
-        elif self._is_causal and "position_ids" in self._names:
-            new["position_ids"] = from_mask(new)
+            given = given.expand(*given.shape[:-2], B, -1)
+            new["position_ids"] = given + P if past else _insert_positions(given, places)
+        elif self._is_causal and "position_ids" in self._names and self._entrance is self._stack:
+            positions = from_mask(new, mask_of(new))  # of which padding may count beyond the last
+            new["position_ids"] = positions if self._positions is None else positions.clamp(max=self._positions - 1)
         return kwargs | new, None if past else places
 
 
@@ -166,6 +193,15 @@ class _Caches(WeakSet[Cache]):
     def __reduce__(self) -> tuple[type[_Caches], tuple[()]]:
         """A copy of the model has filled none yet."""
         return type(self), ()
+
+
+def _insert_positions(given: Tensor, places: _Places) -> Tensor:
+    """(..., B, S) -> (..., B, P + S): virtual tokens start where the first token did, and all others come after."""
+    given = given.movedim(0, -1) if given.dim() == 3 else given[..., None]
+    first = given[places.rows, places.padding.clamp(max=given.shape[1] - 1)]
+    virtual = first + torch.arange(places.P, device=given.device)[:, None]
+    inserted = places.insert(virtual, given + places.P)
+    return inserted.movedim(-1, 0) if inserted.shape[-1] > 1 else inserted[..., 0]
 
 
 class _Places:
@@ -184,20 +220,40 @@ class _Places:
         source = torch.where(before, i + self.P, torch.where(within, i - self.padding, i))
         return torch.cat([virtual, tokens], dim=1)[self.rows, source]
 
+    def fill(self, virtual: Tensor, rows: Tensor) -> Tensor:
+        """``rows`` (B, P + T, width) with ``virtual`` (P, width) in the places of virtual tokens."""
+        i = torch.arange(self.length, device=rows.device) - self.padding
+        within = (i >= 0) & (i < self.P)
+        return torch.where(within[..., None], virtual.to(rows)[i.clamp(0, self.P - 1)], rows)
+
     def cut(self, rows: Tensor) -> Tensor:
         """(B, P + T, ...) -> (B, T, ...): the reverse."""
         i = torch.arange(self.length - self.P, device=rows.device)
         return rows[self.rows, i + self.P * (i >= self.padding)]
 
 
-def _entrance(base: PreTrainedModel, layers: nn.Module) -> nn.Module:
-    """The innermost module around ``layers`` that takes input embeddings."""
+def _around(base: PreTrainedModel, layers: nn.Module) -> list[nn.Module]:
+    """The modules around ``layers`` that take input embeddings, outer ones first."""
     wanted = {"inputs_embeds", "attention_mask"}
     around = [m for m in base.modules() if wanted <= set(inspect.signature(m.forward).parameters)]
     around = [m for m in around if any(inner is layers for inner in m.modules())]
     if not around:
         raise NotImplementedError(f"{type(base).__name__} takes no inputs_embeds with an attention_mask")
-    return around[-1]
+    return around
+
+
+def _has_towers(model: nn.Module, *parts: nn.Module) -> bool:
+    """Whether ``model`` has models that are neither in ``parts`` nor around one of them: it reads more than text."""
+    inside = {module for part in parts for module in part.modules()}
+    models = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
+    return any(m not in inside and not any(part in m.modules() for part in parts) for m in models)
+
+
+def _ids_of_text(config: PreTrainedConfig) -> list[int]:
+    """The first four ids that ``config`` names nowhere: neither padding, which models know by its id, nor images."""
+    parts = [config, *(part for name in config.sub_configs if (part := getattr(config, name, None)) is not None)]
+    named = [value for part in parts for name, value in vars(part).items() if "token" in name]
+    return [i for i in range(len(named) + 4) if i not in named][:4]
 
 
 def _check(kwargs: dict[str, Any], length: int) -> None:
@@ -210,9 +266,9 @@ def _check(kwargs: dict[str, Any], length: int) -> None:
     if mask is not None and (not isinstance(mask, Tensor) or tuple(mask.shape[1:]) != (length,)):
         got = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
         raise ValueError(f"attention_mask must be (B, {length}), one for each token that is not virtual, got {got}")
-    if position_ids is not None and position_ids.dim() != 2:
+    if position_ids is not None and position_ids.dim() not in (2, 3):
         raise NotImplementedError(f"position_ids must be (B, S), got {tuple(position_ids.shape)}")
-    if mask is None and position_ids is not None and bool((position_ids.diff(dim=-1) < 0).any()):
+    if mask is None and position_ids is not None and starts_again(position_ids):
         raise NotImplementedError("packed sequences need virtual tokens each; pad them to rows of their own")
 
 

@@ -2,13 +2,16 @@
 
 Stacks number their tokens in one of three ways. Most take ``position_ids``. Models like T5 add a bias to the scores
 that depends on the distance between query and key. Models like BART call a module ``embed_positions``.
+
+Models of images and text are a model around the stack of their text. Some of them make masks or positions before the
+stack is called. The stack's own arguments do not show the padding then, and ``Outer`` does.
 """
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +21,18 @@ from prefix_attn.hf.attach.attention import DISTANCES, Distances
 from prefix_attn.hf.attach.banks import grow
 from prefix_attn.hf.attach.window import check_length
 from prefix_attn.hf.attach.wrapper import device_of
+
+
+class Outer(NamedTuple):
+    """What the whole model was called with.
+
+    ``numbered`` says whether it was given positions. If not, those that a stack is given were made in between.
+    ``reads_ids`` says whether it was given token ids.
+    """
+
+    mask: Tensor | None = None  # (B, T)
+    numbered: bool = False
+    reads_ids: bool = False
 
 
 class Positions:
@@ -37,6 +52,10 @@ class Positions:
         # RoBERTa and its kin number from padding_idx + 1 on.
         padding = getattr(getattr(getattr(stack, "embeddings", None), "position_embeddings", None), "padding_idx", None)
         self._first = 0 if padding is None else padding + 1
+        # The position of all padding in stacks that do not number it like other tokens: OPT's kin, and RoBERTa's.
+        counts = getattr(getattr(stack, "embed_positions", None), "forward", None)
+        masked = counts is not None and "attention_mask" in inspect.signature(counts).parameters
+        self._padding = -1 if masked else padding
         self._table = next((m for m in stack.modules() if _has_table(m)), None)
         self._distances: dict[nn.Module, Callable[..., Tensor]] = {}
         embedding = None if self._takes_ids else getattr(stack, "embed_positions", None)
@@ -50,17 +69,16 @@ class Positions:
             table = module if _has_table(module) else self._table
             self._distances[module] = cast(Any, table).compute_bias
 
-    def arguments(self, kwargs: dict[str, Any], shift: int | Tensor, longest: int) -> dict[str, Any]:
+    def arguments(self, kwargs: dict[str, Any], shift: int | Tensor, longest: int, outer: Outer) -> dict[str, Any]:
         """Arguments to add to the stack's ``kwargs``, so that its tokens start at position ``shift``.
 
         Raises:
             RowsTooLongError: there are fewer positions than tokens and ``longest``, the length of the longest prefix.
         """
         if self._takes_ids:
-            given = kwargs.get("position_ids")
             if isinstance(shift, Tensor):
                 shift = grow(shift, _tokens(kwargs).shape[0])
-            ids = (self._first + from_mask(kwargs) if given is None else given) + shift
+            ids = self._numbers(kwargs, shift, outer)
             self._check_length(kwargs, longest, ids)
             return {"position_ids": ids}
         self._check_length(kwargs, longest, None)
@@ -79,6 +97,25 @@ class Positions:
         if length + virtual > self.limit and ids is not None:
             length = int(ids.max()) - self._first + 1 - virtual  # padding takes no position
         check_length(length, virtual, self.limit)
+
+    def _numbers(self, kwargs: dict[str, Any], shift: int | Tensor, outer: Outer) -> Tensor:
+        """(B, S), or (3, B, S) where a token of an image has three: the positions of the tokens."""
+        given = kwargs.get("position_ids")
+        if given is not None and outer.numbered:
+            return given + shift
+        first: int | Tensor = self._first + shift
+        if given is not None and given.dim() == 2 and given.shape[0] == 1:  # all rows alike: padding was counted
+            first = given[:, :1] - past(kwargs) + shift
+        # Without ids a model like Qwen2-VL goes on from the images of an earlier batch.
+        elif given is not None and (given.dim() == 2 or outer.reads_ids or past(kwargs) != 0):
+            return given[..., -_tokens(kwargs).shape[1] :] + shift  # from a mask that covers the cache too
+        mask = mask_of(kwargs, outer.mask)
+        positions = first + from_mask(kwargs, mask)
+        if mask is None or positions.shape[1] == 1:
+            return positions
+        last = positions if self.limit is None else positions.clamp(max=self._first + self.limit - 1)
+        padding = last if self._padding is None else self._padding
+        return torch.where(mask[:, -positions.shape[1] :].to(positions.device).bool(), positions, padding)
 
 
 def shifted(embedding: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], shift: int | Tensor) -> dict[str, Any]:
@@ -99,13 +136,26 @@ def _has_table(module: Any) -> bool:
     return getattr(module, "has_relative_attention_bias", False)
 
 
-def from_mask(kwargs: dict[str, Any]) -> Tensor:
-    """Positions of the new tokens, counted from a 2-D attention mask without its padding, or else from the cache."""
+def mask_of(kwargs: Mapping[str, Any], outer: Tensor | None = None) -> Tensor | None:
+    """The 2-D attention mask: the stack's own, or ``outer``, the whole model's, if the stack has another form of it."""
+    mask = kwargs.get("attention_mask")
+    return mask if mask is None or (isinstance(mask, Tensor) and mask.dim() == 2) else outer
+
+
+def from_mask(kwargs: Mapping[str, Any], mask: Tensor | None) -> Tensor:
+    """Positions of the new tokens, from 0 on, counted from a 2-D mask (B, T) without its padding, or from the cache.
+
+    Padding after a row's last token is counted, as it is in transformers: a head for question answering reads it.
+    """
     tokens = _tokens(kwargs)
-    length, mask = tokens.shape[1], kwargs.get("attention_mask")
-    if isinstance(mask, Tensor) and mask.dim() == 2:
-        return (mask.long().cumsum(-1) - 1).clamp(min=0)[:, -length:]
-    return torch.arange(length, device=tokens.device)[None] + past(kwargs)
+    length = tokens.shape[1]
+    if mask is None:
+        return torch.arange(length, device=tokens.device)[None] + past(kwargs)
+    mask = mask.to(tokens.device)
+    count = mask.long().cumsum(-1)
+    if length > 1:
+        count = count + ((count == count[:, -1:]) & (mask == 0)).cumsum(-1)
+    return (count - 1).clamp(min=0)[:, -length:]
 
 
 def past(kwargs: Mapping[str, Any]) -> int | Tensor:
@@ -115,7 +165,7 @@ def past(kwargs: Mapping[str, Any]) -> int | Tensor:
     return length.clone() if isinstance(length, Tensor) else length
 
 
-def _tokens(kwargs: dict[str, Any]) -> Tensor:
+def _tokens(kwargs: Mapping[str, Any]) -> Tensor:
     """(B, S) ids or (B, S, width) embeddings, whichever the stack was given."""
     embeddings = kwargs.get("inputs_embeds")
     return kwargs["input_ids"] if embeddings is None else embeddings
@@ -135,4 +185,14 @@ def is_packed(kwargs: Mapping[str, Any]) -> bool:
     positions = kwargs.get("position_ids")
     if positions is None or kwargs.get("attention_mask") is not None or cache_of(kwargs) is not None:
         return False
-    return not torch.compiler.is_compiling() and bool((positions.diff(dim=-1) < 0).any())
+    return not torch.compiler.is_compiling() and starts_again(positions)
+
+
+def starts_again(positions: Tensor) -> bool:
+    """Whether positions (..., B, S) start again within a row.
+
+    Tokens of images have three positions, which do so with each line of the image. Those of the text may come before.
+    """
+    if positions.dim() == 3:
+        positions = positions[: len(positions) - 3]
+    return bool((positions.diff(dim=-1) < 0).any())

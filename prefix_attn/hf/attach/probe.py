@@ -19,7 +19,8 @@ from prefix_attn.hf.attach.wrapper import device_of, evaluating
 class Probe:
     """Trial forwards of a model.
 
-    ``reads_text``: the input is token ids. ``has_decoder``: the model is an encoder-decoder.
+    ``reads_text``: the input is token ids. ``has_decoder``: the model is an encoder-decoder. ``masks_outside``: masks
+    are made before the stacks are called.
     """
 
     def __init__(self, base: PreTrainedModel, runner: Runner) -> None:
@@ -27,6 +28,7 @@ class Probe:
         self._base, self._runner = base, runner
         self._name = type(base).__name__
         self.reads_text = base.main_input_name == "input_ids"
+        self.masks_outside = False
         # config.is_encoder_decoder does not tell: an encoder taken out of such a model has it too.
         self.has_decoder = "decoder_input_ids" in inspect.signature(base.forward).parameters
 
@@ -51,6 +53,7 @@ class Probe:
             state = Capture()
             got = self._forward(inputs, state)
             slots = find_slots(self._base, state.calls)
+            self.masks_outside = state.masks_outside
             if all(getattr(call.module, "is_causal", True) == is_causal(call) for call in state.calls):
                 self._switch(NAME)
                 got = self._forward(inputs, Capture())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
@@ -18,7 +19,7 @@ from prefix_attn.hf.attach.banks import BatchRows
 from prefix_attn.hf.attach.gradient_checkpointing import Bridge, bridge_next
 from prefix_attn.hf.attach.layout import Layout
 from prefix_attn.hf.attach.outside import called
-from prefix_attn.hf.attach.positions import Positions, is_packed, past, shifted
+from prefix_attn.hf.attach.positions import Outer, Positions, is_packed, past, shifted
 from prefix_attn.hf.attach.slots import Slot, find_stacks
 
 
@@ -31,6 +32,8 @@ class Runner:
     def __init__(self, base: PreTrainedModel) -> None:
         """Put hooks on every stack of ``base``; outside of contexts they do nothing."""
         self._name = type(base).__name__
+        models = [module for module in base.modules() if isinstance(module, PreTrainedModel)]
+        self._names = {model: list(inspect.signature(model.forward).parameters) for model in models}
         self._now = _Now()
         self._hooks: list[RemovableHandle] = []
         self._checkpointed = [m for m in base.modules() if hasattr(m, "gradient_checkpointing")]
@@ -140,14 +143,15 @@ class Runner:
     @contextmanager
     def context(self, state: PrefixState | Capture | None, bridge: tuple[Any, ...] | None = None) -> Iterator[None]:
         """Forwards of this thread within the context have ``state``."""
-        before = self._now.state, self._now.bridge, self._now.demand
-        if self._now.demand is not None:
-            self._now.demand.met = True
-        self._now.state, self._now.bridge, self._now.demand = state, bridge, None
+        now = self._now
+        before = now.state, now.bridge, now.demand, now.outer
+        if now.demand is not None:
+            now.demand.met = True
+        now.state, now.bridge, now.demand, now.outer = state, bridge, None, None
         try:
             yield
         finally:
-            self._now.state, self._now.bridge, self._now.demand = before
+            now.state, now.bridge, now.demand, now.outer = before
 
     def _check_served(self, state: PrefixState, slots: list[Slot], *, on_demand: bool) -> None:
         # Not every slot has to ask: an encoder runs once for many steps of its decoder, and layerdrop skips layers.
@@ -163,12 +167,31 @@ class Runner:
             hook.remove()
         self._hooks.clear()
         self._stacks = list(stacks)
+        for model in self._names:  # first, because a stack may be the whole model
+            if any(stack in self._stacks for stack in model.modules()):
+                self._hooks.append(model.register_forward_pre_hook(self._hear, with_kwargs=True))
+                self._hooks.append(model.register_forward_hook(self._forget, always_call=True))
         for stack in self._stacks:
             self._hooks.append(stack.register_forward_pre_hook(self._inject, with_kwargs=True))
             self._hooks.append(stack.register_forward_hook(self._left))
             if (positions := self.positions[stack].embedding) is not None:
                 hook = partial(self._shifted, stack)
                 self._hooks.append(positions.register_forward_pre_hook(hook, with_kwargs=True))
+
+    def _hear(self, model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Before a model around a stack runs: keep what may not reach the stack, unless one around it did."""
+        if self._now.state is None or self._now.outer is not None or model not in self._names:
+            return
+        given = dict(zip(self._names[model], args)) | kwargs
+        mask = given.get("attention_mask")
+        flat = isinstance(mask, Tensor) and mask.dim() == 2 and "decoder_input_ids" not in self._names[model]
+        numbered, reads_ids = (given.get(name) is not None for name in ("position_ids", "input_ids"))
+        self._now.outer = model, Outer(mask if flat else None, numbered, reads_ids)
+
+    def _forget(self, model: PreTrainedModel, _: Any, __: Any) -> None:
+        """After it ran."""
+        if self._now.outer is not None and self._now.outer[0] is model:
+            self._now.outer = None
 
     def _inject(self, stack: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Before ``stack`` runs: add the state, the positions of its tokens and the bridge to its arguments."""
@@ -188,11 +211,14 @@ class Runner:
         state.entered.add(stack)
         if not torch.compiler.is_compiling():
             state.recent.difference_update(*state.sites.get(stack, {}).values())
+        if isinstance(state, Capture):
+            state.masks_outside |= kwargs.get("attention_mask") is not None
         positions = self.positions[stack]
+        _, outer = self._now.outer or (stack, Outer())
         kwargs = dict(zip(positions.names, args)) | kwargs | {STATE: state}
         shift = state.shifts.get(stack, 0)
         longest = state.longest if isinstance(shift, Tensor) else shift
-        kwargs |= positions.arguments(kwargs, shift, longest)
+        kwargs |= positions.arguments(kwargs, shift, longest, outer)
         if is_packed(kwargs):  # with a cache transformers would not see where a sequence ends
             if kwargs.get("use_cache"):
                 raise ValueError("packed sequences (position_ids that start again) need use_cache=False, got True")
@@ -253,6 +279,7 @@ class _Now(threading.local):
     bridge: tuple[Any, ...] | None = None
     demand: _Demand | None = None
     watch: Watch | None = None
+    outer: tuple[PreTrainedModel, Outer] | None = None
 
     def __reduce__(self) -> tuple[type[_Now], tuple[()]]:
         """A copy of the model runs nothing yet."""

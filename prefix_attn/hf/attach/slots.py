@@ -53,10 +53,13 @@ def find_layers(base: PreTrainedModel) -> tuple[nn.Module, nn.ModuleList]:
     if base.config.is_encoder_decoder:
         stack, names = base.get_decoder(), ["decoder_layers", "num_decoder_layers", *names]
     count = next((getattr(config, name) for name in names if hasattr(config, name)), None)
-    for module in stack.modules():
-        for child in module.children():
-            if isinstance(child, nn.ModuleList) and len(child) == count:
-                return module, child
+    embeddings = stack.get_input_embeddings()
+    inner = [m for m in stack.modules() if isinstance(m, PreTrainedModel) and any(e is embeddings for e in m.modules())]
+    for model in reversed(inner):  # a vision tower beside the text may have as many layers
+        for module in model.modules():
+            for child in module.children():
+                if isinstance(child, nn.ModuleList) and len(child) == count:
+                    return module, child
     raise NotImplementedError(f"{type(base).__name__} has no list of {count or 'its'} layers")
 
 
@@ -83,7 +86,10 @@ def find_slots(base: PreTrainedModel, calls: Sequence[AttentionCall]) -> list[Sl
         for site in dict.fromkeys(slot.site for slot in inside):
             found = [slot.layer for slot in inside if slot.site == site]
             if missing := sorted(set(range(len(layers))) - set(found)):
-                raise NotImplementedError(f"layers {missing} of {name} do not call transformers' AttentionInterface")
+                raise NotImplementedError(
+                    f"layers {missing} of {name} do not call transformers' AttentionInterface for a text: they attend "
+                    "to images alone, or have no attention or one of their own"
+                )
             if len(found) > len(layers) or any(slot.site == site for slot in slots):
                 raise NotImplementedError(f"{name} has more than one {site} attention of the same layer number")
         slots += inside
