@@ -83,11 +83,18 @@ class PeftWords(NamedPrefixes):
     @property
     def prompt_encoder(self) -> dict[str, PromptEncoder]:
         """What PEFT's functions ask for the prefixes."""
-        return {name: PromptEncoder(self.find_prefix(name)[0]) for name in self.prefix_configs}
+        return {name: PromptEncoder(self._alone(name)) for name in self.prefix_configs}
 
     def get_prompt_embedding_to_save(self, adapter_name: str) -> Tensor:
         """(P, 2 * slots * H * D) float32: what PEFT saves of a prefix."""
-        return self.find_prefix(adapter_name)[0].prompt_embeddings().detach().cpu()
+        return self._alone(adapter_name).prompt_embeddings().detach().cpu()
+
+    def _alone(self, name: str) -> PrefixEncoder:
+        """A prefix that is all that was trained: PEFT's functions would lose task heads."""
+        if len(self.task_heads(name)):
+            heads = list(self.task_heads(name))
+            raise ValueError(f"{name!r} has task heads {heads}, which PEFT's functions do not see: use state_dict()")
+        return self.find_prefix(name)[0]
 
 
 class PromptEncoder:
