@@ -102,6 +102,9 @@ MaxLength = Annotated[int, typer.Option(min=8, help="Tokens per row. Longer sour
 ValidateEvery = Annotated[int, typer.Option(min=1, help="Steps between checkpoints, and between validations.")]
 ValidationRows = Annotated[int, typer.Option(min=0, help="How many examples to validate on.")]
 Checkpointing = Annotated[bool, typer.Option("--gradient-checkpointing", help="Use less memory and more time.")]
+Packing = Annotated[
+    bool, typer.Option("--packing", help="Put the rows of a batch one behind the other instead of padding them.")
+]
 Resume = Annotated[bool, typer.Option("--resume", help="Continue from the last checkpoint in --output.")]
 Seed = Annotated[int, typer.Option(help="Seed of the start and of the order of the data.")]
 
@@ -143,6 +146,7 @@ def train(
     validate_every: ValidateEvery = 50,
     validation_rows: ValidationRows = 64,
     gradient_checkpointing: Checkpointing = False,
+    packing: Packing = False,
     resume: Resume = False,
     seed: Seed = 0,
     as_json: AsJson = False,
@@ -162,11 +166,22 @@ def train(
     The last one learns to do with 64 tokens what the whole text in front would do. It starts from pieces of the text.
     """
     _validate(data, distill_from, top_k, validation_share)
+    if packing and (distill_from is not None or mode != "kv"):
+        raise ValueError("--packing takes rows of --data and --mode kv: leave it out")
     start = _start(init, init_text, init_document, init_path, distill_from)
     encoder = _encoder(mlp, mlp_depth, mlp_activation)
     config = _config(model, virtual_tokens, mode, sites, dropout, gate, frozen_tokens, position_mode, start | encoder)
     settings = TrainingSettings(
-        output, steps, batch_size, learning_rate, max_length, validate_every, seed, resume, gradient_checkpointing
+        output,
+        steps,
+        batch_size,
+        learning_rate,
+        max_length,
+        validate_every,
+        seed,
+        resume,
+        gradient_checkpointing,
+        packing,
     )
     if distill_from:
         metrics = _distill(config, settings, distill_from, validation, top_k)

@@ -178,6 +178,10 @@ def target_loss(model: Any, batch: Mapping[str, Tensor]) -> Tensor:
         inputs: dict[str, Any] = {name: tensor for name, tensor in batch.items() if name != "labels"}
         if isinstance(model, PrefixModel) and any(c.mode == "infix" for c in model.prefix_configs.values()):
             inputs["infix_start"] = start_of_targets(None, batch)  # the model would have found it in the labels
+        if len(labels) == 1:  # rows that are packed have targets in several places
+            keep = (labels[0, 1:] != IGNORED).nonzero().flatten()
+            logits = model(**inputs, logits_to_keep=keep).logits[0]
+            return torch.nn.functional.cross_entropy(logits.float(), labels[0, 1:][keep].to(logits.device))
         # The model predicts each token from those before it.
         first = max(int((labels != IGNORED).any(0).int().argmax()), 1)
         labels = labels[:, first:]

@@ -19,6 +19,7 @@ from prefix_attn.hf.io.files import replace
 from prefix_attn.hf.model import PrefixModel
 from prefix_attn.training.evaluate import target_loss, validation_loss
 from prefix_attn.training.examples import Example
+from prefix_attn.training.packing import check_packing, pack
 from prefix_attn.training.prompts import FILE, Prompt
 from prefix_attn.training.row_file import RowFile
 from prefix_attn.training.settings import TrainingSettings, default_learning_rate
@@ -65,6 +66,8 @@ def train(
     if cut := encoder.cut:
         _log.warning("%d of %d rows have a source longer than max_length=%d: cut", cut, len(rows), longest)
     held_out = encode(tokenizer, validation, longest, skip_bad_rows=skip_bad_rows, **options)[0]
+    if settings.packing:
+        check_packing(model, rows)
     pad_id = tokenizer.pad_token_id
     held_out_batches = batches(held_out, VALIDATION_BATCH, pad_id)
     measure = partial(validation_loss, model, held_out_batches) if held_out else lambda: None
@@ -103,7 +106,7 @@ def fit(
         model=model,
         args=_arguments(model, settings),
         train_dataset=rows,
-        data_collator=Collator(pad_id),
+        data_collator=pack if settings.packing else Collator(pad_id),
         callbacks=[_Validation(measure)],
     )
     trainer.objective = objective

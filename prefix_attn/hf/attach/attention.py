@@ -19,12 +19,14 @@ from transformers.masking_utils import bidirectional_mask_function, causal_mask_
 from prefix_attn.call import MAX_HEAD_SIZE
 from prefix_attn.functional import prefix_attention
 from prefix_attn.hf.attach.banks import BatchRows, grow
+from prefix_attn.hf.attach.packed import Sequences
 
 # Names of attention function and mask function: without a mask function of its name, padding would be ignored.
 NAME = "prefix_attn"
 MASKED = "prefix_attn_masked"  # for modules whose is_causal does not say what their mask does
 STATE = "prefix_state"  # the keyword argument
 DISTANCES = "prefix_distances"  # another, for stacks whose tokens are moved by their distance from the prefix
+PACKED = "prefix_packed"  # another, for rows of several sequences
 FIRST = "prefix_first"  # another, for an infix: the column of the first query, which caches of a fixed size do not tell
 
 
@@ -185,6 +187,7 @@ def prefix_attention_forward(
     prefix_state: PrefixState | Capture | None = None,
     prefix_distances: Distances | None = None,
     prefix_first: int | Tensor = 0,
+    prefix_packed: Sequences | None = None,
     **_: Any,  # transformers hands every attention function what any of them might want
 ) -> tuple[Tensor, Tensor | None]:
     """transformers' attention interface: (B, H, S, D) in, (B, S, H, D) out.
@@ -218,6 +221,10 @@ def prefix_attention_forward(
         options |= {"prefix_ids": prefix.ids, "prefix_lengths": prefix.lengths}
         options |= {"prefix_gate": prefix.gate, "prefix_start": prefix.start}
         attend = partial(prefix_attention, **sequence)
+        # One bank entry or one start for each row would have to become one for each sequence.
+        plain = prefix.ids is None and prefix.start is None and position_bias is None
+        if prefix_packed is not None and plain and prefix_packed.are_all_of(attention_mask, query, key):
+            attend = partial(prefix_packed.attend, sinks=s_aux)
         out = attend(query, key, value, prefix.key, prefix.value, **options)
     if prefix_state is not None and prefix_state.watch is not None and prefix.key is not None:
         prefix_state.watch(module, _share(query, key, value, prefix, sequence, options) if share is None else share)

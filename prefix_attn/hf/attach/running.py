@@ -14,11 +14,12 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
-from prefix_attn.hf.attach.attention import FIRST, STATE, Capture, PrefixState, Watch
+from prefix_attn.hf.attach.attention import FIRST, PACKED, STATE, Capture, PrefixState, Watch
 from prefix_attn.hf.attach.banks import BatchRows
 from prefix_attn.hf.attach.gradient_checkpointing import Bridge, bridge_next
 from prefix_attn.hf.attach.layout import Layout
 from prefix_attn.hf.attach.outside import called
+from prefix_attn.hf.attach.packed import Sequences
 from prefix_attn.hf.attach.positions import Outer, Positions, is_packed, past, shifted
 from prefix_attn.hf.attach.slots import Slot, find_stacks
 
@@ -223,6 +224,8 @@ class Runner:
             if kwargs.get("use_cache"):
                 raise ValueError("packed sequences (position_ids that start again) need use_cache=False, got True")
             kwargs["use_cache"] = False
+            if not weights and state.watch is None and kwargs["position_ids"].dim() == 2:
+                kwargs[PACKED] = Sequences(kwargs["position_ids"])
         if state.starts is not None:
             kwargs[FIRST] = past(kwargs)
         if bridge is not None:
