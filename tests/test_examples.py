@@ -65,6 +65,16 @@ def test_many_prefixes() -> None:
     assert text.endswith("5 of 5 rows are the same alone\n")
 
 
+def test_vision_language() -> None:
+    """The frozen model cannot know the language, and rows without their padding are answered as in the batch."""
+    text = run("vision_language")
+    loss, right = changes(text)
+    assert loss[1] < 0.2 * loss[0]
+    assert right[0] < 70
+    assert right[1] > 95
+    assert text.endswith("8 of 8 rows are the same alone\n")
+
+
 @pytest.mark.peft
 def test_peft_migration() -> None:
     text = run("peft_migration")

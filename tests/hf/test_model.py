@@ -234,7 +234,10 @@ NOT_SERVED: dict[str, tuple[Any, str]] = {
     "albert": (AutoModelForSequenceClassification, "runs an attention module more than once"),
     "pegasus_x": (AutoModelForSeq2SeqLM, r"has no attention at sites \['encoder'\], but at \['cross', 'decoder'\]"),
     "nllb-moe": (AutoModelForSeq2SeqLM, "computes something else through transformers' AttentionInterface"),
-    "moonshine": (AutoModelForSpeechSeq2Seq, "reads input_values; this version serves models of text, and Whisper"),
+    "moonshine": (
+        AutoModelForSpeechSeq2Seq,
+        "reads input_values; this version serves models of text, of text with images, and Whisper",
+    ),
 }
 
 

@@ -152,7 +152,7 @@ def check_class(base: PreTrainedModel) -> None:
     sound = base.main_input_name == "input_features" and hasattr(base.config, "num_mel_bins")
     if not (base.main_input_name == "input_ids" or sound):
         raise NotImplementedError(
-            f"{name} reads {base.main_input_name}; this version serves models of text, and Whisper"
+            f"{name} reads {base.main_input_name}; this version serves models of text, of text with images, and Whisper"
         )
 
 
