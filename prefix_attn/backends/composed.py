@@ -51,6 +51,7 @@ def refuse(call: Call) -> Iterator[str]:
 
 def forward(call: Call) -> tuple[Tensor, Tensor]:
     """(out, lse) of the call."""
+    call = _without_tail(call)
     parts = [part for part in (_sequence(call), _prefix(call)) if part is not None]
     if not parts:
         rows = call.query.shape[:3]
@@ -95,6 +96,20 @@ def backward(
         grad_sinks = -(share * delta).sum((0, 2)).to(call.sinks.dtype)
     grads = (grad_query, grad_key, grad_value, grad_prefix_key, grad_prefix_value, grad_sinks, None)
     return [grad if needed else None for grad, needed in zip(grads, needs)]
+
+
+def _without_tail(call: Call) -> Call:
+    """The call without the keys that no row has, which is most of a static cache: else all of it would be copied."""
+    if call.key_lengths is None or not call.key_lengths.numel():
+        return call
+    shortest, longest = (int(n.clamp(0, call.key.shape[2])) for n in call.key_lengths.aminmax())
+    return call._replace(
+        key=call.key[:, :, :longest],
+        value=call.value[:, :, :longest],
+        key_mask=None if call.key_mask is None else call.key_mask[:, :longest],
+        bias=None if call.bias is None else call.bias[..., :longest],
+        key_lengths=None if shortest == longest else call.key_lengths,
+    )
 
 
 def _totals(call: Call, lse: Tensor, wanted: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from prefix_attn import prefix_attention
+from prefix_attn.backends import composed
 from tests.numerics import DOUBLE, FLOAT, GRADIENT, LONG, NAMES, close
 
 B, H, T, P, D = 2, 2, 20, 3, 16
@@ -104,6 +105,30 @@ def test_hidden_values_change_nothing(backend: str, name: str, S: int) -> None:
         for result, tensor in expected.items():
             assert got[result].isfinite().all() or result == "lse", f"{result} with {fill}"
             close(got[result], tensor, FLOAT)
+
+
+@pytest.mark.parametrize(("lengths", "read"), [([7, 7], "as it lies"), ([7, 3], "copied"), ([0, 0], "not at all")])
+def test_composed_reads_no_more_of_a_cache_than_is_full(
+    lengths: list[int], read: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    key, value, prefix = torch.full((B, H, 4096, D), torch.nan), torch.randn(B, H, 4096, D), torch.randn(H, P, D)
+    query, seen = torch.randn(B, H, 1, D), []
+    kernel = composed._forward
+
+    def spy(query: Tensor, key: Tensor, *rest: Any, **named: Any) -> Any:
+        seen.append((key.shape[2], key.untyped_storage().data_ptr()))
+        return kernel(query, key, *rest, **named)
+
+    key[:, :, :7] = torch.randn(B, H, 7, D)
+    monkeypatch.setattr(composed, "_forward", spy)
+    call = {"key_lengths": torch.tensor(lengths), "prefix_key": prefix, "prefix_value": prefix}
+    results = [
+        prefix_attention(query, key[:, :, :T], value[:, :, :T], **call, backend=backend)
+        for T, backend in ((4096, "composed"), (7, "eager"))
+    ]
+    close(*results, FLOAT)
+    expected = {"as it lies": [(7, True), (P, False)], "copied": [(7, False), (P, False)], "not at all": [(P, False)]}
+    assert [(n, at == key.untyped_storage().data_ptr()) for n, at in seen] == expected[read]
 
 
 def test_a_gate_of_zero_learns() -> None:
