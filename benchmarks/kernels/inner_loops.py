@@ -6,7 +6,8 @@
 No GPU is needed: the shipped kernels are compiled offline and disassembled, and the loop that walks whole tiles is
 counted. A processor issues 4 instructions of a warp per cycle, finishes 16 exponentials, and multiplies at the rate of
 its tensor cores. One block multiplies, then exponentiates, so its times add; blocks that share a processor overlap as
-customers of two queues do (``overlapped``). Meanwhile tiles of keys or queries come from the L2 cache:
+customers of two queues do (``overlapped``). A product takes as long as it multiplies or as its operands are read from
+shared memory, whichever is longer. Meanwhile tiles of keys or queries come from the L2 cache:
 
     cycles of an iteration = max(overlapped(matrix, max(issue, exponentials)), bytes from L2 / its rate)
 
@@ -32,6 +33,7 @@ ARCH = "sm_90"  # mma.sync of older ones does not make a whole block wait, so ti
 MATRIX = 4096  # FLOP per cycle and processor in half precision
 SHARED = 233472  # bytes of a processor; it has 65536 registers and 64 warps
 L2 = 22.8  # bytes per cycle and processor: 5.5 TB/s
+BANKS = 128  # bytes per cycle that a processor reads from shared memory
 HALF_RATE = 0.62  # of the peak that mma.sync reaches, by published microbenchmarks
 PRODUCTS = {"forward": 2, "grad_query": 3, "grad_sequence": 4, "grad_prefix": 4, "split_keys": 2, "fold_prefix": 2}
 
@@ -42,7 +44,7 @@ class Loop(NamedTuple):
     instructions: int
     flops: float
     exponentials: int
-    asynchronous: bool  # wgmma, at the full rate
+    matrix: float  # cycles that the tensor cores are busy with the block
     counts: Counter[str]
 
 
@@ -76,14 +78,17 @@ def loops(sass: str, warps: int) -> list[Loop]:
 
 def _loop(code: list[str], warps: int) -> Loop:
     counts = Counter(text.split()[0].split(".")[0] for text in code)
-    flops = 0.0
+    flops = matrix = 0.0
     for text in code:
-        if shape := re.match(r"HGMMA\.(\d+)x(\d+)x(\d+)", text):
-            m, n, k = map(int, shape.groups())
+        if shape := re.match(r"HGMMA\.(\d+)x(\d+)x(\d+)\S*\s+R\d+,\s*(gdesc)?", text):
+            m, n, k = map(int, shape.groups()[:3])
+            read = (n + (m if shape[4] else 0)) * k * 2  # bytes; else the rows lie in registers
             flops += 2 * m * n * k * warps / 4
+            matrix += max(2 * m * n * k / MATRIX, read / BANKS) * warps / 4
         elif text.startswith("HMMA.16816"):
             flops += 2 * 16 * 8 * 16 * warps
-    return Loop(len(code), flops, counts["MUFU"], counts["HGMMA"] > 0, counts)
+            matrix += 2 * 16 * 8 * 16 * warps / MATRIX / HALF_RATE
+    return Loop(len(code), flops, counts["MUFU"], matrix, counts)
 
 
 def resident(registers: int, shared: int, warps: int) -> int:
@@ -105,10 +110,9 @@ def overlapped(first: float, second: float, blocks: int) -> float:
 def demands(kernel: offline.Kernel, loop: Loop) -> tuple[float, float, float]:
     """Cycles of one iteration that the tensor cores, the other units and the L2 cache are busy."""
     m, n, warps = tile(kernel.tile)
-    matrix = loop.flops / MATRIX / (1 if loop.asynchronous else HALF_RATE)
     walked = m if kernel.kernel in ("grad_sequence", "grad_prefix") else n  # rows of two matrices
     return (
-        matrix,
+        loop.matrix,
         max(loop.instructions * warps / 4, loop.exponentials * warps * 2),
         walked * kernel.size * 4 / L2,
     )

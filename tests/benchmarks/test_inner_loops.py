@@ -23,12 +23,21 @@ SASS = """
 KERNEL = Kernel("sm_90", "forward", "half", 128, "plain", "128x64 w8 s3", 246, 0, 131072, "wgmma.mma_async")
 
 
+def test_a_narrow_product_takes_as_long_as_its_operands_are_read() -> None:
+    """Both from shared memory 24 cycles, of 16 to multiply; with rows from registers 16. Two groups of warps."""
+    wide = SASS.replace("64x128x16", "64x32x16")
+    assert inner_loops.loops(wide, warps=8)[0].matrix == 2 * 24
+    assert inner_loops.loops(wide.replace("R24, gdesc", "R24, R4, gdesc"), warps=8)[0].matrix == 2 * 16
+    older = SASS.replace("HGMMA.64x128x16.F32.BF16 R24, gdesc[UR4].tnspB, R24", "HMMA.16816.F32.BF16 R4, R8, R12, R4")
+    assert inner_loops.loops(older, warps=4)[0].matrix == pytest.approx(4 / 0.62)
+
+
 def test_the_innermost_loop_that_multiplies_is_counted() -> None:
     (loop,) = inner_loops.loops(SASS, warps=8)
     assert loop.instructions == 4
     assert loop.flops == 2 * (2 * 64 * 128 * 16)  # by two groups of four warps
     assert loop.exponentials == 1
-    assert loop.asynchronous
+    assert loop.matrix == 2 * 64
     assert loop.counts == {"HGMMA": 1, "MUFU": 1, "FFMA": 1, "BRA": 1}
 
 
@@ -48,10 +57,12 @@ def test_one_block_adds_its_units_and_many_hide_all_but_the_busiest() -> None:
 
 
 def test_of_the_peak() -> None:
-    loop = inner_loops.Loop(375, 2 * 2 * 128 * 64 * 128, 34, True, inner_loops.Counter())
+    loop = inner_loops.Loop(375, 2 * 2 * 128 * 64 * 128, 34, 1024.0, inner_loops.Counter())
     assert inner_loops.demands(KERNEL, loop) == (1024, 750, pytest.approx(64 * 128 * 4 / 22.8))
     assert inner_loops.of_peak(KERNEL, loop) == pytest.approx(1024 / 1774)
-    twice = loop._replace(flops=2 * loop.flops)  # as two groups of warps on the same rows: nothing useful is added
+    twice = loop._replace(
+        flops=2 * loop.flops, matrix=2 * loop.matrix
+    )  # as two groups of warps on the same rows: nothing useful is added
     assert inner_loops.of_peak(KERNEL, twice) == pytest.approx(1024 / 2798)
     assert "| 246 | 0 | 1 | 375 | 34 | 1024 | 750 | 1437 | 58% |" in inner_loops.table([(KERNEL, loop)])
 
