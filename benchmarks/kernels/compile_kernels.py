@@ -62,7 +62,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Compile what the command line asks for."""
     parser = argparse.ArgumentParser(prog="benchmarks.kernels.compile_kernels", description=__doc__.splitlines()[0])
     parser.add_argument("--arch", choices=ARCHITECTURES, action="append", help="default: all")
-    parser.add_argument("--variant", choices=VARIANTS, action="append", help="default: both")
+    parser.add_argument("--variant", choices=VARIANTS, action="append", help="default: all")
     parser.add_argument("--dtype", choices=DTYPES, action="append", help="default: both")
     parser.add_argument("--size", choices=SIZES, type=int, action="append", help="head size; default: all")
     parser.add_argument("--check", action="store_true", help="fail on spills, too much memory or missing instructions")
@@ -119,8 +119,8 @@ def table(kernels: list[Kernel]) -> str:
         "",
         "Made by `python -m benchmarks.kernels.compile_kernels --write docs/kernel-resources.md` with Triton "
         f"{triton.__version__}: compiled offline, nothing measured. Tile: BLOCK_M x BLOCK_N, warps, stages. Variant "
-        "*plain* is causal with a shared prefix; *options* has window, key mask, bias, softcap, sinks, dropout and a "
-        "ragged bank at once.",
+        "*plain* is causal with a shared prefix; *single* the worst of a window, a key mask, lengths, a bank and an "
+        "infix; *options* has window, key mask, bias, softcap, sinks, dropout and a ragged bank at once.",
         "",
         "| architecture | kernel | dtype | D | variant | tile | registers | spilled bytes | shared KiB | products |",
         "|---|---|---|---|---|---|---|---|---|---|",
@@ -137,8 +137,11 @@ def compile_for(arch: str, dtype: str, size: int, variants: Sequence[str]) -> li
     """Every kernel as the shipped table would launch it on ``arch``."""
     warnings.simplefilter("ignore")
     from prefix_attn.backends.triton import launch
+    from prefix_attn.backends.triton.table import table
 
     found: dict[tuple[str, ...], Kernel] = {}
+    if f"{dtype}/{size}*" not in table()[arch]["forward"]:  # served by the tiles of ``options``
+        variants = [name for name in variants if name != "single"]
     with target(arch) as compiled:
         for variant in variants:
             for call in VARIANTS[variant](DTYPES[dtype], size):
@@ -148,7 +151,7 @@ def compile_for(arch: str, dtype: str, size: int, variants: Sequence[str]) -> li
                     launch.backward(call, out, lse, out, None, [True] * 5 + [call.sinks is not None, False])
                 for name, kernel, tile in compiled:
                     row = Kernel(arch, name, dtype, size, variant, tile, *resources(kernel, arch))
-                    found.setdefault(row[:6], row)
+                    found[row[:6]] = max(row, found.get(row[:6], row), key=lambda k: (k.spills, k.registers))
     return list(found.values())
 
 
@@ -161,8 +164,21 @@ def plain(dtype: torch.dtype, size: int) -> list[Call]:
     return [_call(dtype, size, S=512, P=64), *decode]
 
 
+def single(dtype: torch.dtype, size: int) -> list[Call]:
+    """A training call with each of the options that a "*" entry serves."""
+    call, bank = (_call(dtype, size, S=512, P=64, N=N) for N in (0, 3))
+    zeros = torch.zeros(4, dtype=torch.int64)
+    return [
+        call._replace(key_mask=torch.ones(4, 512, dtype=torch.bool)),
+        call._replace(key_lengths=zeros),
+        call._replace(prefix_start=zeros),
+        call._replace(window=256),
+        bank._replace(prefix_ids=zeros),
+    ]
+
+
 def options(dtype: torch.dtype, size: int) -> list[Call]:
-    """The same with everything at once; decoding has neither bias nor dropout."""
+    """The plain calls with everything at once; decoding has neither bias nor dropout."""
     calls = []
     for S, P, B in ((512, 64, 4), (1, 64, 4), (1, 4096, 64)):
         call = _call(dtype, size, S=S, P=P, B=B, N=3)
@@ -199,7 +215,8 @@ def _call(dtype: torch.dtype, size: int, S: int, P: int, B: int = 4, N: int = 0,
     )
 
 
-VARIANTS = {"plain": plain, "options": options}
+VARIANTS = {"plain": plain, "single": single, "options": options}
+OF_ENTRY = {"": plain, "*": single, "+": options}  # of the table: the calls that it serves
 
 
 @contextlib.contextmanager
@@ -241,7 +258,7 @@ def target(arch: str, only: str | None = None) -> Iterator[list[tuple[str, Any, 
         driver._active = None  # ``reset_active`` would look for a device
 
 
-def built(arch: str, kernel: str, dtype: str, size: int, plus: str, tile: list[int]) -> list[tuple[Kernel, Any]]:
+def built(arch: str, kernel: str, dtype: str, size: int, kind: str, tile: list[int]) -> list[tuple[Kernel, Any]]:
     """``kernel`` with ``tile``, for the calls that reach it, each with what the compiler made; no other is compiled."""
     from prefix_attn.backends.triton import launch
 
@@ -250,14 +267,14 @@ def built(arch: str, kernel: str, dtype: str, size: int, plus: str, tile: list[i
     launch.tile = lambda *_: dict(zip(("BLOCK_M", "BLOCK_N", "num_warps", "num_stages"), tile))
     try:
         with target(arch, only=kernel) as found:
-            for call in (options if plus else plain)(DTYPES[dtype], size):
+            for call in OF_ENTRY[kind](DTYPES[dtype], size):
                 if decode == (call.query.shape[2] <= launch.MAX_DECODE_QUERIES):
                     out, lse = launch.forward(call)
                     if not decode:
                         launch.backward(call, out, lse, out, None, [True] * 5 + [call.sinks is not None, False])
     finally:
         launch.tile = before
-    return [(Kernel(arch, name, dtype, size, plus, text, *resources(k, arch)), k) for name, k, text in found]
+    return [(Kernel(arch, name, dtype, size, kind, text, *resources(k, arch)), k) for name, k, text in found]
 
 
 class _Offline:

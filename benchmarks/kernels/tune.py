@@ -7,7 +7,8 @@
 Offline, of the candidates that compile without spilling a byte, within the architecture's shared memory, the one is
 taken that inner_loops.py predicts to be the fastest; where it has no model (float32, memory-bound kernels, other
 architectures) the first, in the order in which the literature and the register budget favour them. A second
-entry, marked "+", serves calls with masks, windows, dropout or other options, which need more registers. On a device
+entry, marked "+", serves calls with masks, windows, dropout or other options, which need more registers; a third, "*",
+those with one of the options that need few. On a device
 the same candidates are timed, those that spill a few bytes (compile_kernels.TIMED_SPILLS) among them: only a clock can
 tell whether a second block per processor is worth a spill. The crossover from a prefix in the loop to a folded one is
 found as well.
@@ -38,6 +39,7 @@ from prefix_attn.backends.triton import table
 from prefix_attn.call import Call
 
 FILE = Path(table.__file__).with_name("tiles.json")
+DECODE = ("split_keys", "fold_prefix")
 FOLD_BYTES = 1 << 25  # predicted, see docs/kernels.md
 INTERPRETER = {
     "forward": [32, 16], "grad_query": [32, 16], "grad_sequence": [16, 32], "grad_prefix": [32, 32],
@@ -147,15 +149,15 @@ def main(arguments: list[str] | None = None) -> None:
     tiles = json.loads(FILE.read_text())
     tiles["interpreter"] = {"fold_bytes": 1 << 14} | {
         kernel: {
-            f"{d}/{s}{plus}": [*tile, 4, 1] for d in ("half", "float") for s in (64, 128, 256) for plus in ("", "+")
+            f"{d}/{s}{kind}": [*tile, 4, 1] for d in ("half", "float") for s in (64, 128, 256) for kind in ("", "+")
         }
         for kernel, tile in INTERPRETER.items()
     }
     keys = [
-        (kernel, key, plus)
+        (kernel, key, kind)
         for kernel in args.kernel or CANDIDATES
         for key in CANDIDATES[kernel]
-        for plus in (("",) if args.plain else ("", "+"))
+        for kind in (("",) if args.plain else ("", "+") if kernel in DECODE else ("", "*", "+"))
         if key.split("/")[0] in (args.dtype or offline.DTYPES)
         and int(key.split("/")[1]) in (args.size or offline.SIZES)
     ]
@@ -190,17 +192,17 @@ def _offline(
     """Fills in the entries of ``keys``."""
     work = [(arch, *key) for arch in archs for key in keys]
     with concurrent.futures.ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
-        for (arch, kernel, key, plus), ranked in zip(work, pool.map(ranking, *zip(*work))):
-            fit = (t for t in ranked if not any(_elsewhere(p, arch, kernel, key, plus, t) for p in pythons))
+        for (arch, kernel, key, kind), ranked in zip(work, pool.map(ranking, *zip(*work))):
+            fit = (t for t in ranked if not any(_elsewhere(p, arch, kernel, key, kind, t) for p in pythons))
             if (tile := next(fit, None)) is None:
-                raise RuntimeError(f"{arch} {kernel} {key}{plus}: of {CANDIDATES[kernel][key]} none fits")
+                raise RuntimeError(f"{arch} {kernel} {key}{kind}: of {CANDIDATES[kernel][key]} none fits")
             column = tiles.setdefault(arch, {"fold_bytes": FOLD_BYTES})
             column["source"] = "compiled offline, not measured"
-            column.setdefault(kernel, {})[key + plus] = tile
-            print(arch, kernel, key + plus, tile, file=sys.stderr, flush=True)
+            column.setdefault(kernel, {})[key + kind] = tile
+            print(arch, kernel, key + kind, tile, file=sys.stderr, flush=True)
 
 
-def ranking(arch: str, kernel: str, key: str, plus: str) -> list[list[int]]:
+def ranking(arch: str, kernel: str, key: str, kind: str) -> list[list[int]]:
     """The candidates that spill nothing and fit, the best first."""
     warnings.simplefilter("ignore")
     dtype, size = key.split("/")
@@ -208,9 +210,9 @@ def ranking(arch: str, kernel: str, key: str, plus: str) -> list[list[int]]:
     found: list[tuple[float, list[int]]] = []
     for tile in CANDIDATES[kernel][key]:
         try:
-            rows = offline.built(arch, kernel, dtype, int(size), plus, tile)
+            rows = offline.built(arch, kernel, dtype, int(size), kind, tile)
         except Exception as error:  # a pass of the compiler that fails is one more reason to pass over a candidate
-            print(f"{arch} {kernel} {key}{plus} {tile}: {type(error).__name__}", file=sys.stderr)
+            print(f"{arch} {kernel} {key}{kind} {tile}: {type(error).__name__}", file=sys.stderr)
             continue
         if any(offline.problems(row) for row, _ in rows):
             continue
@@ -225,12 +227,12 @@ def ranking(arch: str, kernel: str, key: str, plus: str) -> list[list[int]]:
     return [tile for _, tile in sorted(found, key=lambda one: (one[1][3] == 1, one[0]))]
 
 
-def problems(arch: str, kernel: str, key: str, plus: str, tile: list[int], spills: int = 0) -> list[str]:
+def problems(arch: str, kernel: str, key: str, kind: str, tile: list[int], spills: int = 0) -> list[str]:
     """What is wrong under this Triton with one candidate that may spill ``spills`` bytes."""
     warnings.simplefilter("ignore")
     dtype, size = key.split("/")
     try:
-        rows = offline.built(arch, kernel, dtype, int(size), plus, tile)
+        rows = offline.built(arch, kernel, dtype, int(size), kind, tile)
     except Exception as error:
         return [type(error).__name__]
     return [problem for row, _ in rows for problem in offline.problems(row, spills)]
@@ -253,14 +255,14 @@ def _measured(tiles: dict[str, Any], device: str, keys: Sequence[Key], jobs: int
     check = functools.partial(problems, spills=offline.TIMED_SPILLS)
     with concurrent.futures.ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
         bad = {json.dumps(one[:-1]) + str(one[-1]): found for one, found in zip(work, pool.map(check, *zip(*work)))}
-    for kernel, key, plus in keys:
+    for kernel, key, kind in keys:
         dtype, size = key.split("/")
-        fit = [t for t in CANDIDATES[kernel][key] if not bad[json.dumps((arch, kernel, key, plus)) + str(t)]]
-        call = _to(_shape(kernel, offline.DTYPES[dtype], int(size), plus), device)
+        fit = [t for t in CANDIDATES[kernel][key] if not bad[json.dumps((arch, kernel, key, kind)) + str(t)]]
+        call = _to(_shape(kernel, offline.DTYPES[dtype], int(size), kind), device)
         times = _times(launch, call, kernel, fit, device)
         if times:
-            column[kernel][key + plus] = min(times, key=lambda t: t[0])[1]
-        print(arch, kernel, key + plus, [(f"{t * 1e6:.1f} us", tile) for t, tile in times], flush=True)
+            column[kernel][key + kind] = min(times, key=lambda t: t[0])[1]
+        print(arch, kernel, key + kind, [(f"{t * 1e6:.1f} us", tile) for t, tile in times], flush=True)
     column["fold_bytes"] = crossover(_both_ways(launch, device))
     column["source"] = f"measured on {torch.cuda.get_device_name(device)}, torch {torch.__version__}"
     print(arch, "fold_bytes", column["fold_bytes"], flush=True)
@@ -298,21 +300,20 @@ def crossover(points: Sequence[tuple[int, float, float]]) -> int:
     return min(limits, key=total)
 
 
-def _shape(kernel: str, dtype: torch.dtype, size: int, plus: str) -> Call:
+def _shape(kernel: str, dtype: torch.dtype, size: int, kind: str) -> Call:
     S, P, B = {"split_keys": (1, 64, 64), "fold_prefix": (1, 512, 256)}.get(kernel, (2048, 128, 4))
     call = offline._call(dtype, size, S=S, P=P, B=B, T=2048)
-    if plus:
-        call = call._replace(softcap=30.0)
-    return call
+    one = {"": {}, "*": {"key_mask": torch.ones(B, 2048, dtype=torch.bool)}, "+": {"softcap": 30.0}}[kind]
+    return call._replace(**one)
 
 
 def _to(call: Call, device: str) -> Call:
     """The call with random numbers on ``device``."""
     return call._replace(
         **{
-            name: torch.randn_like(t, device=device)
+            name: torch.randn_like(t, device=device) if t.is_floating_point() else t.to(device)
             for name, t in call._asdict().items()
-            if isinstance(t, torch.Tensor) and t.is_floating_point()
+            if isinstance(t, torch.Tensor)
         }
     )
 

@@ -89,6 +89,31 @@ def test_the_loop_of_forward_multiplies_no_score() -> None:
     )  # keys and values go to shared memory by themselves
 
 
+def test_a_packed_training_compiles_once() -> None:
+    """Every batch has another number of tokens. What Triton would compile for it is the same, as are its keys."""
+    code = """if True:
+        from triton import knobs
+        import torch
+        from benchmarks.kernels import compile_kernels
+        from prefix_attn.backends.triton import launch
+        from prefix_attn.call import Call
+        asked = set()
+        knobs.runtime.jit_cache_hook = lambda key, fn, **_: asked.add((fn.name, key)) or True
+        with compile_kernels.target("sm_90"):
+            for total in (512, 513, 1):
+                query = torch.zeros(1, total, 4, 64).transpose(1, 2)
+                prefix, cu = torch.zeros(4, 8, 64), torch.tensor([0, total])
+                call = Call(query, query, query, prefix, prefix, cu_seqlens_q=cu, cu_seqlens_k=cu)
+                call = call._replace(max_seqlen_q=total, max_seqlen_k=total)
+                out, lse = launch.forward(call)
+                launch.backward(call, out, lse, out, None, [True] * 5 + [False] * 2)
+        print(*sorted(name for name, _ in asked))
+    """
+    done = python("-c", code)
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert done.stdout.split() == ["_delta", "_forward", "_grad_prefix", "_grad_query", "_grad_sequence", "_sum_splits"]
+
+
 def test_the_second_launch_of_decoding_starts_early_where_the_device_can() -> None:
     """Folding allows it from its first instruction on; splitting waits before it reads what folding wrote."""
     code = (

@@ -56,12 +56,37 @@ def program(B, HKV, G, S, BLOCK_M: tl.constexpr, CAUSAL: tl.constexpr):
 
 
 @triton.jit
-def sequence_range(first, length, S, scores, CAUSAL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+def begin(B, HKV, G, S, T, NQ, NK, rows, BLOCK_M: tl.constexpr, CAUSAL: tl.constexpr):
+    """``program``, then of its row: (first query, number of queries, place of their lse, first key, visible keys)."""
+    i_b, i_kv, i_h, first = program(B, HKV, G, S, BLOCK_M, CAUSAL)
+    r_q, count, i_lse = queries_of(i_b, i_h, HKV * G, S, NQ, rows)
+    r_k, _, length = keys_of(i_b, T, NK, rows)
+    if rows.cu_q is not None:  # a program behind the end of a short sequence walks nothing
+        length = tl.where(first < count, length, 0)
+    return i_b, i_kv, i_h, first, r_q, count, i_lse, r_k, length
+
+
+@triton.jit
+def prefix_seen(i_b, first, count, length, P, N, rows, BLOCK_M: tl.constexpr):
+    """(entry, visible tokens, first query that sees them) of the prefix of queries first..first + BLOCK_M."""
+    entry = entry_of(i_b, N, rows)
+    prefix = prefix_of(entry, P, rows)
+    if rows.cu_q is not None:
+        prefix = tl.where(first < count, prefix, 0)
+    start = 0
+    if rows.prefix_start is not None:
+        start = tl.load(rows.prefix_start + i_b) - (length - count)
+        prefix = tl.where(first + BLOCK_M > start, prefix, 0)
+    return tl.maximum(entry, 0).to(tl.int64), prefix, start
+
+
+@triton.jit
+def sequence_range(first, length, count, scores, CAUSAL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     """(lo, full_lo, full_hi, hi), multiples of BLOCK_N but for hi: keys that queries first..first + BLOCK_M see.
 
     Between full_lo and full_hi every query sees every key; outside lo..hi none sees any.
     """
-    bottom = length - S + first  # position of the first query, and of the one after the last
+    bottom = length - count + first  # position of the first query, and of the one after the last
     top = bottom + BLOCK_M
     lo = 0
     full_lo = 0
@@ -93,7 +118,7 @@ def _sequence_tile(
     o_m,
     i_bh,
     length,
-    S,
+    count,
     P,
     scores,
     D: tl.constexpr,
@@ -116,9 +141,9 @@ def _sequence_tile(
     # [BLOCK_M, BLOCK_N]
     b_s = unscaled(tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION), scores)
     if MASKED:
-        m_mn = visible((length - S + o_m)[:, None], o_n[None, :], length, row_mask, scores, CAUSAL)
+        m_mn = visible((length - count + o_m)[:, None], o_n[None, :], length, row_mask, scores, CAUSAL)
         if bias is not None:
-            b_s = add_bias(b_s, bias, o_m[:, None], o_n[None, :], m_mn & (o_m < S)[:, None], scores)
+            b_s = add_bias(b_s, bias, o_m[:, None], o_n[None, :], m_mn & (o_m < count)[:, None], scores)
         b_s = tl.where(m_mn, b_s, -float("inf"))
     b_keep = None
     if scores.seed is not None:
@@ -152,6 +177,8 @@ def _forward(
     T,
     P,
     N,
+    NQ,
+    NK,
     D: tl.constexpr,
     DV: tl.constexpr,
     CAUSAL: tl.constexpr,
@@ -161,14 +188,11 @@ def _forward(
     BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr,
 ):
-    i_b, i_kv, i_h, first = program(B, HKV, G, S, BLOCK_M, CAUSAL)
+    """Output and lse of BLOCK_M queries of one head, over their prefix and then over their sequence."""
+    i_b, i_kv, i_h, first, r_q, count, i_lse, r_k, length = begin(B, HKV, G, S, T, NQ, NK, rows, BLOCK_M, CAUSAL)
     i_bh = i_b * (HKV * G) + i_h
-    r_q, S, i_lse = queries_of(i_b, i_h, HKV * G, S, rows)
-    r_k, _, length = keys_of(i_b, T, rows)
-    if rows.cu_q is not None:  # a program behind the end of a short sequence walks nothing
-        length = tl.where(first < S, length, 0)
     o_m = first + tl.arange(0, BLOCK_M)
-    m_m = o_m < S
+    m_m = o_m < count
     # [BLOCK_M, BLOCK_D]
     p_q = query.data + i_b * query.batch + i_h * query.head + r_q * query.row
     b_q = load_rows(p_q, o_m, query.row, m_m, D, BLOCK_D)
@@ -178,17 +202,10 @@ def _forward(
     b_acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
 
     if prefix_key is not None:
-        entry = entry_of(i_b, N, rows)
-        prefix = prefix_of(entry, P, rows)
-        if rows.cu_q is not None:
-            prefix = tl.where(first < S, prefix, 0)
-        i_n = tl.maximum(entry, 0).to(tl.int64)
+        i_n, prefix, start = prefix_seen(i_b, first, count, length, P, N, rows, BLOCK_M)
         p_key = prefix_key.data + i_n * prefix_key.batch + i_kv * prefix_key.head
         if prefix_value is not None:
             p_value = prefix_value.data + i_n * prefix_value.batch + i_kv * prefix_value.head
-        if rows.prefix_start is not None:
-            start = tl.load(rows.prefix_start + i_b) - (length - S)  # first query that sees the prefix
-            prefix = tl.where(first + BLOCK_M > start, prefix, 0)
         for n in range(0, prefix, BLOCK_N):
             o_n = n + tl.arange(0, BLOCK_N)
             m_n = o_n < prefix
@@ -218,15 +235,15 @@ def _forward(
     bias = scores.bias
     if scores.bias is not None:
         bias += i_b * scores.bias_batch + i_h * scores.bias_head
-    lo, full_lo, full_hi, hi = sequence_range(first, length, S, scores, CAUSAL, BLOCK_M, BLOCK_N)
+    lo, full_lo, full_hi, hi = sequence_range(first, length, count, scores, CAUSAL, BLOCK_M, BLOCK_N)
     if rows.tiles is not None:
         num = tl.cdiv(T, BLOCK_N)
         before = rows.before + i_b * (num + 1)
         for i in range(tl.load(before + lo // BLOCK_N), tl.load(before + tl.cdiv(hi, BLOCK_N))):
             n = tl.load(rows.tiles + i_b * num + i) * BLOCK_N
             b_m, b_l, b_acc = _sequence_tile(
-                n, b_q, b_m, b_l, b_acc, p_key, key.row, p_value, value_row, row_mask, bias, o_m, i_bh, length, S, P,
-                scores, D, DV, CAUSAL, True, PRECISION, BLOCK_N, BLOCK_D, BLOCK_DV,
+                n, b_q, b_m, b_l, b_acc, p_key, key.row, p_value, value_row, row_mask, bias, o_m, i_bh, length, count,
+                P, scores, D, DV, CAUSAL, True, PRECISION, BLOCK_N, BLOCK_D, BLOCK_DV,
             )  # fmt: skip
     else:
         if scores.bias is not None:
@@ -235,19 +252,19 @@ def _forward(
         if scores.window is not None:
             for n in range(lo, full_lo, BLOCK_N):
                 b_m, b_l, b_acc = _sequence_tile(
-                    n, b_q, b_m, b_l, b_acc, p_key, key.row, p_value, value_row, row_mask, bias, o_m, i_bh, length, S,
-                    P, scores, D, DV, CAUSAL, True, PRECISION, BLOCK_N, BLOCK_D, BLOCK_DV,
+                    n, b_q, b_m, b_l, b_acc, p_key, key.row, p_value, value_row, row_mask, bias, o_m, i_bh, length,
+                    count, P, scores, D, DV, CAUSAL, True, PRECISION, BLOCK_N, BLOCK_D, BLOCK_DV,
                 )  # fmt: skip
         if scores.bias is None:
             for n in range(full_lo, full_hi, BLOCK_N):
                 b_m, b_l, b_acc = _sequence_tile(
-                    n, b_q, b_m, b_l, b_acc, p_key, key.row, p_value, value_row, row_mask, bias, o_m, i_bh, length, S,
-                    P, scores, D, DV, CAUSAL, False, PRECISION, BLOCK_N, BLOCK_D, BLOCK_DV,
+                    n, b_q, b_m, b_l, b_acc, p_key, key.row, p_value, value_row, row_mask, bias, o_m, i_bh, length,
+                    count, P, scores, D, DV, CAUSAL, False, PRECISION, BLOCK_N, BLOCK_D, BLOCK_DV,
                 )  # fmt: skip
         for n in range(full_hi, hi, BLOCK_N):
             b_m, b_l, b_acc = _sequence_tile(
-                n, b_q, b_m, b_l, b_acc, p_key, key.row, p_value, value_row, row_mask, bias, o_m, i_bh, length, S, P,
-                scores, D, DV, CAUSAL, True, PRECISION, BLOCK_N, BLOCK_D, BLOCK_DV,
+                n, b_q, b_m, b_l, b_acc, p_key, key.row, p_value, value_row, row_mask, bias, o_m, i_bh, length, count,
+                P, scores, D, DV, CAUSAL, True, PRECISION, BLOCK_N, BLOCK_D, BLOCK_DV,
             )  # fmt: skip
 
     b_sink = None

@@ -39,18 +39,36 @@ from prefix_attn.backends.triton.primitives import (
 
 
 @triton.jit
-def _add_slot(slots_out, slots_lse, o_row, m_row, b_m, b_l, b_acc, DV: tl.constexpr, BLOCK_DV: tl.constexpr):
-    """Adds a finished part of the softmax, rows ``o_row`` of the slots, to a running one."""
+def _add_slots(
+    slots_out, slots_lse, o_row, stride, COUNT, m_row, b_m, b_l, b_acc,
+    DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_DV: tl.constexpr,
+):  # fmt: skip
+    """Adds COUNT finished parts of the softmax, rows ``o_row`` of each slot, to a running one, in the slots' order.
+
+    The maximum comes first. After it no load waits for what an earlier one brought. Up to four are under way, as
+    registers allow. .cg: from the L2 cache, since another program may have just written it.
+    """
     o_d = tl.arange(0, BLOCK_DV)
     m = m_row[:, None] & (o_d < DV)[None, :]
-    # .cg: from the L2 cache, since another program may have just written it
-    b_lse = tl.load(slots_lse + o_row, mask=m_row, other=-float("inf"), cache_modifier=".cg") * LOG2E
-    b_out = tl.load(slots_out + o_row[:, None] * DV + o_d[None, :], mask=m, other=0.0, cache_modifier=".cg")
-    b_max = tl.maximum(b_m, b_lse)
+    UNROLL: tl.constexpr = 4 if BLOCK_M * BLOCK_DV <= 1024 else 2 if BLOCK_M * BLOCK_DV <= 2048 else 1
+    b_max = b_m
+    p_lse = slots_lse + o_row
+    for _ in tl.range(0, COUNT, loop_unroll_factor=UNROLL):
+        b_lse = tl.load(p_lse, mask=m_row, other=-float("inf"), cache_modifier=".cg")
+        b_max = tl.maximum(b_max, b_lse * LOG2E)
+        p_lse += stride
     b_pivot = tl.where(b_max == -float("inf"), 0.0, b_max)
     b_old = tl.exp2(b_m - b_pivot)
-    b_new = tl.exp2(b_lse - b_pivot)
-    return b_max, b_l * b_old + b_new, b_acc * b_old[:, None] + b_out * b_new[:, None]
+    b_l *= b_old
+    b_acc *= b_old[:, None]
+    for _ in tl.range(0, COUNT, loop_unroll_factor=UNROLL):
+        b_lse = tl.load(slots_lse + o_row, mask=m_row, other=-float("inf"), cache_modifier=".cg")
+        b_out = tl.load(slots_out + o_row[:, None] * DV + o_d[None, :], mask=m, other=0.0, cache_modifier=".cg")
+        b_share = tl.exp2(b_lse * LOG2E - b_pivot)
+        b_l += b_share
+        b_acc += b_out * b_share[:, None]
+        o_row += stride
+    return b_max, b_l, b_acc
 
 
 @triton.jit
@@ -92,6 +110,8 @@ def _split_keys(
     T,
     P,
     N,
+    NQ,
+    NK,
     D: tl.constexpr,
     DV: tl.constexpr,
     CAUSAL: tl.constexpr,
@@ -102,6 +122,7 @@ def _split_keys(
     BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr,
 ):
+    """One run of the keys of one (row, key head), for all its queries or a chunk of them; the last run sums all up."""
     i = tl.program_id(0)
     i_split = i % SPLITS
     i = i // SPLITS
@@ -110,7 +131,7 @@ def _split_keys(
     i_kv = (i % HKV).to(tl.int64)
     i_b = (i // HKV).to(tl.int64)
     HQ = HKV * G
-    _, _, length = keys_of(i_b, T, rows)
+    _, _, length = keys_of(i_b, T, NK, rows)
     o_q = i_chunk * BLOCK_M + tl.arange(0, BLOCK_M)
     m_row = o_q < S * G
     o_s = o_q // G
@@ -177,9 +198,9 @@ def _split_keys(
     slot = B.to(tl.int64) * HQ * S  # rows of a slot
     if arrived is None:
         if slots_out is not None:
-            for _ in range(FOLDED):
-                b_m, b_l, b_acc = _add_slot(slots_out, slots_lse, o_row, m_row, b_m, b_l, b_acc, DV, BLOCK_DV)
-                o_row += slot
+            b_m, b_l, b_acc = _add_slots(
+                slots_out, slots_lse, o_row, slot, FOLDED, m_row, b_m, b_l, b_acc, DV, BLOCK_M, BLOCK_DV
+            )
         _write(out, lse, sinks, i_b, o_h, o_s, HQ, S, m_row, b_m, b_l, b_acc, scores, DV, BLOCK_DV)
     else:
         b_out, b_lse = finish(b_m, b_l, b_acc, None, None, scores)
@@ -193,9 +214,9 @@ def _split_keys(
             b_m = tl.full([BLOCK_M], -float("inf"), tl.float32)
             b_l = tl.zeros([BLOCK_M], tl.float32)
             b_acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
-            for _ in range(FOLDED + SPLITS):
-                b_m, b_l, b_acc = _add_slot(slots_out, slots_lse, o_row, m_row, b_m, b_l, b_acc, DV, BLOCK_DV)
-                o_row += slot
+            b_m, b_l, b_acc = _add_slots(
+                slots_out, slots_lse, o_row, slot, FOLDED + SPLITS, m_row, b_m, b_l, b_acc, DV, BLOCK_M, BLOCK_DV
+            )
             _write(out, lse, sinks, i_b, o_h, o_s, HQ, S, m_row, b_m, b_l, b_acc, scores, DV, BLOCK_DV)
 
 
@@ -217,6 +238,8 @@ def _fold_prefix(
     T,
     P,
     N,
+    NQ,
+    NK,
     D: tl.constexpr,
     DV: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -226,6 +249,7 @@ def _fold_prefix(
     BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr,
 ):
+    """One run of the prefix, for BLOCK_M queries of one key head and of any rows."""
     if EARLY:
         gdc_launch_dependents()
     i = tl.program_id(0)

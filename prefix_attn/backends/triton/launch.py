@@ -22,8 +22,11 @@ from prefix_attn.call import Call
 if interpreter.ACTIVE:
     interpreter.repair()
 
-# Options that take registers: a call with one of them runs with smaller tiles, the table's "+" entries.
-_PLUS = ("bias", "cu_seqlens_q", "prefix_ids", "prefix_start", "key_lengths", "key_mask", "seed", "window", "softcap")
+# Options that take registers. One of _FEW alone takes few, and the call runs with the table's "*" entries. With two of
+# them, or any of _MANY, it runs with the smaller tiles of the "+" entries.
+_FEW = ("prefix_ids", "prefix_start", "key_lengths", "key_mask", "window")
+_MANY = ("bias", "cu_seqlens_q", "seed", "softcap")
+SPLIT_KEYS = 128  # a run of fewer costs more in the sum of the runs than it saves
 MAX_DECODE_QUERIES = 16  # per head; more fill a tile of their own, and causal skipping pays
 
 
@@ -174,7 +177,7 @@ def _launch_grad_sequence(
         _array(grad_key),
         _array(grad_value),
         call.scale,
-        *sizes[:-1],
+        *sizes,
         CAUSAL=call.is_causal,
         **options,
     )
@@ -190,8 +193,9 @@ def _decode(call: Call, out: Tensor, lse: Tensor) -> None:
     options["BLOCK_M"] = max(16, _power_of_2(_cdiv(S * (Hq // Hkv), chunks)))
     query, key, value, prefix_key, prefix_value = _arrays(call)
     runs = _fold_runs(call)
-    loop = 0 if runs else _cdiv(call.prefix_length(), options["BLOCK_N"])
-    splits = max(1, min(_cdiv(T, options["BLOCK_N"]) + loop, 2 * processors(out.device) // (B * Hkv * chunks)))
+    seen = T if call.window is None else min(T, call.window + S - 1)
+    keys = seen if runs else seen + call.prefix_length()
+    splits = max(1, min(keys // SPLIT_KEYS, 2 * processors(out.device) // (B * Hkv * chunks)))
     slots_out = slots_lse = arrived = None
     if runs or splits > 1:
         slots = (runs + (splits if splits > 1 else 0), B, Hq, S)
@@ -270,7 +274,7 @@ def _grad_of_prefix(call: Call, arrays: tuple[Array | None, ...], saved: tuple[A
     prefix = call.prefix_key, call.prefix_value
     if not call.prefix_key.shape[-2] or not call.prefix_key.numel():
         return torch.zeros_like(prefix[0]), torch.zeros_like(prefix[1])
-    B, Hkv, G, S, _, P, N = sizes = _sizes(call)
+    B, Hkv, G, S, _, P, N, *_ = sizes = _sizes(call)
     options = _options(call, "grad_prefix")
     programs = _cdiv(P, options["BLOCK_N"]) * Hkv * N
     units = _cdiv(B * _cdiv(S, options["BLOCK_M"]) * G, N)
@@ -357,10 +361,9 @@ def _rows(call: Call, block_n: int | None) -> Rows:
         for t in (call.prefix_ids, call.prefix_lengths, call.prefix_start, call.key_lengths)
     )
     if call.cu_seqlens_q is None or call.cu_seqlens_k is None:
-        return Rows(ids, lengths, start, keys, mask, tiles, before, None, None, None, None)
+        return Rows(ids, lengths, start, keys, mask, tiles, before, None, None)
     cu_q, cu_k = call.cu_seqlens_q.contiguous(), call.cu_seqlens_k.contiguous()
-    total_q, total_k = call.query.shape[2], call.key.shape[2]
-    return Rows(ids, lengths, start, keys, mask, tiles, before, cu_q, cu_k, total_q, total_k)
+    return Rows(ids, lengths, start, keys, mask, tiles, before, cu_q, cu_k)
 
 
 def _scores(call: Call) -> Scores:
@@ -386,13 +389,14 @@ def _scores(call: Call) -> Scores:
 
 
 def _sizes(call: Call) -> tuple[int, ...]:
-    """B, HKV, G, S, T, P, N, in the order of the kernels' arguments; S and T the largest of packed sequences."""
-    Hq, S, _ = call.query.shape[1:]
-    Hkv, T = call.key.shape[1:3]
+    """What SIZES of ``primitives`` names, in its order; S and T are the largest of packed sequences."""
+    Hq, NQ, _ = call.query.shape[1:]
+    Hkv, NK = call.key.shape[1:3]
+    S, T = NQ, NK
     if call.max_seqlen_q is not None and call.max_seqlen_k is not None:
         S, T = call.max_seqlen_q, call.max_seqlen_k
     N = call.prefix_key.shape[0] if call.prefix_key is not None and call.has_bank() else 1
-    return call.batch(), Hkv, Hq // Hkv, S, T, call.prefix_length(), N
+    return call.batch(), Hkv, Hq // Hkv, S, T, call.prefix_length(), N, NQ, NK
 
 
 def _blocks(call: Call) -> dict[str, Any]:
@@ -400,13 +404,19 @@ def _blocks(call: Call) -> dict[str, Any]:
     return {"BLOCK_D": max(16, _power_of_2(D)), "BLOCK_DV": max(16, _power_of_2(Dv))}
 
 
+def _kind(call: Call) -> str:
+    """Which entry of the table serves the call: "" plain, "*" one cheap option, "+" any."""
+    many = any(getattr(call, name) is not None for name in _MANY)
+    few = sum(getattr(call, name) is not None for name in _FEW)
+    return "+" if many or few > 1 else "*" if few else ""
+
+
 def _options(call: Call, kernel: str) -> dict[str, Any]:
     """Everything that the kernel is compiled for: head sizes, precision of dots, tiles, warps and stages."""
     blocks = _blocks(call)
     exact = call.query.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision != "tf32"
-    plus = any(getattr(call, name) is not None for name in _PLUS)
     size = max(blocks["BLOCK_D"], blocks["BLOCK_DV"])
-    options = tile(architecture(call.query.device), kernel, call.query.dtype, size, plus)
+    options = tile(architecture(call.query.device), kernel, call.query.dtype, size, _kind(call))
     precision = "ieee" if exact else "tf32"
     # Loops count on a multiplication and an addition being one instruction, which Triton 3.10 no longer does unasked.
     return (

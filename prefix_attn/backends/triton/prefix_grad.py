@@ -44,6 +44,8 @@ def _grad_prefix(
     T,
     P,
     N,
+    NQ,
+    NK,
     D: tl.constexpr,
     DV: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -52,6 +54,7 @@ def _grad_prefix(
     BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr,
 ):
+    """dk and dv of BLOCK_N tokens of one prefix and key head, over one of SPLITS runs of the queries that read it."""
     num = tl.cdiv(P, BLOCK_N)
     i = tl.program_id(0)
     n = i % num * BLOCK_N
@@ -92,7 +95,7 @@ def _grad_prefix(
         i_b = i_b.to(tl.int64)
         i_h = i_kv * G + i_g
         i_bh = i_b * (HKV * G) + i_h
-        r_q, count, i_lse = queries_of(i_b, i_h, HKV * G, S, rows)
+        r_q, count, i_lse = queries_of(i_b, i_h, HKV * G, S, NQ, rows)
         exists = True
         if rows.cu_q is not None:
             exists = i_m * BLOCK_M < count
@@ -105,7 +108,7 @@ def _grad_prefix(
             )  # fmt: skip
             m_nm = None
             if rows.prefix_start is not None:
-                _, _, length = keys_of(i_b, T, rows)
+                _, _, length = keys_of(i_b, T, NK, rows)
                 m_nm = (length - count + o_m >= tl.load(rows.prefix_start + i_b))[None, :]
             # Nothing masks the keys past the prefix's end: their rows of dk and dv are not stored.
             b_dk, b_dv = key_tile(

@@ -40,8 +40,6 @@ class Rows(NamedTuple):
     before: Any  # (B, ceil(T / BLOCK_N) + 1) int32: how many of these come before each tile
     cu_q: Any  # (B + 1,): packed sequences, whose query i of row b is row cu_q[b] + i of the one matrix of a head
     cu_k: Any  # (B + 1,)
-    total_q: Any  # Nq, Nk
-    total_k: Any
 
 
 class Scores(NamedTuple):
@@ -61,11 +59,11 @@ class Scores(NamedTuple):
 
 
 # Never specialised on their values: else every new length would compile the kernels again.
-SIZES = ["B", "HKV", "G", "S", "T", "P", "N"]
+SIZES = ["B", "HKV", "G", "S", "T", "P", "N", "NQ", "NK"]  # of packed sequences: rows of query and of key in all
 
 
 @triton.jit
-def queries_of(i_b, i_h, HQ, S, rows):
+def queries_of(i_b, i_h, HQ, S, NQ, rows):
     """(first row, number) of the queries of row i_b, and where their lse begins, for head i_h; S: the largest number.
 
     Clamped, as everything that is read from memory: a length out of range reads nothing out of bounds.
@@ -76,22 +74,22 @@ def queries_of(i_b, i_h, HQ, S, rows):
     if rows.cu_q is not None:
         first = tl.load(rows.cu_q + i_b).to(tl.int64)
         count = tl.load(rows.cu_q + i_b + 1).to(tl.int64) - first
-        count = tl.minimum(tl.minimum(tl.maximum(count, 0), S), rows.total_q).to(tl.int32)
-        first = tl.minimum(tl.maximum(first, 0), rows.total_q - count)
-        place = i_h * rows.total_q + first
+        count = tl.minimum(tl.minimum(tl.maximum(count, 0), S), NQ).to(tl.int32)
+        first = tl.minimum(tl.maximum(first, 0), NQ - count)
+        place = i_h * NQ + first
     return first, count, place
 
 
 @triton.jit
-def keys_of(i_b, T, rows):
+def keys_of(i_b, T, NK, rows):
     """(first row, number, visible number) of the keys of row i_b; T: the largest number."""
     first = i_b * 0
     count = T
     if rows.cu_k is not None:
         first = tl.load(rows.cu_k + i_b).to(tl.int64)
         count = tl.load(rows.cu_k + i_b + 1).to(tl.int64) - first
-        count = tl.minimum(tl.minimum(tl.maximum(count, 0), T), rows.total_k).to(tl.int32)
-        first = tl.minimum(tl.maximum(first, 0), rows.total_k - count)
+        count = tl.minimum(tl.minimum(tl.maximum(count, 0), T), NK).to(tl.int32)
+        first = tl.minimum(tl.maximum(first, 0), NK - count)
     length = count
     if rows.key_lengths is not None:
         length = tl.minimum(tl.maximum(tl.load(rows.key_lengths + i_b), 0), T).to(tl.int32)

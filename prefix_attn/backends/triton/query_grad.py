@@ -15,22 +15,18 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from prefix_attn.backends.triton.attend import program, sequence_range
+from prefix_attn.backends.triton.attend import begin, prefix_seen, sequence_range
 from prefix_attn.backends.triton.primitives import (
     LOG2E,
     SIZES,
     add_bias,
-    entry_of,
     exponential,
     grad_product,
     kept,
-    keys_of,
     load_full,
     load_rows,
     logits,
-    prefix_of,
     present,
-    queries_of,
     store_rows,
     visible,
 )
@@ -75,11 +71,11 @@ def _delta(
 
 
 @triton.jit
-def load_queries(m, S, p_q, q_row, p_do, do_row, p_lse2, p_delta, D: tl.constexpr, DV: tl.constexpr,
+def load_queries(m, count, p_q, q_row, p_do, do_row, p_lse2, p_delta, D: tl.constexpr, DV: tl.constexpr,
                  BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr):  # fmt: skip
     """(offsets, q, dout, lse2, delta) of queries m..m + BLOCK_M of one head; lse2 is +inf where there is none."""
     o_m = m + tl.arange(0, BLOCK_M)
-    m_m = o_m < S
+    m_m = o_m < count
     b_q = load_rows(p_q, o_m, q_row, m_m, D, BLOCK_D)
     b_do = load_rows(p_do, o_m, do_row, m_m, DV, BLOCK_DV)
     b_lse = tl.load(p_lse2 + o_m, mask=m_m, other=float("inf"))
@@ -149,7 +145,7 @@ def _query_sequence_tile(
     o_m,
     i_bh,
     length,
-    S,
+    count,
     P,
     scores,
     D: tl.constexpr,
@@ -169,8 +165,8 @@ def _query_sequence_tile(
     if MASKED:
         b_k = load_rows(p_key, o_n, key_row, m_n, D, BLOCK_D)
         b_v = load_rows(p_value, o_n, value_row, m_n, DV, BLOCK_DV)
-        m_mn = visible((length - S + o_m)[:, None], o_n[None, :], length, row_mask, scores, CAUSAL)
-        m_mn = m_mn & (o_m < S)[:, None]
+        m_mn = visible((length - count + o_m)[:, None], o_n[None, :], length, row_mask, scores, CAUSAL)
+        m_mn = m_mn & (o_m < count)[:, None]
     else:
         b_k = load_full(p_key, n, key_row, D, BLOCK_N, BLOCK_D)
         b_v = load_full(p_value, n, value_row, DV, BLOCK_N, BLOCK_DV)
@@ -202,6 +198,8 @@ def _grad_query(
     T,
     P,
     N,
+    NQ,
+    NK,
     D: tl.constexpr,
     DV: tl.constexpr,
     CAUSAL: tl.constexpr,
@@ -211,17 +209,14 @@ def _grad_query(
     BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr,
 ):
-    i_b, i_kv, i_h, first = program(B, HKV, G, S, BLOCK_M, CAUSAL)
+    """dq, and the share where it is asked for, of BLOCK_M queries of one head, over prefix and sequence."""
+    i_b, i_kv, i_h, first, r_q, count, i_lse, r_k, length = begin(B, HKV, G, S, T, NQ, NK, rows, BLOCK_M, CAUSAL)
     i_bh = i_b * (HKV * G) + i_h
-    r_q, S, i_lse = queries_of(i_b, i_h, HKV * G, S, rows)
-    r_k, _, length = keys_of(i_b, T, rows)
-    if rows.cu_q is not None:  # a program behind the end of a short sequence walks nothing
-        length = tl.where(first < S, length, 0)
     p_q = query.data + i_b * query.batch + i_h * query.head + r_q * query.row
     p_do = grad_out.data + i_b * grad_out.batch + i_h * grad_out.head + r_q * grad_out.row
-    m_m = first + tl.arange(0, BLOCK_M) < S
+    m_m = first + tl.arange(0, BLOCK_M) < count
     o_m, b_q, b_do, b_lse, b_delta = load_queries(
-        first, S, p_q, query.row, p_do, grad_out.row, lse2 + i_lse, delta + i_lse, D, DV, BLOCK_M, BLOCK_D, BLOCK_DV
+        first, count, p_q, query.row, p_do, grad_out.row, lse2 + i_lse, delta + i_lse, D, DV, BLOCK_M, BLOCK_D, BLOCK_DV
     )
     # [BLOCK_M, BLOCK_D]
     b_dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
@@ -230,16 +225,9 @@ def _grad_query(
     b_share = tl.zeros([BLOCK_M], tl.float32)
 
     if prefix_key is not None:
-        entry = entry_of(i_b, N, rows)
-        prefix = prefix_of(entry, P, rows)
-        if rows.cu_q is not None:
-            prefix = tl.where(first < S, prefix, 0)
-        i_n = tl.maximum(entry, 0).to(tl.int64)
+        i_n, prefix, start = prefix_seen(i_b, first, count, length, P, N, rows, BLOCK_M)
         p_key = prefix_key.data + i_n * prefix_key.batch + i_kv * prefix_key.head
         p_value = prefix_value.data + i_n * prefix_value.batch + i_kv * prefix_value.head
-        if rows.prefix_start is not None:
-            start = tl.load(rows.prefix_start + i_b) - (length - S)
-            prefix = tl.where(first + BLOCK_M > start, prefix, 0)
         for n in range(0, prefix, BLOCK_N):
             o_n = n + tl.arange(0, BLOCK_N)
             m_n = o_n < prefix
@@ -261,7 +249,7 @@ def _grad_query(
     bias = scores.bias
     if scores.bias is not None:
         bias += i_b * scores.bias_batch + i_h * scores.bias_head
-    lo, full_lo, full_hi, hi = sequence_range(first, length, S, scores, CAUSAL, BLOCK_M, BLOCK_N)
+    lo, full_lo, full_hi, hi = sequence_range(first, length, count, scores, CAUSAL, BLOCK_M, BLOCK_N)
     if rows.tiles is not None:
         num = tl.cdiv(T, BLOCK_N)
         before = rows.before + i_b * (num + 1)
@@ -269,7 +257,7 @@ def _grad_query(
             n = tl.load(rows.tiles + i_b * num + i) * BLOCK_N
             b_dq, b_share = _query_sequence_tile(
                 n, b_q, b_do, b_lse, b_delta, b_dq, b_share, p_key, key.row, p_value, value.row, row_mask, bias, o_m,
-                i_bh, length, S, P, scores, D, DV, CAUSAL, True, SHARE, PRECISION, BLOCK_N, BLOCK_D, BLOCK_DV,
+                i_bh, length, count, P, scores, D, DV, CAUSAL, True, SHARE, PRECISION, BLOCK_N, BLOCK_D, BLOCK_DV,
             )  # fmt: skip
     else:
         if scores.bias is not None:
@@ -279,18 +267,20 @@ def _grad_query(
             for n in range(lo, full_lo, BLOCK_N):
                 b_dq, b_share = _query_sequence_tile(
                     n, b_q, b_do, b_lse, b_delta, b_dq, b_share, p_key, key.row, p_value, value.row, row_mask, bias,
-                    o_m, i_bh, length, S, P, scores, D, DV, CAUSAL, True, SHARE, PRECISION, BLOCK_N, BLOCK_D, BLOCK_DV,
+                    o_m, i_bh, length, count, P, scores, D, DV, CAUSAL, True, SHARE, PRECISION, BLOCK_N,
+                    BLOCK_D, BLOCK_DV,
                 )  # fmt: skip
         if scores.bias is None:
             for n in range(full_lo, full_hi, BLOCK_N):
                 b_dq, b_share = _query_sequence_tile(
                     n, b_q, b_do, b_lse, b_delta, b_dq, b_share, p_key, key.row, p_value, value.row, row_mask, bias,
-                    o_m, i_bh, length, S, P, scores, D, DV, CAUSAL, False, SHARE, PRECISION, BLOCK_N, BLOCK_D, BLOCK_DV,
+                    o_m, i_bh, length, count, P, scores, D, DV, CAUSAL, False, SHARE, PRECISION, BLOCK_N,
+                    BLOCK_D, BLOCK_DV,
                 )  # fmt: skip
         for n in range(full_hi, hi, BLOCK_N):
             b_dq, b_share = _query_sequence_tile(
                 n, b_q, b_do, b_lse, b_delta, b_dq, b_share, p_key, key.row, p_value, value.row, row_mask, bias, o_m,
-                i_bh, length, S, P, scores, D, DV, CAUSAL, True, SHARE, PRECISION, BLOCK_N, BLOCK_D, BLOCK_DV,
+                i_bh, length, count, P, scores, D, DV, CAUSAL, True, SHARE, PRECISION, BLOCK_N, BLOCK_D, BLOCK_DV,
             )  # fmt: skip
 
     if grad_query is not None:

@@ -81,6 +81,9 @@ def _grad_sequence(
     S,
     T,
     P,
+    N,
+    NQ,
+    NK,
     D: tl.constexpr,
     DV: tl.constexpr,
     CAUSAL: tl.constexpr,
@@ -90,11 +93,12 @@ def _grad_sequence(
     BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr,
 ):
+    """dk and dv of BLOCK_N keys of one key head, over the queries of all its heads that see them."""
     num = tl.cdiv(T, BLOCK_N)
     n = tl.program_id(0) % num * BLOCK_N
     i_kv = (tl.program_id(0) // num % HKV).to(tl.int64)
     i_b = (tl.program_id(0) // num // HKV).to(tl.int64)
-    r_k, count, length = keys_of(i_b, T, rows)
+    r_k, count, length = keys_of(i_b, T, NK, rows)
     o_n = n + tl.arange(0, BLOCK_N)
     m_n = o_n < length
     # [BLOCK_N, BLOCK_D] and [BLOCK_N, BLOCK_DV]
@@ -108,10 +112,10 @@ def _grad_sequence(
     # Queries lo..hi see some key of the tile. One loop with masks: apart from whole tiles they cost little beside four
     # products, and a second loop costs the registers that make the tile spill. What hides a key from all queries, its
     # length or the key mask, is left to the end: a row of dk and dv depends on no other key.
-    r_q, count_q, i_lse = queries_of(i_b, i_kv * G, HKV * G, S, rows)
+    r_q, count_q, i_lse = queries_of(i_b, i_kv * G, HKV * G, S, NQ, rows)
     per_head = S  # from one head's lse to the next
     if rows.cu_q is not None:
-        per_head = rows.total_q
+        per_head = NQ
     shift = length - count_q  # position of query 0
     lo = 0
     hi = tl.where(n < length, count_q, 0)

@@ -41,12 +41,13 @@ def processors(device: torch.device) -> int:
 
 
 @functools.cache
-def tile(arch: str, kernel: str, dtype: torch.dtype, size: int, plus: bool) -> dict[str, int]:
+def tile(arch: str, kernel: str, dtype: torch.dtype, size: int, kind: str) -> dict[str, int]:
     """Launch options of a kernel for head sizes up to ``size``: BLOCK_M, BLOCK_N, num_warps, num_stages.
 
-    ``plus``: the call has options that need more registers, and has an entry of its own.
+    kind: "" for a plain call, "+" for one with options that take registers, "*" for one cheap option. Where the table
+    has no entry for the last, that of "+" serves.
     """
     head = next(limit for limit in (64, 128, 256) if size <= limit)
-    name = f"{'half' if dtype.itemsize == 2 else 'float'}/{head}{'+' if plus else ''}"
-    block_m, block_n, warps, stages = table()[arch][kernel][name]
+    name, column = f"{'half' if dtype.itemsize == 2 else 'float'}/{head}", table()[arch][kernel]
+    block_m, block_n, warps, stages = column.get(name + kind) or column[name + "+"]
     return {"BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": warps, "num_stages": stages}
