@@ -86,6 +86,16 @@ def test_peft_migration() -> None:
     assert all(difference < CLOSE for difference in differences)
 
 
+def test_accelerate_loop() -> None:
+    """A break changes no bit, and the norms that were trained beside the prefix are in its files."""
+    text = run("accelerate_loop")
+    (first, middle), (again, last) = changes(text)
+    assert middle == again < first - 0.1
+    assert last < middle - 0.1
+    assert "without a break: the same bits\n" in text
+    assert float(re.findall(r"differ by (\S+)", text)[0]) < CLOSE
+
+
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
 def test_an_example_is_short_and_hides_no_standard_module(path: Path) -> None:
     assert path.stem not in sys.stdlib_module_names

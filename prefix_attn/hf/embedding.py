@@ -14,7 +14,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from prefix_attn.hf.attach.attachment import Attachment
 from prefix_attn.hf.attach.insertion import Insertion
 from prefix_attn.hf.attach.slots import find_layers
-from prefix_attn.hf.attach.trained import freeze
+from prefix_attn.hf.attach.trained import freeze, set_trained
 from prefix_attn.hf.attach.wrapper import Wrapper
 from prefix_attn.hf.config import PrefixConfig
 from prefix_attn.hf.hub import download_options
@@ -97,14 +97,14 @@ class PrefixTuning(Wrapper):
         safe_serialization: bool = True,
         save_function: Any = None,
     ) -> None:
-        """Write the table into a folder, in the format of PEFT's prompt tuning, which is this method.
+        """Write what is trained into a folder, in the format of PEFT's prompt tuning, which is this method.
 
         Other arguments are as for ``PrefixModel.save_pretrained``.
         """
         checkpoint.check_safe(safe_serialization)
         if is_main_process:
-            table = self.prefix if state_dict is None else checkpoint.find_table(state_dict)
-            checkpoint.save_table(Path(path), table, self.base_model)
+            state = self.state_dict() if state_dict is None else state_dict
+            checkpoint.save_table(Path(path), state, self.base_model)
 
     @classmethod
     def from_pretrained(
@@ -117,10 +117,11 @@ class PrefixTuning(Wrapper):
         Raises:
             ValueError: the files do not fit ``model``, or are damaged.
         """
-        table = checkpoint.load_table(path, model, **download_options(options))
+        table, others = checkpoint.load_table(path, model, **download_options(options))
         tuned = cls(model, *table.shape)
-        tuned.load_state_dict({"prefix": table})
+        tuned.prefix.data.copy_(table)
         tuned.prefix.requires_grad_(is_trainable)
+        set_trained(model, others, trainable=is_trainable)
         return tuned
 
     def _stacks(self) -> set[nn.Module]:

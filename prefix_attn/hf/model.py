@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from prefix_attn.hf.attach.banks import make_bank, make_rows, row_names
 from prefix_attn.hf.attach.infix import end_of_prompt, start_of_targets
 from prefix_attn.hf.attach.task_heads import copy_task_heads, task_heads_in_place
+from prefix_attn.hf.attach.trained import changes, set_trained
 from prefix_attn.hf.config import PrefixConfig
 from prefix_attn.hf.encoder import PrefixEncoder
 from prefix_attn.hf.hub import download_options
@@ -36,6 +37,7 @@ def get_prefix_model(
     embeddings of new tokens. These stay trainable beside the prefix. If all are, as ``from_pretrained`` leaves them,
     nothing was chosen, and all are frozen. What a class freezes in every model, such as tables of positions, and
     quantised weights do not count. More can be unfrozen later: ``model.base_model.lm_head.requires_grad_(True)``.
+    All that is trained is in ``state_dict``, in checkpoints and in the files of ``save_pretrained``.
 
     Args:
         base: a transformers model, decoder, encoder or both; its attention function is switched in place.
@@ -108,7 +110,8 @@ class PrefixModel(PeftWords):
             options: subfolder, revision, token, cache_dir, local_files_only, force_download, as for PEFT.
 
         Raises:
-            ValueError: the files do not fit the base model, or are damaged. The model is unchanged then.
+            ValueError: the files do not fit the base model, are damaged, or have weights of the base model that would
+                change the prefixes that are here. The model is unchanged then.
         """
         self.load_prefixes(path, name, is_trainable=is_trainable, config=config, **options)
 
@@ -124,6 +127,9 @@ class PrefixModel(PeftWords):
         save_function: Any = None,
     ) -> None:
         """Write the active prefix, folded, in PEFT's format where PEFT has such prefixes, with a model card.
+
+        Trainable weights of the base model are in the same file. ``from_pretrained`` sets them in a base model that
+        was prepared as before training; PEFT does so too.
 
         Args:
             path: the folder. A kill at any moment leaves the old files or the new ones.
@@ -206,6 +212,12 @@ class PrefixModel(PeftWords):
         for own in found:
             self.check_new_name(own)
         made = {own: self._made(stored, config, is_trainable=is_trainable) for own, stored in found.items()}
+        for own, (*_, others) in made.items():
+            if self.prefix_configs and (changed := changes(self.base_model, others)):
+                raise ValueError(
+                    f"{path}: {own} was trained with weights of the base model that are not those of "
+                    f"{self.prefix_names}: {changed[:4]}; give it a base model of its own"
+                )
         for own, parts in made.items():
             self._install(own, *parts)
         first = "default" if "default" in made else next(iter(made))
@@ -345,14 +357,11 @@ class PrefixModel(PeftWords):
         task_heads.load_state_dict(loaded.task_heads)
         return config, encoder, task_heads, loaded.others
 
-    @torch.no_grad()
     def _install(
         self, name: str, config: PrefixConfig, encoder: PrefixEncoder, task_heads: nn.ModuleDict, others: Any
     ) -> None:
         self.install_prefix(name, config, encoder, task_heads, trainable=not config.inference_mode)
-        here = self.base_model.state_dict() if others else {}
-        for weight, tensor in others.items():
-            here[weight].copy_(tensor)
+        set_trained(self.base_model, others, trainable=not config.inference_mode)
 
     def _init_prefix(self, config: PrefixConfig) -> tuple[PrefixEncoder, PrefixConfig]:
         """The prefix that a new one starts from: one of this model, or one from files."""

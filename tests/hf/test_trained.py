@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, Trainer, TrainingArguments
 
 from prefix_attn import PrefixConfig, PrefixModel, PrefixTuning, get_prefix_model
 from tests.hf.models import tiny, tokens
+from tests.numerics import MODEL, close
 
 P, WIDTH = 4, 32
 
@@ -204,3 +205,45 @@ def test_a_trainer_resumes_bit_for_bit(tmp_path: Path) -> None:
     for name, tensor in straight.state_dict().items():
         assert torch.equal(resumed.state_dict()[name], tensor)
         assert not torch.equal(start[name], tensor)
+
+
+@pytest.mark.parametrize("kind", ["kv", "table"])
+@pytest.mark.parametrize("choice", ["norms", "head", pytest.param("lora", marks=pytest.mark.peft)])
+def test_files_have_what_was_trained(choice: str, kind: str, tmp_path: Path, caplog: Any) -> None:
+    """Into a base prepared as before training. To go on with the training, the same is trainable; else nothing is."""
+    model = attached(chosen(choice), kind)
+    step(model)
+    model.save_pretrained(tmp_path)
+    for is_trainable in (False, True):
+        again = type(model).from_pretrained(chosen(choice), tmp_path, is_trainable=is_trainable)
+        assert trainable(again).keys() == (trainable(model).keys() if is_trainable else set())
+        assert torch.equal(again.eval()(tokens()).logits, model.eval()(tokens()).logits)
+    assert "of its weights were trained with the prefix, and are set" in caplog.text
+    if choice == "lora":
+        with pytest.raises(ValueError, match=r"lora_A.*was trained with the prefix, and LlamaForCausalLM has no such"):
+            type(model).from_pretrained(tiny("llama"), tmp_path)
+
+
+def test_a_prefix_with_weights_of_its_own_joins_no_other(tmp_path: Path) -> None:
+    """They would change the outputs of the prefixes that are there. To the model that it came from it comes back."""
+    model = attached(chosen("norms"), "kv")
+    step(model)
+    model.save_pretrained(tmp_path)
+    model.load_prefix(tmp_path, "again")
+    other = attached(tiny("llama"), "kv").eval()
+    before = other(tokens()).logits
+    with pytest.raises(ValueError, match="again was trained with weights of the base model that are not"):
+        other.load_prefix(tmp_path, "again")
+    assert other.prefix_names == ["default"]
+    assert torch.equal(other(tokens()).logits, before)
+
+
+@pytest.mark.peft
+def test_peft_reads_what_was_trained(tmp_path: Path) -> None:
+    from peft import PeftModel
+
+    model = attached(chosen("norms"), "kv").eval()
+    step(model)
+    model.save_pretrained(tmp_path)
+    peft = PeftModel.from_pretrained(tiny("llama"), tmp_path).eval()
+    close(peft(input_ids=tokens()).logits, model(tokens()).logits, MODEL)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -43,6 +43,25 @@ def trained_names(base: nn.Module) -> set[str]:
     names = {name for name, p in base.named_parameters() if p.requires_grad}
     modules = {name.rpartition(".")[0] for name in names}
     return names | {name for name, _ in base.named_buffers() if name.rpartition(".")[0] in modules}
+
+
+def changes(base: nn.Module, values: Mapping[str, Tensor]) -> list[str]:
+    """Which parameters and buffers of ``base`` have other values."""
+    here = base.state_dict() if values else {}
+    return [name for name, value in values.items() if not torch.equal(here[name], value.to(here[name]))]
+
+
+@torch.no_grad()
+def set_trained(base: nn.Module, values: Mapping[str, Tensor], *, trainable: bool) -> None:
+    """Give parameters and buffers of ``base`` the values that they were trained to."""
+    if changed := changes(base, values):
+        name = type(base).__name__
+        _log.warning("%s: %d of its weights were trained with the prefix, and are set", name, len(changed))
+    here = base.state_dict(keep_vars=True) if values else {}
+    for name, value in values.items():
+        here[name].copy_(value)
+        if isinstance(here[name], nn.Parameter):
+            here[name].requires_grad_(trainable)
 
 
 def leave_out_frozen(model: Any) -> None:

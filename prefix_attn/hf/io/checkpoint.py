@@ -135,7 +135,7 @@ def load_prefix(stored: Stored, attachment: Attachment, *, is_trainable: bool) -
     config, sizes = _resolved(stored, attachment)
     wanted = _wanted(stored, config, sizes, attachment)
     tensors = files.checked(stored.path, stored.tensors, wanted)
-    others = _others(stored, attachment.base)
+    others = _others(stored.path, stored.others, attachment.base)
     for note in stored.notes:
         _log.warning("%s: %s", stored.path, note)
     prefix = {name: tensors.pop(name).float() for name in (KEY, GATE) if name in wanted}
@@ -210,23 +210,26 @@ def _training(
     return None
 
 
-def _others(stored: Stored, base: PreTrainedModel) -> dict[str, Tensor]:
+def _others(path: Path, others: Mapping[str, Tensor], base: PreTrainedModel) -> dict[str, Tensor]:
     """The weights of the base model that were trained with the prefix, checked to be in ``base``."""
-    here = {name: tuple(tensor.shape) for name, tensor in base.state_dict().items()} if stored.others else {}
-    found = {name.removeprefix(TASK_HEAD): tensor for name, tensor in stored.others.items()}
+    here = {name: tuple(tensor.shape) for name, tensor in base.state_dict().items()} if others else {}
+    found = {name.removeprefix(TASK_HEAD): tensor for name, tensor in others.items()}
     for name, tensor in found.items():
         if here.get(name) != tuple(tensor.shape):
             raise ValueError(
-                f"{stored.path}: {name} {tuple(tensor.shape)} of the base model was trained with the prefix, and "
+                f"{path}: {name} {tuple(tensor.shape)} of the base model was trained with the prefix, and "
                 f"{type(base).__name__} has {here.get(name, 'no such weight')}: make it first, as before training"
             )
         if not tensor.isfinite().all():
-            raise ValueError(f"{stored.path}: {name} of the base model must hold finite numbers")
+            raise ValueError(f"{path}: {name} of the base model must hold finite numbers")
     return found
 
 
-def save_table(folder: Path, table: Tensor, base: PreTrainedModel) -> None:
-    """Write the embeddings (P, hidden size) of virtual tokens in the format of PEFT's prompt tuning."""
+def save_table(folder: Path, state: Mapping[str, Tensor], base: PreTrainedModel) -> None:
+    """Write the state_dict of a ``PrefixTuning`` in the format of PEFT's prompt tuning."""
+    state = {plain_name(name): tensor for name, tensor in state.items()}
+    if (table := state.get("prefix")) is None:
+        raise ValueError(f"state_dict lacks 'prefix'; it has {sorted(state)[:6]}")
     config = base.config.get_text_config()
     peft = {
         "peft_type": "PROMPT_TUNING",
@@ -240,7 +243,8 @@ def save_table(folder: Path, table: Tensor, base: PreTrainedModel) -> None:
         "num_layers": config.num_hidden_layers,
     }
     metadata = {"format": "pt", "base": json.dumps(fingerprint(base.config))}
-    write_adapter(folder, peft, {KEY: table.float()}, metadata)
+    others = {name: tensor for name, tensor in state.items() if name.startswith(TASK_HEAD)}
+    write_adapter(folder, peft, {**others, KEY: table.float()}, metadata)
 
 
 def check_safe(safe_serialization: bool) -> None:
@@ -249,16 +253,8 @@ def check_safe(safe_serialization: bool) -> None:
         raise ValueError("safe_serialization must be True: prefixes are saved as safetensors, never pickled")
 
 
-def find_table(state: Mapping[str, Tensor]) -> Tensor:
-    """The table in the state_dict of a ``PrefixTuning``."""
-    found = [tensor for name, tensor in state.items() if plain_name(name) == "prefix"]
-    if len(found) != 1:
-        raise ValueError(f"state_dict lacks 'prefix'; it has {sorted(state)[:6]}")
-    return found[0]
-
-
-def load_table(path: str | Path, base: PreTrainedModel, **hub: Any) -> Tensor:
-    """The reverse: (P, hidden size) float32 from a folder or a Hub id.
+def load_table(path: str | Path, base: PreTrainedModel, **hub: Any) -> tuple[Tensor, dict[str, Tensor]]:
+    """The reverse, from a folder or a Hub id: (P, hidden size) float32, and weights of the base model.
 
     Raises:
         ValueError: missing, damaged, or made for another model.
@@ -270,7 +266,10 @@ def load_table(path: str | Path, base: PreTrainedModel, **hub: Any) -> Tensor:
     metadata = files.read_metadata(folder / ADAPTER)
     _check_base(folder, PrefixConfig(base_model_name_or_path=peft.get("base_model_name_or_path")), metadata, base)
     wanted = {KEY: (peft.get("num_virtual_tokens", 0), int(base.get_input_embeddings().weight.shape[1]))}
-    return files.checked(folder / ADAPTER, files.read_tensors(folder / ADAPTER), wanted)[KEY].float()
+    tensors = files.read_tensors(folder / ADAPTER)
+    others = {name: tensors.pop(name) for name in list(tensors) if name.startswith(TASK_HEAD)}
+    table = files.checked(folder / ADAPTER, tensors, wanted)[KEY].float()
+    return table, _others(folder / ADAPTER, others, base)
 
 
 def describe(path: str | Path) -> dict[str, Any]:
