@@ -132,6 +132,14 @@ class PrefixTuning(Wrapper):
             return self._insertion.running(self.prefix, needed=False)
         return self._attachment.runner.on_demand(self._running, needed=needed)
 
+    def check_resumable(self, folder: Path) -> None:
+        """Raise a ValueError if ``folder`` was left by the training of another base model or of another table."""
+        base = self.base_model
+        state = checkpoint.read_resumable(folder, base, base.config._name_or_path)
+        if state is not None and (table := checkpoint.find_table(state)).shape != self.prefix.shape:
+            needed, got = (f"(prefix_length, hidden_size) = {tuple(t.shape)}" for t in (self.prefix, table))
+            raise ValueError(f"{folder}: the model has {needed}, and the training to resume had {got}")
+
     def _running(self) -> AbstractContextManager[None]:
         if self._attachment is None:
             return self._insertion.running(self.prefix)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -16,6 +17,8 @@ from prefix_attn.hf.attach.wrapper import Wrapper, device_of
 from prefix_attn.hf.config import PrefixConfig
 from prefix_attn.hf.encoder import PrefixEncoder
 from prefix_attn.hf.initial import FromEmbeddings
+from prefix_attn.hf.io import checkpoint
+from prefix_attn.hf.io.state import check_same
 
 
 class NamedPrefixes(Wrapper):
@@ -71,6 +74,13 @@ class NamedPrefixes(Wrapper):
             encoder.fold()
             config.fold()
             encoder.unshown = self.attachment.resolver.unshown(config)
+
+    def check_resumable(self, folder: Path) -> None:
+        """Raise a ValueError if ``folder`` was left by the training of another base model or of other prefixes."""
+        config = self.prefix_configs.get(self.active_prefix or "")
+        name = None if config is None else config.base_model_name_or_path
+        if (state := checkpoint.read_resumable(folder, self.attachment.base, name)) is not None:
+            check_same(self.state_dict(), state)
 
     # For other modules ------------------------------------------------------------------------------------------------
 

@@ -91,7 +91,7 @@ def test_resumes_bit_for_bit(form: str, tmp_path: Path) -> None:
     train(second, byte_tokenizer(), EXAMPLES, [], settings(tmp_path / "b", 4, resume=True))
     expected, got = (m.prefixes["default"].state_dict() for m in (straight, second))
     assert expected.keys() == got.keys()
-    assert len(got) == (5 if form == "mlp" else 7)
+    assert len(got) == (5 if form == "mlp" else 8)  # that it is an infix is in it too
     assert all(torch.equal(got[name], wanted) for name, wanted in expected.items())
 
 
@@ -134,3 +134,15 @@ def test_nothing_to_train_on_or_to_resume(tmp_path: Path) -> None:
         train(model(), byte_tokenizer(), [], [], settings(tmp_path, 2))
     with pytest.raises(ValueError, match="no checkpoint to resume from"):
         train(model(), byte_tokenizer(), EXAMPLES, [], settings(tmp_path, 2, resume=True))
+
+
+def test_resuming_with_another_prefix_is_refused_and_loses_nothing(tmp_path: Path) -> None:
+    """Also a training that was finished."""
+    train(model(), byte_tokenizer(), EXAMPLES, [], settings(tmp_path, 2))
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    for fields, message in (({"num_virtual_tokens": 6}, "is 4 there and 6 here"), ({"gate": "zero"}, "gate is None")):
+        for steps in (2, 4):
+            other = get_prefix_model(model().base_model, PrefixConfig(**{"num_virtual_tokens": 4} | fields))
+            with pytest.raises(ValueError, match=message):
+                train(other, byte_tokenizer(), EXAMPLES, [], settings(tmp_path, steps, resume=True))
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before

@@ -1,4 +1,4 @@
-"""What transformers' Trainer saves of a model of ours.
+"""What transformers' Trainer saves of a model of ours, and that it resumes the training that it left.
 
 Of a model that is neither transformers' nor PEFT's, ``Trainer._save`` writes the state_dict alone, and asks nobody. So
 it is wrapped: behind its own files it writes those of ``save_pretrained``, which other programs can load. The Trainer
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import sys
+from pathlib import Path
 from typing import Any
 
 _COMPLETE: list[type] = []  # the Trainers that save our models whole
@@ -32,3 +33,13 @@ def complete_folders(kind: type[Any]) -> None:
             model.save_pretrained(folder, state_dict=state_dict, is_main_process=self.args.should_save)
 
     trainer._save = _save
+    resume = trainer._load_from_checkpoint
+
+    @functools.wraps(resume)
+    def _load_from_checkpoint(self: Any, resume_from_checkpoint: str, model: Any = None) -> None:
+        ours = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        if isinstance(ours, kind):
+            ours.check_resumable(Path(resume_from_checkpoint))
+        resume(self, resume_from_checkpoint, model)
+
+    trainer._load_from_checkpoint = _load_from_checkpoint

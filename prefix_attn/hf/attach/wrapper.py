@@ -67,6 +67,10 @@ class Wrapper(Reached):
         """Write what is trained, in PEFT's format."""
         raise NotImplementedError
 
+    def check_resumable(self, folder: Path) -> None:
+        """Raise a ValueError if ``folder``, which a Trainer left, was not left by this training."""
+        raise NotImplementedError
+
     def push_to_hub(self, repo_id: str, **options: Any) -> Any:
         """Upload what ``save_pretrained`` writes; a model card that the repository has keeps its text.
 

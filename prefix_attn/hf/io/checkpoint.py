@@ -34,7 +34,7 @@ from prefix_attn.hf.attach.wrapper import evaluating
 from prefix_attn.hf.config import PrefixConfig
 from prefix_attn.hf.encoder import UNSHOWN, PrefixEncoder
 from prefix_attn.hf.io import files, formats
-from prefix_attn.hf.io.state import plain_name
+from prefix_attn.hf.io.state import STATES, plain_name, read_entries
 from prefix_attn.hf.io.stored import (
     ADAPTER,
     ADAPTER_CONFIG,
@@ -314,6 +314,24 @@ def _check_base(folder: Path, config: PrefixConfig, metadata: Mapping[str, str],
             f"{ADAPTER_CONFIG}, or config.json, beside it"
         )
     _log.warning("%s was trained for %s and is loaded into %s", folder, theirs, here)
+
+
+def read_resumable(folder: Path, base: PreTrainedModel, name: str | None) -> Mapping[str, Tensor] | None:
+    """The state_dict in a Trainer's checkpoint; None where that has none of one file, as with FSDP.
+
+    Raises:
+        ValueError: another base model than ``base``, which prefixes call ``name``, was trained; or there is an adapter,
+            but no state from which a Trainer could go on.
+    """
+    file = next((folder / state for state in STATES if (folder / state).is_file()), None)
+    if (folder / ADAPTER).is_file():
+        if file is None:
+            raise ValueError(f"{folder}: has an adapter, and none of {STATES}, of which a training goes on")
+        _check_base(folder, PrefixConfig(), files.read_metadata(folder / ADAPTER), base)
+        theirs = files.read_json(folder / ADAPTER_CONFIG).get("base_model_name_or_path")
+        if theirs and name and Path(str(theirs)).name != Path(name).name:
+            raise ValueError(f"{folder}: the training to resume is of {theirs}, and this base model is {name}")
+    return None if file is None else read_entries(file)
 
 
 def _check_sizes(

@@ -55,12 +55,17 @@ def read_state_file(path: Path) -> dict[str, Stored]:
     Raises:
         ValueError: there are none, or the file is damaged.
     """
-    content = _shards(path) if path.suffix == ".json" else _content(path)
+    content = read_entries(path)
     state = find_state(content)
     if state is None:
         found = sorted(map(str, content))[:6] if isinstance(content, Mapping) else type(content).__name__
         raise ValueError(f"{path}: a state_dict of a PrefixModel has prefixes.NAME.embedding, this file has {found}")
     return read_state(path, state)
+
+
+def read_entries(path: Path) -> Any:
+    """What is in a file of tensors, or in the shards that an index lists."""
+    return _shards(path) if path.suffix == ".json" else _content(path)
 
 
 def read_state(path: Path, state: Mapping[str, Any]) -> dict[str, Stored]:
@@ -78,6 +83,39 @@ def read_state(path: Path, state: Mapping[str, Any]) -> dict[str, Stored]:
     names = dict.fromkeys(match[2] for match in matches)
     others = {name: _backed(path, name, entry) for name, entry in inside.items() if name.startswith(BASE)}
     return {name: _stored(path, name, inside, others) for name in names}
+
+
+def check_same(here: Mapping[str, Any], there: Mapping[str, Any]) -> None:
+    """Refuse to go on from the state ``there`` with a model whose own is ``here``.
+
+    A Trainer loads of a state what fits, and would go on from a part of a prefix or from none.
+
+    Raises:
+        ValueError: there are other prefixes, or one is of another kind or size.
+    """
+    ours, theirs = ({m[2] for n in names if (m := _PARAMETER.fullmatch(n))} for names in (here, there))
+    if ours != theirs:
+        raise ValueError(f"the state has prefixes {sorted(theirs)}, and the model {sorted(ours)}")
+    for name in sorted(ours):
+        (shapes, fields), (their_shapes, their_fields) = (_kind(name, entries) for entries in (here, there))
+        if shapes == their_shapes and fields == their_fields:
+            continue
+        pairs = {f: (their_fields.get(f, "default"), fields.get(f, "default")) for f in {**their_fields, **fields}}
+        if all(there == here for there, here in pairs.values()):
+            pairs = {n: (their_shapes.get(n), shapes.get(n)) for n in {**their_shapes, **shapes}}
+        said = "; ".join(f"{n} is {there} there and {here} here" for n, (there, here) in pairs.items() if there != here)
+        raise ValueError(f"the state is of another prefix {name!r}, or of another base model: {said}")
+
+
+def _kind(name: str, state: Mapping[str, Any]) -> tuple[dict[str, tuple[int, ...]], dict[str, Any]]:
+    """The shapes of a prefix and its task heads, and the fields of its configuration that its state tells."""
+    begins = f"prefixes.{name}.", f"heads.{name}."
+    part = {n.removeprefix(begins[0]): entry for n, entry in state.items() if n.startswith(begins[0])}
+    heads = {n.removeprefix(begins[1]): entry for n, entry in state.items() if n.startswith(begins[1])}
+    entry = part.pop(UNSHOWN, None)
+    shapes = {n: tuple(t.shape) for n, t in {**part, **heads}.items()}
+    told = {} if entry is None else read_unshown(entry)
+    return shapes, _shown(Path(begins[0]), part, heads) | told
 
 
 def _stored(path: Path, name: str, state: Mapping[str, Any], others: Mapping[str, Tensor]) -> Stored:
