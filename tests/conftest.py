@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -14,6 +15,13 @@ import torch
 # Before anything imports Triton: without a GPU its kernels run in the interpreter.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out what runs TRL where it cannot be installed, as other marks are left out."""
+    if sys.version_info < (3, 11):
+        config.hook.pytest_deselected(items=[item for item in items if item.get_closest_marker("trl")])
+        items[:] = [item for item in items if not item.get_closest_marker("trl")]
 
 
 @pytest.fixture(autouse=True)

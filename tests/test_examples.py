@@ -96,6 +96,25 @@ def test_accelerate_loop() -> None:
     assert float(re.findall(r"differ by (\S+)", text)[0]) < CLOSE
 
 
+@pytest.mark.trl
+def test_trl_sft() -> None:
+    text = run("trl_sft")
+    ((first, last),) = changes(text)
+    assert last < first - 0.1
+    assert float(re.findall(r"differ by (\S+)", text)[0]) < CLOSE
+
+
+@pytest.mark.trl
+def test_trl_dpo() -> None:
+    """The prefix learns the preferences; the reference stays the frozen model, to the bit."""
+    text = run("trl_dpo")
+    loss, margin = changes(text)
+    assert loss[1] < loss[0] - 0.05
+    assert margin[1] > margin[0] + 0.2
+    assert text.count("the reference is the frozen model: logits differ by 0.0e+00") == 1
+    assert float(re.findall(r"moves them by (\S+)", text)[0]) > 0.1
+
+
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
 def test_an_example_is_short_and_hides_no_standard_module(path: Path) -> None:
     assert path.stem not in sys.stdlib_module_names

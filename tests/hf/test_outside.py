@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from transformers import DynamicCache
@@ -125,6 +126,7 @@ def test_accelerate_wraps_our_forward_and_takes_it_out_again() -> None:
         rounded = model(ids, labels=ids).loss
     model.before = model.forward
     model.forward = types.MethodType(without_head, model)
+    AcceleratorState._reset_state(reset_partial_state=True)  # another test's, of this process
     accelerator = Accelerator(mixed_precision="bf16", cpu=True)
     prepared = accelerator.prepare_model(model)
     close(prepared(input_ids=ids, labels=ids).loss, rounded, MODEL)
@@ -132,6 +134,7 @@ def test_accelerate_wraps_our_forward_and_takes_it_out_again() -> None:
     accelerator.unwrap_model(prepared, keep_fp32_wrapper=False)
     close(model(input_ids=ids, labels=ids).loss, expected, MODEL)
     close(model(input_ids=ids, labels=ids, fused=True), expected, MODEL)
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.mark.parametrize("make", MODELS.values(), ids=MODELS)
@@ -153,6 +156,17 @@ def test_what_is_reached_through_the_wrapper_has_the_prefix(make: Callable[[], A
     assert isinstance(reached, type(base.base_model))
     assert [p for _, p in reached.named_parameters()] == [p for _, p in base.base_model.named_parameters()]
     assert model.get_input_embeddings() is base.get_input_embeddings()
+
+
+def test_packed_positions_and_padding_are_those_of_our_forward() -> None:
+    """Also where the stack is called without the model around it."""
+    model, ids = prefixed(), tokens(1, 9)
+    packed = {"position_ids": torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 4]]), "use_cache": False}
+    padded = {"attention_mask": torch.tensor([[0, 0, 0, 1, 1, 1, 1, 1, 1]])}
+    for given in (packed, padded):
+        expected = model(ids, output_hidden_states=True, **given).hidden_states[-1]
+        close(model.model(ids, **given)[0], expected, MODEL)
+        assert (model.model(ids)[0] - expected).abs().max() > 1e-3
 
 
 def test_a_stack_without_a_slot_of_the_prefix_runs() -> None:

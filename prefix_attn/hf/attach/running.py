@@ -181,6 +181,8 @@ class Runner:
 
     def _hear(self, model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Before a model around a stack runs: keep what may not reach the stack, unless one around it did."""
+        if self._now.state is None and self._now.demand is not None:
+            self._now.demand.answer()
         if self._now.state is None or self._now.outer is not None or model not in self._names:
             return
         given = dict(zip(self._names[model], args)) | kwargs
@@ -196,10 +198,8 @@ class Runner:
 
     def _inject(self, stack: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Before ``stack`` runs: add the state, the positions of its tokens and the bridge to its arguments."""
-        if (demand := self._now.demand) is not None:
-            demand.met = True
-            if self._now.state is None:
-                demand.answer()
+        if self._now.demand is not None:
+            self._now.demand.met = True
         state, bridge = self._now.state, self._now.bridge
         weights = kwargs.get("output_attentions", getattr(stack.config, "output_attentions", False))
         if state is None:
