@@ -75,6 +75,15 @@ def test_vision_language() -> None:
     assert text.endswith("8 of 8 rows are the same alone\n")
 
 
+def test_trainer() -> None:
+    """The prefix counts in threes, and what was resumed and saved is what is loaded."""
+    text = run("trainer")
+    ((first, last),) = changes(text)
+    assert last < 0.6 * first
+    assert float(re.findall(r"logits differ by (\S+)", text)[0]) < CLOSE
+    assert text.endswith("it counts: 5 8 11 14 1 4\n")
+
+
 @pytest.mark.peft
 def test_peft_migration() -> None:
     text = run("peft_migration")
