@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedMode
 from tests.hf.models import spread
 
 VOCABULARY, IMAGE, WIDTH = 97, 90, 32
-_TEXT: dict[str, Any] = {
+TEXT: dict[str, Any] = {
     "vocab_size": VOCABULARY,
     "hidden_size": WIDTH,
     "intermediate_size": 48,
@@ -26,9 +26,9 @@ _TEXT: dict[str, Any] = {
     "eos_token_id": 2,
     "attention_dropout": 0.0,
 }
-_LLAMA = _TEXT | {"model_type": "llama"}
-_GEMMA = _TEXT | {"head_dim": 8}
-_VISION: dict[str, Any] = {
+_LLAMA = TEXT | {"model_type": "llama"}
+_GEMMA = TEXT | {"head_dim": 8}
+VISION: dict[str, Any] = {
     "hidden_size": WIDTH,
     "intermediate_size": 48,
     "num_hidden_layers": 3,
@@ -36,19 +36,19 @@ _VISION: dict[str, Any] = {
     "image_size": 16,
     "patch_size": 8,
 }
-_CLIP = _VISION | {"model_type": "clip_vision_model", "projection_dim": WIDTH}
+_CLIP = VISION | {"model_type": "clip_vision_model", "projection_dim": WIDTH}
 _ROPE = {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 10000.0}
 _PATCHES = {"patch_size": 4, "spatial_merge_size": 2, "temporal_patch_size": 2}
 _QWEN = {"image_token_id": IMAGE, "video_token_id": 91, "vision_start_token_id": 88, "vision_end_token_id": 89}
-_QWEN2 = _TEXT | {"rope_parameters": _ROPE}
+_QWEN2 = TEXT | {"rope_parameters": _ROPE}
 _TILES = {"image_token_id": IMAGE, "scale_factor": 2, "pixel_shuffle_factor": 2, "tie_word_embeddings": False}
 # Configuration, and how many tokens stand for an image.
 CONFIGS: dict[str, tuple[dict[str, Any], int]] = {
     "llava": ({"text_config": _LLAMA, "vision_config": _CLIP, "image_token_id": IMAGE}, 4),
     "mistral3": (
         {
-            "text_config": _TEXT | {"model_type": "mistral", "head_dim": 8, "sliding_window": None},
-            "vision_config": _VISION | {"model_type": "pixtral", "image_size": 32, "head_dim": 8},
+            "text_config": TEXT | {"model_type": "mistral", "head_dim": 8, "sliding_window": None},
+            "vision_config": VISION | {"model_type": "pixtral", "image_size": 32, "head_dim": 8},
             "image_token_id": IMAGE,
             "spatial_merge_size": 2,
             "vision_feature_layer": -1,
@@ -84,12 +84,12 @@ CONFIGS: dict[str, tuple[dict[str, Any], int]] = {
         },
         4,
     ),
-    "idefics3": ({"text_config": _LLAMA, "vision_config": _VISION | {"image_size": 32}, **_TILES}, 4),
-    "smolvlm": ({"text_config": _LLAMA, "vision_config": _VISION | {"image_size": 32}, **_TILES}, 4),
+    "idefics3": ({"text_config": _LLAMA, "vision_config": VISION | {"image_size": 32}, **_TILES}, 4),
+    "smolvlm": ({"text_config": _LLAMA, "vision_config": VISION | {"image_size": 32}, **_TILES}, 4),
     "internvl": (
         {
-            "text_config": _TEXT | {"model_type": "qwen2"},
-            "vision_config": _VISION | {"image_size": [32, 32], "patch_size": [8, 8]},
+            "text_config": TEXT | {"model_type": "qwen2"},
+            "vision_config": VISION | {"image_size": [32, 32], "patch_size": [8, 8]},
             "image_token_id": IMAGE,
         },
         4,
@@ -99,7 +99,7 @@ CONFIGS: dict[str, tuple[dict[str, Any], int]] = {
             "text_config": _GEMMA
             | {"num_hidden_layers": 3, "query_pre_attn_scalar": 8, "sliding_window": 6}
             | {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"]},
-            "vision_config": _VISION,
+            "vision_config": VISION,
             "mm_tokens_per_image": 4,
             "image_token_id": IMAGE,
         },
@@ -108,7 +108,7 @@ CONFIGS: dict[str, tuple[dict[str, Any], int]] = {
     "paligemma": (
         {
             "text_config": _GEMMA | {"model_type": "gemma"},
-            "vision_config": _VISION | {"model_type": "siglip_vision_model", "projection_dim": WIDTH},
+            "vision_config": VISION | {"model_type": "siglip_vision_model", "projection_dim": WIDTH},
             "image_token_id": IMAGE,
             "projection_dim": WIDTH,
             "hidden_size": WIDTH,
@@ -121,8 +121,8 @@ CONFIGS: dict[str, tuple[dict[str, Any], int]] = {
     ),
     "llava_onevision": (
         {
-            "text_config": _TEXT | {"model_type": "qwen2"},
-            "vision_config": _VISION | {"model_type": "siglip_vision_model"},
+            "text_config": TEXT | {"model_type": "qwen2"},
+            "vision_config": VISION | {"model_type": "siglip_vision_model"},
             "image_token_id": IMAGE,
             "video_token_id": 91,
             "image_grid_pinpoints": [[16, 16]],
