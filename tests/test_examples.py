@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -18,8 +19,10 @@ CLOSE = MODEL.atol  # of what is the same computation in another order, in float
 
 def run(name: str) -> str:
     """What ``python examples/NAME.py`` prints."""
-    command = [sys.executable, "-W", "error", f"examples/{name}.py"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    command = [sys.executable, "-W", "error", str(Path("examples") / f"{name}.py")]
+    path = os.pathsep.join([str(ROOT), *sys.path])  # a script elsewhere finds the package too
+    environment = os.environ | {"PYTHONPATH": path}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -122,6 +125,47 @@ def test_trl_dpo() -> None:
     assert margin[1] > margin[0] + 0.2
     assert text.count("the reference is the frozen model: logits differ by 0.0e+00") == 1
     assert float(re.findall(r"moves them by (\S+)", text)[0]) > 0.1
+
+
+def of_training(text: str) -> tuple[tuple[float, float], float, str, list[str]]:
+    """What examples/peft_training.py prints: loss before and after, error of the files, text, requests."""
+    ((first, last),) = changes(text)
+    off = float(re.findall(r"differ by (\S+)", text)[0])
+    return (
+        (first, last),
+        off,
+        re.findall(r"^the prefix \.\.\. *(.*)$", text, re.M)[0],
+        re.findall(r"^push: (.*)$", text, re.M),
+    )
+
+
+@pytest.mark.peft
+def test_peft_training(tmp_path: Path) -> None:
+    """With PEFT, and with the two lines that README.md changes. Both learn the line, and upload the same files."""
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    (diff,) = re.findall(r"^```diff\n(.*?)^```$", readme, re.MULTILINE | re.DOTALL)
+    old, new = ([line[1:] for line in diff.splitlines() if line[0] == sign] for sign in "-+")
+    assert len(old) == len(new) == 2
+    script = (ROOT / "examples" / "peft_training.py").read_text(encoding="utf-8").splitlines()
+    assert all(script.count(line) == 1 for line in old)
+    moved = [dict(zip(old, new)).get(line, line) for line in script]
+    assert "peft" not in re.findall(r"^(?:from|import) (\w+)", "\n".join(moved), re.MULTILINE)
+    (tmp_path / "moved.py").write_text("\n".join(moved), encoding="utf-8")
+    theirs, ours = of_training(run("peft_training")), of_training(run(str(tmp_path / "moved")))
+    for (first, last), off, text, requests in (theirs, ours):
+        assert last < first - 0.5
+        assert off < CLOSE
+        assert text == "is trained and the model is"
+        assert sorted(requests) == ["README.md", "adapter_config.json", "adapter_model.safetensors", "private"]
+
+
+def test_classification() -> None:
+    """The head is trained, and comes back with the prefix."""
+    text = run("classification")
+    assert "trained beside the prefix: classifier" in text
+    ((before, after),) = changes(text)
+    assert after > before + 20
+    assert float(re.findall(r"differ by (\S+)", text)[0]) == 0
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
