@@ -20,6 +20,7 @@ from prefix_attn.hf.config import PrefixConfig
 from prefix_attn.hf.hub import download_options
 from prefix_attn.hf.initial import initial_embeddings
 from prefix_attn.hf.io import checkpoint
+from prefix_attn.hf.io.state import plain_name
 
 
 class PrefixTuning(Wrapper):
@@ -136,7 +137,8 @@ class PrefixTuning(Wrapper):
         """Raise a ValueError if ``folder`` was left by the training of another base model or of another table."""
         base = self.base_model
         state = checkpoint.read_resumable(folder, base, base.config._name_or_path)
-        if state is not None and (table := checkpoint.find_table(state)).shape != self.prefix.shape:
+        table = next((t for n, t in (state or {}).items() if plain_name(n) == "prefix"), self.prefix)
+        if table.shape != self.prefix.shape:
             needed, got = (f"(prefix_length, hidden_size) = {tuple(t.shape)}" for t in (self.prefix, table))
             raise ValueError(f"{folder}: the model has {needed}, and the training to resume had {got}")
 
