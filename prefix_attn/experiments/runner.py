@@ -284,7 +284,7 @@ def _generate(model: Any, tokenizer: PreTrainedTokenizerBase, data: Data, run: R
             model,
             tokenizer,
             [example.source for example in examples],
-            prompt=Prompt(one_line=True),
+            prompt=Prompt(one_line=run.task != "summary"),  # pairs of the user's own may have several lines
             num_beams=run.num_beams or 1,
             length_penalty=run.length_penalty or 1.0,
             max_new_tokens=run.max_new_tokens or 64,

@@ -64,7 +64,15 @@ def as_text(value: Any, column: str, *, fold: bool = False) -> str:
         raise ValueError(f"{column!r} must be text, got {type(value).__name__}")
     if not value or value.isspace():
         raise ValueError(f"{column!r} is empty")
+    _check_unicode(value, column)
     return " ".join(value.split()) if fold else value
+
+
+def _check_unicode(text: str, column: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{column!r} holds half of a character, \\u{ord(text[error.start]):x}") from None
 
 
 def as_conversation(value: Any, column: str = "messages") -> Example:
@@ -83,6 +91,7 @@ def as_conversation(value: Any, column: str = "messages") -> Example:
         if not isinstance(kept.get("content"), str) and "tool_calls" not in kept:
             kind = type(message.get("content")).__name__
             raise ValueError(f"{column!r}: the content of {message['role']!r} must be text, got {kind}")
+        _check_unicode(str(kept.get("content")), column)
         messages.append(kept)
     answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
     if not answers:

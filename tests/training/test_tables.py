@@ -137,6 +137,7 @@ WRONG: dict[str, tuple[str, str | bytes, dict[str, str], str]] = {
     "binary": ("x.jsonl", b"\x80\x02\x8d\xff", {}, "not UTF-8 text (invalid start byte, byte 0x80), and not cp1252"),
     "number": ("x.jsonl", '{"source": "a", "target": 7}', {}, "line 1: 'target' must be text, got int; mend it, or"),
     "boolean": ("x.json", '[{"source": true, "target": "a"}]', {}, "entry 0: 'source' must be text, got bool"),
+    "half a character": ("x.jsonl", r'{"source": "a", "target": "\ud83d"}', {}, r"holds half of a character, \ud83d"),
     "null": ("x.jsonl", '{"source": "a", "target": null}', {}, "line 1: 'target' is empty"),
     "list": ("x.jsonl", '{"source": "a", "target": ["b", 3]}', {}, "line 1: 'target' must be text, got int"),
     "cut json": ("x.jsonl", '{"source": "a", "targ', {}, "line 1: not JSON (Unterminated string starting at) at"),
