@@ -37,7 +37,7 @@ Suites:
   operator   one attention call (forward, backward, decoding, prefill) compared with torch and other libraries
   model      training steps and decoding of whole models with prefixes of growing length, compared with PEFT
   memory     peak memory for growing batches and prefixes
-  overhead   microseconds of a call that computes almost nothing
+  overhead   microseconds of a call that computes almost nothing, and of decoding one to four rows
 
 Examples:
   run --suite operator --out operator.json
@@ -148,7 +148,7 @@ def plan(args: argparse.Namespace) -> Plan:
         "operator": operator.grid,
         "model": model.grid,
         "memory": lambda *grid: memory.grid(*grid) + model.memory_grid(*grid),
-        "overhead": lambda *_: [(overhead.CASE, what) for what in overhead.WHAT],
+        "overhead": overhead.grid,
     }
     found = makers[args.suite](args.device, args.grid)
     return results.selected(found, results.parse_filters(args.select)) if args.select else found
@@ -224,5 +224,5 @@ def _sweep(args: argparse.Namespace, pairs: Plan, log: results.Results, ceilings
         one = lambda group: model.measure(group, log, args.device, args.rounds or 3, args.peers)
         return flat(results.sweep(model.grouped(pairs), one, log, budget))
     calls = 5 if args.grid == "quick" else overhead.CALLS
-    overhead.measure([what for _, what in pairs], log, args.device, args.rounds or 30, calls)
+    overhead.measure(pairs, log, args.device, args.rounds or 30, calls)
     return []

@@ -29,6 +29,7 @@ using Maybe = std::optional<Tensor>;
 namespace {
 
 constexpr float INF = std::numeric_limits<float>::infinity();
+constexpr int64_t SMALL = 1 << 17;  // multiplications that are done before a second thread is awake
 
 template <typename T>
 T* data(const Maybe& t) {
@@ -277,9 +278,11 @@ Tensor empty(const std::array<int64_t, 4>& size, const std::array<int64_t, 4>& s
 
 // Runs the units of ``f`` on torch's threads.
 void run(const prefix_attn::Forward& f) {
+    const prefix_attn::Arguments& c = f.args;
     const prefix_attn::Kernels& k = kernels();
-    const float* prefix = packed(k, f.args, false);
-    torch::stable::parallel_for(0, k.forward_units(f.args), 1, [&](int64_t begin, int64_t end) {
+    const float* prefix = packed(k, c, false);
+    const int64_t units = k.forward_units(c), work = c.B * c.HQ * c.S * (c.P + c.T) * (c.D + c.DV);
+    torch::stable::parallel_for(0, units, work < SMALL ? units : 1, [&](int64_t begin, int64_t end) {
         for (int64_t unit = begin; unit < end; unit++)
             k.forward(f, prefix, unit);
     });

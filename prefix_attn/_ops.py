@@ -13,7 +13,7 @@ from torch.autograd import forward_ad
 
 from prefix_attn.backends import _native, cpu
 from prefix_attn.call import DIFFERENTIABLE, TENSORS, Call
-from prefix_attn.dispatch import BY_NAME, slow
+from prefix_attn.dispatch import BY_NAME
 
 _CALL = (
     "Tensor query, Tensor key, Tensor value, Tensor? prefix_key, Tensor? prefix_value, Tensor? sinks, Tensor? bias, "
@@ -37,11 +37,12 @@ def at_once(call: Call, backend: str) -> tuple[Tensor, Tensor] | None:
     Most of a tiny call's time is spent before its kernel. None means the long way, for all that somebody else has to
     see, and for all that is wrong: there the checks say what it was. No call is remembered, so none can be stale.
     """
-    if torch.compiler.is_compiling() or backend not in ("auto", cpu.NAME) or not _is_plain(call):
+    chosen = backend == cpu.NAME or (backend == "auto" and not cpu.slow())
+    if torch.compiler.is_compiling() or not chosen or not _is_plain(call):
         return None
     try:
-        return None if backend == "auto" and slow(call) else cpu.forward(call, strict=True)
-    except (RuntimeError, IndexError):
+        return cpu.forward(call, strict=True)
+    except RuntimeError:
         return None
 
 

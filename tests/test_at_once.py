@@ -32,7 +32,7 @@ CASES = (
     Case(B=3, N=3, S=2, T=9, P=7, with_=("prefix_ids", "prefix_lengths", "prefix_start")),
     Case(B=4, S=6, T=11, D=24, Dv=8, with_=("key_lengths",), options={"window": 3}),
     Case(Hq=3, Hkv=3, S=1, T=3, with_=("no_prefix",), options={"softcap": 2.0, "is_causal": False}),
-    Case(B=1, Hq=2, S=1, T=3, P=1024),  # of this, auto gives the plain one to torch's kernels
+    Case(B=1, Hq=2, S=1, T=3, P=1024),
     Case(P=0, T=0, S=2, options={"scale": 0.5}),
 )
 

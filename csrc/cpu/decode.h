@@ -1,32 +1,33 @@
 // Decoding: few queries for each of many samples. Included inside the namespace of an instruction set, after forward.h.
 //
 // Queries of all samples that share a prefix lie in the lanes of vectors, and elements of the prefix are broadcast:
-// nothing of it is copied or transposed, and no sum runs across lanes. A query's bits do not depend on who is in the
-// other lanes. Each sample's own keys are then read once, where they lie.
+// nothing of it is copied or transposed. Few queries would leave most lanes empty: then a tile's keys lie there. Both
+// ways add up in the same order, so a query's bits do not depend on who else reads the prefix. Each sample's own keys
+// are then read once, where they lie.
 
 // A block of up to NT queries against a prefix, transposed.
 template <typename T>
 struct Lanes {
     T* q;                        // [elements of D][NT]
-    float *s, *acc, *m, *l, *p;  // [NT][NT] keys by queries, [DV][NT], [NT], [NT], [elements of NT][NT] s once more
+    float *s, *acc, *m, *l, *p;  // [NT][NT] keys by queries, [DV][NT], [NT], [VL][NT], [elements of NT][NT] s once more
 };
 
 template <typename T>
 int64_t lanes_floats(const Arguments& c) {
-    return (elements<T>(c.D) + NT + c.DV + 2 + NT / 2) * NT;
+    return (elements<T>(c.D) + NT + c.DV + 1 + VL + NT / 2) * NT;
 }
 
 template <typename T>
 Lanes<T> lanes_at(const Arguments& c, float* at) {
     float *s = at + elements<T>(c.D) * NT, *acc = s + NT * NT, *m = acc + c.DV * NT, *l = m + NT;
-    return {(T*)at, s, acc, m, l, l + NT};
+    return {(T*)at, s, acc, m, l, l + VL * NT};
 }
 
-// ``soften`` for n keys and a vector of queries at a time.
+// ``soften`` for n keys and a vector of queries at a time. As there, key i adds to part i % VL of a query's sum.
 template <typename T>
 void soften_lanes(const Arguments& c, const Lanes<T>& x, int64_t n, int64_t width) {
     for (int64_t j = 0; j < width; j += VL) {
-        vec top = load(x.s + j), m = load(x.m + j), total = load(x.l + j);
+        vec top = load(x.s + j), m = load(x.m + j);
         for (int64_t i = 1; i < n; i++)
             top = max(top, load(x.s + i * NT + j));
         const veci grows = top > m + SLACK;
@@ -36,8 +37,9 @@ void soften_lanes(const Arguments& c, const Lanes<T>& x, int64_t n, int64_t widt
         if (any) {
             const vec alpha = grows ? exponential(m - top) : all(1.f);
             m = grows ? top : m;
-            total *= alpha;
             store(x.m + j, m);
+            for (int64_t i = 0; i < VL; i++)
+                store(x.l + i * NT + j, load(x.l + i * NT + j) * alpha);
             for (int64_t d = 0; d < c.DV; d++)
                 store(x.acc + d * NT + j, load(x.acc + d * NT + j) * alpha);
         }
@@ -45,9 +47,9 @@ void soften_lanes(const Arguments& c, const Lanes<T>& x, int64_t n, int64_t widt
         for (int64_t i = 0; i < n; i++) {
             const vec p = exponential(load(x.s + i * NT + j) - pivot);
             store(x.s + i * NT + j, p);
-            total += p;
+            float* l = x.l + i % VL * NT + j;
+            store(l, load(l) + p);
         }
-        store(x.l + j, total);
     }
 }
 
@@ -74,7 +76,7 @@ void attend_in_lanes(const Arguments& c, const Row& row, int64_t kv, const T* q,
     transpose_tile((const float*)q, up(D), M, D, (float*)x.q, NT);
     std::fill(x.acc, x.m, 0.f);
     std::fill(x.m, x.l, -INF);
-    std::fill(x.l, x.l + NT, 0.f);
+    std::fill(x.l, x.l + VL * NT, 0.f);
     for (int64_t n0 = 0; n0 < row.prefix; n0 += NT) {
         const int64_t n = std::min(NT, row.prefix - n0), k0 = key0 + n0 * key.row, v0 = value0 + n0 * value.row;
         fetch(value, v0, n, c.DV);
@@ -91,14 +93,52 @@ void attend_in_lanes(const Arguments& c, const Row& row, int64_t kv, const T* q,
     transpose_tile(x.acc, NT, c.DV, M, state.acc + r0 * Vp, Vp);
     for (int64_t r = 0; r < M; r++) {
         state.m[r0 + r] = x.m[r];
-        state.l[(r0 + r) * VL] = x.l[r];
+        for (int64_t i = 0; i < VL; i++)
+            state.l[(r0 + r) * VL + i] = x.l[i * NT + r];
     }
 }
 
-// Keys of the sequence, for all R = G * S queries of a row. ``next``: the row after it.
+// The same for up to ALONE queries, by ``s`` of [M][NT].
 template <typename T>
-void attend_in_place(const Arguments& c, const Row& row, const Row& next, int64_t kv, const T* q, float* s, const State& x,
-                     int64_t r0) {
+void attend_across(const Arguments& c, const Row& row, int64_t kv, const T* q, int64_t M, float* s, const State& x,
+                   int64_t r0) {
+    const Array &key = c.prefix_key, &value = c.prefix_value;
+    const int64_t D = elements<T>(c.D), Vp = up(c.DV);
+    const int64_t key0 = row.entry * key.batch + kv * key.head, value0 = row.entry * value.batch + kv * value.head;
+    alignas(64) T rows_of_tile[NT * 256], across[NT * 256];
+    for (int64_t n0 = 0; n0 < row.prefix; n0 += NT) {
+        const int64_t n = std::min(NT, row.prefix - n0), k0 = key0 + n0 * key.row, v0 = value0 + n0 * value.row;
+        const Matrix<T> k = matrix(key, k0, n, c.D, up(D), rows_of_tile);
+        transpose_tile((const float*)k.data, k.ld, n, D, (float*)across, NT);
+        product<false>(q, up(D), 1, across, NT, s, NT, M, up(n), D, query_factor(c));
+        const Matrix<T> v = values_of(value, v0, n, c.DV, Vp, nullptr, rows_of_tile);
+        for (int64_t r = 0; r < M; r++) {
+            if (c.softcap) cap(c, s + r * NT, up(n));
+            hide(s + r * NT, up(n), 0, n, nullptr);
+            soften(s + r * NT, up(n), x, r0 + r, Vp);
+        }
+        product<true>(over_columns<T>(s, M, up(n)), NT, 1, v.data, v.ld, x.acc + r0 * Vp, Vp, M, Vp, elements<T>(n));
+    }
+}
+
+// The products of a query and ``n`` keys, ``ld`` apart; 0 in the other lanes.
+template <typename T>
+vec dots(const T* q, const T* k, int64_t ld, int64_t n, int64_t D) {
+    vec x[VL];
+    for (int64_t i = 0; i < VL; i++) {
+        x[i] = vec{};
+        if (i < n)
+            for (int64_t d = 0; d < D; d += VL)
+                x[i] = step(x[i], operand(q + d), operand(k + i * ld + d));
+    }
+    return sums(x);
+}
+
+// Keys of the sequence, for all R = G * S queries of a row. ``next``: the row after it. ``ahead``: asks for keys before
+// they are read, which pays where rows are many.
+template <typename T>
+void attend_in_place(const Arguments& c, const Row& row, const Row& next, bool ahead, int64_t kv, const T* q, float* s,
+                     const State& x, int64_t r0) {
     const int64_t R = c.HQ / c.HKV * c.S, D = up(elements<T>(c.D)), Vp = up(c.DV);
     Range any{row.length, 0};
     std::vector<Range> limits(R);
@@ -112,21 +152,15 @@ void attend_in_place(const Arguments& c, const Row& row, const Row& next, int64_
         const Matrix<T> k = matrix(c.key, key_at(c.key, row, kv, n0), n, c.D, D, rows_of_tile);
         // Rows end where a page ends, and no hardware looks beyond: the values, and the keys that are read after these.
         const bool last = n0 + NT >= any.hi;
-        const char* later =
-            (const char*)c.key.data + size_of(c.key) * key_at(c.key, last ? next : row, kv, last ? 0 : n0 + NT);
-        const char* values = (const char*)c.value.data + size_of(c.value) * at;
+        const int64_t later = key_at(c.key, last ? next : row, kv, last ? 0 : n0 + NT);
         for (int64_t r = 0; r < R; r++)
             for (int64_t j = 0; j < n; j += VL) {
-                vec dot[VL]{};
-                for (int i = 0; i < VL; i++)
-                    if (j + i < n)
-                        for (int64_t d = 0; d < D; d += VL) {
-                            if (r == 0) __builtin_prefetch(later + ((j + i) * c.key.row + d * PER<T>)*size_of(c.key));
-                            if (r == 0)
-                                __builtin_prefetch(values + ((j + i) * c.value.row + d * PER<T>)*size_of(c.value));
-                            dot[i] = step(dot[i], operand(q + r * D + d), operand(k.data + (j + i) * k.ld + d));
-                        }
-                store(s + r * NT + j, sums(dot) * query_factor(c));
+                const int64_t some = std::min<int64_t>(VL, n - j);
+                if (r == 0 && ahead) {
+                    fetch(c.key, later + j * c.key.row, some, c.D);
+                    fetch(c.value, at + j * c.value.row, some, c.DV);
+                }
+                store(s + r * NT + j, dots(q + r * D, k.data + j * k.ld, k.ld, some, D) * query_factor(c));
             }
         const uint8_t* mask = c.key_mask ? c.key_mask + row.b * c.T + n0 : nullptr;
         const Matrix<T> v = values_of(c.value, at, n, c.DV, Vp, mask, rows_of_tile);
@@ -152,10 +186,11 @@ void forward_few(const Forward& f, int64_t unit) {
     const int64_t chunk = chunk_of(c), chunks = (c.B + chunk - 1) / chunk, kv = unit / chunks,
                   b0 = unit % chunks * chunk;
     const int64_t samples = std::min(c.B - b0, chunk), G = c.HQ / c.HKV, R = G * c.S, D = up(elements<T>(c.D));
-    float* at = scratch(samples * R * D + lanes_floats<T>(c) + R * NT + state_floats(c, samples * R));
+    const int64_t logits = std::max(R, ALONE) * NT;
+    float* at = scratch(samples * R * D + lanes_floats<T>(c) + logits + state_floats(c, samples * R));
     float *lanes = at + samples * R * D, *s = lanes + lanes_floats<T>(c);
     T* q = (T*)at;
-    const State x = state_at(c, s + R * NT, samples * R);
+    const State x = state_at(c, s + logits, samples * R);
     // Samples with the same prefix side by side: each of its tiles is read once for all of them.
     Row rows[CHUNK];
     for (int64_t i = 0; i < samples; i++)
@@ -169,10 +204,14 @@ void forward_few(const Forward& f, int64_t unit) {
         const Row& row = rows[r / R];
         for (M = 0; M < NT && r + M < samples * R && rows[(r + M) / R].entry == row.entry && sees_prefix(r + M);)
             M++;
-        if (M && row.prefix) attend_in_lanes(c, row, kv, q + r * D, M, lanes_at<T>(c, lanes), x, r);
+        if (!M || !row.prefix) continue;
+        if (M > ALONE)
+            attend_in_lanes(c, row, kv, q + r * D, M, lanes_at<T>(c, lanes), x, r);
+        else
+            attend_across(c, row, kv, q + r * D, M, s, x, r);
     }
     for (int64_t i = 0; i < samples; i++) {
-        attend_in_place(c, rows[i], rows[std::min(i + 1, samples - 1)], kv, q + i * R * D, s, x, i * R);
+        attend_in_place(c, rows[i], rows[std::min(i + 1, samples - 1)], samples > FEW, kv, q + i * R * D, s, x, i * R);
         for (int64_t r = 0; r < R; r++)
             finish(f, rows[i], kv * G + r / c.S, r % c.S, x, i * R + r);
     }

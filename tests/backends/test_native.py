@@ -74,25 +74,16 @@ def test_auto_prefers_torch_without_vector_instructions(monkeypatch: pytest.Monk
     torch.testing.assert_close(*(prefix_attention(**arguments, backend=name) for name in ("cpu", "auto")))
 
 
-@pytest.mark.parametrize(
-    ("B", "H", "P", "dtype", "expected"),
-    [
-        (1, 2, 1024, torch.float32, "composed"),
-        (1, 2, 1023, torch.float32, "cpu"),
-        (2, 2, 1024, torch.float32, "cpu"),
-        (1, 4, 1024, torch.float32, "cpu"),
-        (1, 2, 1024, torch.bfloat16, "cpu"),
-    ],
-)
-def test_a_long_prefix_that_nobody_shares_is_left_to_torch(
-    B: int, H: int, P: int, dtype: torch.dtype, expected: str, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("B", "H", "P"), [(1, 2, 1024), (1, 2, 4096), (2, 2, 1024), (1, 4, 1024)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_auto_keeps_a_long_prefix_that_nobody_shares(
+    B: int, H: int, P: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """``cpu`` packs a prefix for all rows, which does not pay for one; the measurement is in dispatch.py."""
+    """One query per key head leaves no lane of ``cpu`` empty: it takes about half as long as torch's kernels."""
     monkeypatch.setattr(cpu, "slow", lambda: None)
     query, key, prefix = torch.ones(B, H, 1, 8), torch.ones(B, 2, 3, 8), torch.ones(2, P, 8)
     said = explain(*(t.to(dtype) for t in (query, key, key, prefix, prefix)))
-    assert said.backend == expected
-    assert ("cpu" in said.refused) == (expected == "composed")
+    assert (said.backend, "cpu" in said.refused) == ("cpu", False)
 
 
 @pytest.mark.parametrize("isa", ISAS)

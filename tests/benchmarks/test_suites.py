@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import accuracy, gate, memory, model, operator, peers, regret, report
+from benchmarks import accuracy, gate, memory, model, operator, overhead, peers, regret, report
 from benchmarks.kernels import roofline
 from benchmarks.main import main
 from benchmarks.results import read, records
@@ -49,6 +49,22 @@ def test_every_peer_has_a_number_or_a_reason(results: Path) -> None:
     assert head["ceilings"].keys() == {"memory", "float32", "bfloat16"}
     assert 0 <= head["noise_floor"] < 20
     assert head["command"].startswith("python -m benchmarks run --suite operator")
+
+
+def test_decoding_few_rows_is_part_of_the_overhead(results: Path) -> None:
+    found = [r for r in records([results / "overhead.json"]) if r["what"] == overhead.DECODE]
+    assert [(r["case"]["threads"], r["case"]["dtype"], r["way"]) for r in found] == [
+        (threads, dtype, way)
+        for threads in (1, 2)
+        for dtype in ("float32", "bfloat16")
+        for way in (overhead.REFERENCE, "prefix_attention, cpu")
+    ]
+    assert [overhead.missed(1e-6 * us, 1e-6 * peer) for us, peer in ((17, 10), (19, 10), (110, 100), (120, 100))] == [
+        *(False, True),
+        *(False, True),
+    ]
+    assert len(overhead.grid("cpu", "full")) == 2 + 180
+    assert {what for _, what in overhead.grid("cuda", "full")} == set(overhead.WHAT)
 
 
 def test_errors_are_multiples_of_torchs_own(results: Path) -> None:
