@@ -3,16 +3,20 @@
 Of a model that is neither transformers' nor PEFT's, ``Trainer._save`` writes the state_dict alone, and asks nobody. So
 it is wrapped: behind its own files it writes those of ``save_pretrained``, which other programs can load. The Trainer
 resumes from its own files as before.
+
+TRL's trainers that take a reference model read the base a second time for models that are not PEFT's. For ours the
+frozen model is there already.
 """
 
 from __future__ import annotations
 
 import functools
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-_COMPLETE: list[type] = []  # the Trainers that save our models whole
+_COMPLETE: list[type] = []  # the trainers that know our models
 
 
 def complete_folders(kind: type[Any]) -> None:
@@ -43,3 +47,23 @@ def complete_folders(kind: type[Any]) -> None:
         resume(self, resume_from_checkpoint, model)
 
     trainer._load_from_checkpoint = _load_from_checkpoint
+
+
+def give_references(kind: type[Any]) -> None:
+    """From now on DPOTrainer and KTOTrainer take the model without its prefix as the reference, unless given one."""
+    for method in ("dpo", "kto"):
+        module = sys.modules.get(f"trl.trainer.{method}_trainer")
+        trainer = getattr(module, f"{method.upper()}Trainer", None)
+        if trainer is not None and trainer not in _COMPLETE:
+            _COMPLETE.append(trainer)
+            trainer.__init__ = _with_reference(trainer.__init__, kind)
+
+
+def _with_reference(theirs: Callable[..., None], kind: type[Any]) -> Callable[..., None]:
+    @functools.wraps(theirs)
+    def __init__(self: Any, model: Any, ref_model: Any = None, *args: Any, **kwargs: Any) -> None:
+        if ref_model is None and isinstance(model, kind):
+            ref_model = model.base_model
+        theirs(self, model, ref_model, *args, **kwargs)
+
+    return __init__

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from prefix_attn.hf import hub
 from prefix_attn.hf.attach.outside import Reached
 from prefix_attn.hf.attach.trained import leave_out_frozen
-from prefix_attn.hf.attach.trainers import complete_folders
+from prefix_attn.hf.attach.trainers import complete_folders, give_references
 
 
 class Wrapper(Reached):
@@ -37,6 +37,7 @@ class Wrapper(Reached):
         super().__init__()
         leave_out_frozen(self)
         complete_folders(Wrapper)
+        give_references(Wrapper)
 
     def _wrap(self, base: PreTrainedModel) -> None:
         """Take ``base``. This is the last thing that ``__init__`` does: what is set later may be an attribute of it."""
