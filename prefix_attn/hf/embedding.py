@@ -21,6 +21,7 @@ from prefix_attn.hf.hub import download_options
 from prefix_attn.hf.initial import initial_embeddings
 from prefix_attn.hf.io import checkpoint
 from prefix_attn.hf.io.state import plain_name
+from prefix_attn.hf.io.stored import update_card
 
 
 class PrefixTuning(Wrapper):
@@ -106,6 +107,10 @@ class PrefixTuning(Wrapper):
         if is_main_process:
             state = self.state_dict() if state_dict is None else state_dict
             checkpoint.save_table(Path(path), state, self.base_model)
+
+    def create_or_update_model_card(self, output_dir: str | Path) -> None:
+        """As of ``PrefixModel``."""
+        update_card(Path(output_dir))
 
     @classmethod
     def from_pretrained(

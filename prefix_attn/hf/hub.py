@@ -38,14 +38,22 @@ def download_options(given: Mapping[str, Any]) -> dict[str, Any]:
 def card_text(there: str | None, data: Mapping[str, Any], body: str) -> str:
     """A model card with the metadata ``data``: ``there`` with its text and its other metadata, or a new one.
 
+    A card whose metadata cannot be read is left as it is: nobody loses a training over a README.
+
     Args:
         there: the card that the folder or repository has.
         data: of the card. Tags are added to those that it has; None leaves out a field.
         body: the text of a new card.
     """
     from huggingface_hub import ModelCard
+    from yaml import YAMLError
 
-    card = ModelCard(there if there is not None else f"---\n{{}}\n---\n\n{body}", ignore_metadata_errors=True)
+    text = f"---\n{{}}\n---\n\n{body}" if there is None else there
+    try:
+        card = ModelCard(text, ignore_metadata_errors=True)
+    except (ValueError, YAMLError) as error:
+        _log.warning("%s stays as it is: its metadata cannot be read (%s)", CARD, error)
+        return text
     for name, value in data.items():
         if name == "tags":
             card.data["tags"] = sorted({*(card.data.get("tags") or []), *value})

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from prefix_attn.hf.config import PrefixConfig
 from prefix_attn.hf.encoder import PrefixEncoder
-from prefix_attn.hf.io.stored import KEY
+from prefix_attn.hf.io.stored import KEY, update_card
 from prefix_attn.hf.prefixes import NamedPrefixes
 
 
@@ -74,6 +74,10 @@ class PeftWords(NamedPrefixes):
     def get_base_model(self) -> PreTrainedModel:
         """``base_model``."""
         return self.base_model
+
+    def create_or_update_model_card(self, output_dir: str | Path) -> None:
+        """Give the model card beside a saved prefix its metadata: a Trainer asks for it behind a card of its own."""
+        update_card(Path(output_dir), self.attachment.base.model_tags or ())
 
     def unload(self) -> PreTrainedModel:
         """The base model as it was before the first prefix. This model cannot run any more."""

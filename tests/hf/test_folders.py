@@ -383,6 +383,11 @@ BAD: dict[str, tuple[Callable[[Path], Any], str]] = {
     "another width": (with_entry("prefixes.default.embedding", torch.ones(P, 98)), r"need .*\(4, 96\)"),
     "a claimed size": (with_entry("prefixes.default.embedding", torch.ones(1).expand(1 << 20, 96)), "claims the size"),
     "half an MLP": (with_entry("prefixes.default.mlp.0.weight", torch.ones(16, 96)), "an MLP must have"),
+    "a number for a matrix": (with_entry("prefixes.default.frozen", torch.ones(())), "index out of range"),
+    "integers for a norm": (
+        with_entry("base_model.model.norm.weight", torch.ones(32, dtype=torch.int32)),
+        "norm.weight of the base model must hold finite numbers of torch.float32, has torch.int32",
+    ),
     "a gate of another size": (with_entry("prefixes.default.gate", torch.ones(2, 4)), r"\(2, 4\)"),
     "a head that is none": (with_entry("heads.default.nothing.weight", torch.ones(2, 4)), "no head"),
 }

@@ -12,6 +12,7 @@ import pytest
 import torch
 from huggingface_hub import ModelCard
 from huggingface_hub.utils import EntryNotFoundError
+from transformers import Trainer, TrainingArguments
 
 from prefix_attn import PrefixConfig, PrefixModel, PrefixTuning, get_prefix_model
 from tests.hf.models import tiny, tokens
@@ -161,3 +162,33 @@ def test_a_download_is_told_where(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
         PrefixModel.from_pretrained(tiny("llama"), "me/x", revisoin="r")
     with pytest.raises(ValueError, match="name and adapter_name are the same thing"):
         PrefixModel.from_pretrained(tiny("llama"), "me/x", "a", name="b")
+
+
+@pytest.mark.parametrize("table", [False, True])
+def test_a_trainer_s_own_card_gets_the_metadata(table: bool, tmp_path: Path) -> None:
+    """Trainer.push_to_hub writes a card over ours, and asks a model of library "peft" to complete it."""
+    base = tiny("llama")
+    base.config._name_or_path = "somebody/tiny"
+    model = PrefixTuning(base, 4, 32) if table else get_prefix_model(base, PrefixConfig(num_virtual_tokens=4))
+    trainer = Trainer(model, TrainingArguments(str(tmp_path), report_to="none", use_cpu=True))
+    trainer.save_model()
+    trainer.create_model_card(model_name="mine", tags=["e2e"])
+    card = ModelCard.load(tmp_path / "README.md")
+    assert (card.data.library_name, card.data.base_model) == ("peft", "somebody/tiny")
+    assert {"e2e", "prefix-tuning", "generated_from_trainer"} <= set(card.data.tags)
+    assert "automatically according to the information the Trainer had access to" in card.text
+
+
+def test_no_training_is_lost_over_a_readme(tmp_path: Path, caplog: Any) -> None:
+    """A card whose metadata cannot be read stays as it is, and so does text in another encoding."""
+    model, card = prefixed(), tmp_path / "README.md"
+    for broken in (b"---\n: [bad\n---\nBy hand", b"---\n- a list\n---\nBy hand"):
+        card.write_bytes(broken)
+        model.save_pretrained(tmp_path)
+        assert card.read_bytes() == broken
+        assert "README.md stays as it is" in caplog.text
+        caplog.clear()
+    card.write_bytes(b"na\xefve")
+    model.save_pretrained(tmp_path)
+    assert card.read_bytes().endswith(b"na\xefve")
+    assert PrefixModel.from_pretrained(tiny("llama"), tmp_path).prefix_names == ["default"]

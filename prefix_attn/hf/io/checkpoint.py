@@ -220,8 +220,9 @@ def _others(path: Path, others: Mapping[str, Tensor], base: PreTrainedModel) -> 
                 f"{path}: {name} {tuple(tensor.shape)} of the base model was trained with the prefix, and "
                 f"{type(base).__name__} has {here.get(name, 'no such weight')}: make it first, as before training"
             )
-        if not tensor.isfinite().all():
-            raise ValueError(f"{path}: {name} of the base model must hold finite numbers")
+        ours = base.state_dict()[name].dtype
+        if tensor.is_floating_point() != ours.is_floating_point or not tensor.isfinite().all():
+            raise ValueError(f"{path}: {name} of the base model must hold finite numbers of {ours}, has {tensor.dtype}")
     return found
 
 

@@ -93,7 +93,7 @@ def read_all(path: str | Path, *, decoder_layers: int | None = None, **hub: Any)
     place = files.find(path, *_ON_HUB, **hub)
     try:
         found = _file(place) if place.is_file() else _folder(place, decoder_layers)
-    except (TypeError, AttributeError, KeyError, RuntimeError, NotImplementedError, RecursionError) as error:
+    except (TypeError, AttributeError, LookupError, RuntimeError, RecursionError) as error:
         raise ValueError(f"{place}: {type(error).__name__}: {error}") from None
     for stored in found.values():
         for name, size in stored.sizes.items():

@@ -85,7 +85,7 @@ def write_adapter(
     contents |= {
         ADAPTER_CONFIG: json.dumps(fields, indent=2).encode(),
         ADAPTER: save(_on_cpu(tensors), metadata),
-        CARD: _card(folder / CARD, fields, tags).encode(),
+        CARD: _card(folder / CARD, fields, tags),
     }
     folder.mkdir(parents=True, exist_ok=True)
     for name, content in contents.items():
@@ -94,15 +94,21 @@ def write_adapter(
         (folder / TRAINING).unlink(missing_ok=True)
 
 
-def _card(path: Path, fields: Mapping[str, Any], tags: Iterable[str]) -> str:
+def update_card(folder: Path, tags: Iterable[str] = ()) -> None:
+    """Give the model card in ``folder`` the metadata of the adapter there, and ``tags``. Without one it stays."""
+    if (folder / ADAPTER_CONFIG).is_file():
+        files.replace(folder / CARD, _card(folder / CARD, files.read_json(folder / ADAPTER_CONFIG), tags))
+
+
+def _card(path: Path, fields: Mapping[str, Any], tags: Iterable[str]) -> bytes:
     """The model card of an adapter with these ``fields``."""
-    base, known = fields["base_model_name_or_path"], fields["peft_type"] != OURS
+    base, known = fields.get("base_model_name_or_path"), fields.get("peft_type") != OURS
     named = isinstance(base, str) and files.is_hub_id(base)  # a path of this machine helps nobody
     of_base = [f"base_model:adapter:{base}"] if named else []
     data = {
         "library_name": "peft" if known else "prefix_attn",
         "base_model": base if named else None,
-        "pipeline_tag": "text-generation" if fields["task_type"] == "CAUSAL_LM" else None,
+        "pipeline_tag": "text-generation" if fields.get("task_type") == "CAUSAL_LM" else None,
         "tags": [
             "prefix-tuning",
             "prefix_attn",
@@ -113,7 +119,7 @@ def _card(path: Path, fields: Mapping[str, Any], tags: Iterable[str]) -> str:
     }
     body = f"""# A prefix{f" of {base}" if named else ""}
 
-{fields["num_virtual_tokens"]} virtual tokens for a frozen model, trained by prefix tuning.
+{fields.get("num_virtual_tokens")} virtual tokens for a frozen model, trained by prefix tuning.
 {"PEFT loads them too, with `PeftModel.from_pretrained`." if known else ""}
 
 ```python
@@ -122,7 +128,8 @@ from prefix_attn import PrefixModel
 model = PrefixModel.from_pretrained(base, "this repository")  # base: the model, as transformers loads it
 ```
 """
-    return card_text(path.read_text(encoding="utf-8") if path.exists() else None, data, body)
+    there = path.read_text(encoding="utf-8", errors="surrogateescape") if path.exists() else None
+    return card_text(there, data, body).encode(errors="surrogateescape")  # bytes that are no UTF-8 stay too
 
 
 def _on_cpu(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
