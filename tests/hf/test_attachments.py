@@ -119,3 +119,37 @@ def test_a_table_and_prefixes_on_one_base() -> None:
         assert torch.equal(model(tokens()).logits, expected)
         assert torch.equal(model(tokens(), output_attentions=True).logits, expected)
         close(table(tokens(), output_attentions=True).logits, tuned, MODEL)
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_the_others_stay_when_one_is_gone(first: bool) -> None:
+    """Whichever goes first, the last one restores the base model."""
+    base = tiny("llama")
+    config, bare = base.config, base(**given(base)).logits
+    models = [get_prefix_model(base, PrefixConfig(num_virtual_tokens=P)).eval() for _ in range(2)]
+    gone, stays = models if first else reversed(models)
+    expected = stays(**given(base)).logits
+    gone.unload()
+    gone.unload()
+    assert torch.equal(stays(**given(base)).logits, expected)
+    assert not any(p.requires_grad for p in base.parameters())
+    copy.deepcopy(stays).unload()
+    stays.unload()
+    assert base.config is config
+    assert all(p.requires_grad for p in base.parameters())
+    close(base(**given(base)).logits, bare, MODEL)
+
+
+@pytest.mark.peft
+def test_an_accelerated_model_outlives_another_on_its_base() -> None:
+    """``undo`` of one leaves the other, and undoing both restores the base."""
+    base = tiny("llama")
+    own = base.config
+    model = get_prefix_model(base, PrefixConfig(num_virtual_tokens=P)).eval()
+    tuned = get_peft_model(base, PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=P)).eval()
+    undo = accelerate(tuned)
+    model.unload()
+    accelerated = tuned(**given(base)).logits
+    undo()
+    assert base.config is own
+    close(accelerated, tuned(**given(base)).logits, MODEL)

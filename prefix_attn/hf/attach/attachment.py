@@ -16,6 +16,8 @@ from prefix_attn.hf.attach.slots import Slot
 from prefix_attn.hf.attach.trained import freeze
 from prefix_attn.hf.attach.wrapper import check_base
 
+ATTACHMENTS = "prefix_attn_attachments"  # the attribute of a base model: its attachments, oldest first
+
 
 class Attachment:
     """A model whose attention goes through ours.
@@ -45,6 +47,8 @@ class Attachment:
         for module, name, config in self._configs:
             setattr(module, name, copy.deepcopy(config, copies))
         self._frozen: list[nn.Parameter] = []
+        self._all = vars(_inner(base)).setdefault(ATTACHMENTS, [])
+        self._all.append(self)
         self.runner = Runner(base)
         self.probe = Probe(base, self.runner)
         try:
@@ -71,9 +75,25 @@ class Attachment:
                 config._attn_implementation = original._attn_implementation
 
     def remove(self) -> None:
-        """Restore ``base`` as it was."""
+        """Restore ``base`` as it was, when no other attachment to it is left. A second call does nothing."""
+        if self not in self._all:
+            return
         self.runner.remove()
+        later = self._all[self._all.index(self) + 1 :]
+        self._all.remove(self)
+        if later:  # what they found is what this one made
+            later[0].restores(self._configs, self._frozen)
+            return
         for module, name, config in self._configs:
             setattr(module, name, config)
         for parameter in self._frozen:
             parameter.requires_grad_(True)
+
+    def restores(self, configs: list[tuple[nn.Module, str, PreTrainedConfig]], frozen: list[nn.Parameter]) -> None:
+        """Have ``remove`` restore these configurations, and these parameters too: an earlier attachment is gone."""
+        self._configs, self._frozen = configs, [*frozen, *self._frozen]
+
+
+def _inner(base: nn.Module) -> nn.Module:
+    """``base``, or the model within it if it is torch.compile's."""
+    return getattr(base, "_orig_mod", base)
