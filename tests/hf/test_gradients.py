@@ -188,3 +188,13 @@ def test_compile_fullgraph_forward_and_backward() -> None:
         losses = [m(ids, labels=ids, use_cache=False).loss for m in (compiled, model)]
         torch.testing.assert_close(*losses)
         close(*(torch.autograd.grad(loss, parameters) for loss in losses), GRADIENT)
+
+
+def test_compiled_for_training_then_for_evaluation() -> None:
+    """A model that never ran before it was compiled is compiled once for each."""
+    torch._dynamo.reset()
+    model = get_prefix_model(tiny("llama"), PrefixConfig(num_virtual_tokens=P)).train()
+    compiled = torch.compile(model, backend="eager")
+    compiled(input_ids=tokens(), labels=tokens()).loss.backward()
+    compiled.eval()
+    close(compiled(input_ids=tokens()).logits, model(tokens()).logits, MODEL)

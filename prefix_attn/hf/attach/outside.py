@@ -99,7 +99,9 @@ class Reached(nn.Module):
 class Replacing(threading.local):
     """``depth`` counts the forwards of this thread that stand in place of a wrapper's own and now run."""
 
-    depth = 0
+    def __init__(self) -> None:
+        """In each thread. A class attribute would do, but torch.compile takes its guards back when it is shadowed."""
+        self.depth = 0
 
     def __reduce__(self) -> tuple[type[Replacing], tuple[()]]:
         """A copy of the model runs nothing yet."""
