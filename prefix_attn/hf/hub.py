@@ -70,7 +70,7 @@ def push(
     token: bool | str | None = None,
     revision: str | None = None,
     create_pr: bool = False,
-    tags: Iterable[str] = (),
+    tags: Iterable[str] | None = None,
     **upload: Any,
 ) -> Any:
     """Save into a folder and upload it. Nothing is requested before the arguments are checked and the files are made.
@@ -82,7 +82,7 @@ def push(
         token: of every request; default: the one of ``hf auth login``.
         revision: the branch, made if it is not there.
         create_pr: open a pull request instead.
-        tags: more tags of the model card.
+        tags: one or more further tags of the model card.
         upload: more options of ``huggingface_hub.upload_folder``, such as commit_message.
 
     Returns:
@@ -99,7 +99,10 @@ def push(
     taken = {"repo_id", "folder_path", "repo_type", "self"}
     if unknown := sorted(upload.keys() - (inspect.signature(upload_folder).parameters.keys() - taken)):
         raise TypeError(f"push_to_hub has no options {unknown}; it takes those of huggingface_hub.upload_folder")
-    validate_repo_id(repo_id)
+    validate_repo_id(repo_id or "")  # which lets None pass
+    if not isinstance(revision, str | None):
+        raise TypeError(f"revision must be the name of a branch, got {revision!r}")
+    tags = [tags] if isinstance(tags, str) else [*(tags or ())]
     with TemporaryDirectory() as folder:
         save(folder)
         repo_id = create_repo(repo_id, private=private, token=token, exist_ok=True).repo_id

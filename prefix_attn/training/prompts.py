@@ -91,12 +91,16 @@ class Prompt:
         replace(folder / FILE, json.dumps(asdict(self), indent=2, ensure_ascii=False).encode())
 
     @classmethod
-    def load(cls, folder: Path) -> Prompt:
+    def load(cls, adapter: Path) -> Prompt:
         """What an adapter was trained with; the default for one that does not say so. A checkpoint has its run's.
+
+        Args:
+            adapter: its folder, or a file in it.
 
         Raises:
             ValueError: the file is none that ``save`` wrote.
         """
+        folder = (adapter.parent if adapter.is_file() else adapter).resolve()
         for place in (folder, folder.parent) if folder.name.startswith("checkpoint-") else (folder,):
             if (path := place / FILE).is_file():
                 content = read_json(path)

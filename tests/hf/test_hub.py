@@ -77,14 +77,23 @@ def test_a_private_repository_is_made_private_and_with_the_token(requests: Reque
         ("me/x", {"privat": True}, TypeError),
         ("me/x", {"folder_path": "elsewhere"}, TypeError),
         ("not a name/at all/", {}, ValueError),
+        (None, {}, ValueError),
+        ("me/x", {"revision": 5}, TypeError),
     ],
 )
 def test_wrong_arguments_request_nothing(
-    repo_id: str, options: dict[str, Any], error: type[Exception], requests: Requests
+    repo_id: Any, options: dict[str, Any], error: type[Exception], requests: Requests
 ) -> None:
     with pytest.raises(error):
         prefixed().push_to_hub(repo_id, **options)
     assert requests == []
+
+
+def test_tags_are_several_or_one_or_none(requests: Requests) -> None:
+    for tags, more in ((None, set()), ("e2e", {"e2e"}), (("e2e", "data"), {"e2e", "data"})):
+        prefixed().push_to_hub("me/x", tags=tags)
+        ours = {"base_model:adapter:somebody/tiny", "prefix-tuning", "prefix_attn", "transformers"}
+        assert set(requests[-1][1]["card"].data.tags) == ours | more
 
 
 def test_what_cannot_be_saved_requests_nothing(requests: Requests) -> None:

@@ -183,13 +183,18 @@ def test_templates_of_text(template: str, text: str) -> None:
     assert (short, cut) == (row, 1)
 
 
-def test_a_prompt_is_kept_beside_its_adapter(tmp_path: Path) -> None:
-    """A checkpoint of a run has the run's. An adapter that says nothing has the default."""
+def test_a_prompt_is_kept_beside_its_adapter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A checkpoint of a run has the run's, and so has a file in it. An adapter that says nothing has the default."""
     prompt = Prompt("chat", system="sé\n", one_line=True)
     prompt.save(tmp_path / "run")
     (tmp_path / "run" / "checkpoint-5").mkdir()
     assert Prompt.load(tmp_path / "run") == Prompt.load(tmp_path / "run" / "checkpoint-5") == prompt
-    assert Prompt.load(tmp_path) == Prompt()
+    (tmp_path / "run" / "checkpoint-5" / "model.safetensors").touch()
+    assert Prompt.load(tmp_path / "run" / "checkpoint-5" / "model.safetensors") == prompt
+    monkeypatch.chdir(tmp_path / "run" / "checkpoint-5")
+    assert Prompt.load(Path()) == prompt
+    monkeypatch.chdir(tmp_path / "run")
+    assert Prompt.load(tmp_path) == Prompt.load(Path("of-the-hub")) == Prompt()
     assert default_template(Example("a", ("b",))) == Prompt().template
     assert default_template(THREE) == "chat"
 
