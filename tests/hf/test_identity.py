@@ -379,3 +379,13 @@ def test_data_parallel_is_refused_of_an_accelerated_model(monkeypatch: pytest.Mo
         replicas(nn.Sequential(theirs), monkeypatch)
     undo()
     assert len(replicas(theirs, monkeypatch)) == 2
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral"])
+def test_input_embeddings_that_are_set(name: str) -> None:
+    """Every forward reads those that the base model has now, wherever virtual tokens run."""
+    model = PrefixTuning(tiny(name), 4, 32).eval()
+    larger = torch.nn.Embedding(2 * model.config.vocab_size, 32)
+    expected = model(inputs_embeds=larger(tokens() + model.config.vocab_size)).logits
+    model.set_input_embeddings(larger)
+    assert torch.equal(model(tokens() + model.config.vocab_size).logits, expected)

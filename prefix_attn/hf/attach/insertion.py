@@ -31,10 +31,7 @@ from prefix_attn.hf.attach.wrapper import check_base, device_of, evaluating
 
 
 class Insertion:
-    """Inserts virtual tokens into the rows of ``base`` and cuts them out again.
-
-    ``embeddings`` is the module that makes the input embeddings.
-    """
+    """Inserts virtual tokens into the rows of ``base`` and cuts them out again."""
 
     def __init__(self, base: PreTrainedModel) -> None:
         """Find where in ``base`` tokens enter and leave.
@@ -44,7 +41,7 @@ class Insertion:
             NotImplementedError: the model takes no input embeddings, or does something else with them than with ids.
         """
         check_base(base)
-        self._name = type(base).__name__
+        self._base, self._name = base, type(base).__name__
         self._decoder = base.get_decoder() if base.config.is_encoder_decoder else None
         self._layers = base.get_encoder() if self._decoder else find_layers(base)[0]
         self._first = next(m for m in self._layers.modules() if isinstance(m, nn.ModuleList))[0]
@@ -61,7 +58,6 @@ class Insertion:
             raise NotImplementedError(f"{self._name} has no past_key_values: virtual tokens would enter at every step")
         # The positions of other models are their own affair: RoBERTa's begin at 2.
         self._is_causal = base.can_generate() or any(getattr(m, "is_causal", False) for m in base.modules())
-        self.embeddings = base.get_input_embeddings()
         self._filled: WeakSet[Cache] = _Caches()  # with virtual tokens
         self._is_running = False
         self._text = _ids_of_text(base.config)
@@ -72,6 +68,11 @@ class Insertion:
             raise
         except Exception as error:  # as in Probe
             raise NotImplementedError(f"{self._name} does not run on a few tokens alone ({error})") from error
+
+    @property
+    def embeddings(self) -> Any:
+        """The module that makes the input embeddings, which may be set on the base model at any time."""
+        return self._base.get_input_embeddings()
 
     @property
     def stacks(self) -> set[nn.Module]:
