@@ -22,13 +22,15 @@ from transformers import (
     BertForSequenceClassification,
     CLIPTextConfig,
     CLIPTextModelWithProjection,
+    GPT2DoubleHeadsModel,
     LlamaForSequenceClassification,
     PreTrainedModel,
 )
 
-from prefix_attn import PrefixConfig, PrefixModel, get_prefix_model
+from prefix_attn import PrefixConfig, PrefixModel, PrefixTuning, get_prefix_model
 from prefix_attn.hf.attach.task_heads import default_task_heads
 from tests.hf.models import CONFIGS, ENCODER_DECODERS, ENCODERS, tiny, tokens
+from tests.numerics import MODEL, close
 
 P = 3
 SIZES: dict[str, dict[str, Any]] = CONFIGS | ENCODERS | ENCODER_DECODERS
@@ -116,6 +118,21 @@ def test_the_head_is_trained_saved_and_restored(case: str, tmp_path: Path) -> No
     model.save_pretrained(tmp_path)
     again = PrefixModel.from_pretrained(fresh, tmp_path).eval()
     assert torch.equal(again(**sequences(base)).logits, model(**sequences(base)).logits)
+
+
+@pytest.mark.parametrize("is_table", [False, True])
+def test_choices_that_reach_the_layers_as_one_batch(is_table: bool) -> None:
+    """GPT-2 takes ids (B, choices, S) itself; a choice that is padded on the left is the choice alone."""
+    base = GPT2DoubleHeadsModel(tiny("gpt2").config).eval()
+    base.config.num_labels = 1
+    model: Any = PrefixTuning(base, P, 32) if is_table else get_prefix_model(base, PrefixConfig(num_virtual_tokens=P))
+    ids, last = tokens(6, 9).view(2, 3, 9), torch.full((2, 3), 8)
+    mask = torch.ones_like(ids)
+    mask[1, 2, :4] = 0
+    out = model.eval()(ids, attention_mask=mask, mc_token_ids=last)
+    alone = model(ids[1:, 2:, 4:], mc_token_ids=last[1:, 2:] - 4)
+    close(out.logits[1, 2, 4:], alone.logits[0, 0], MODEL)
+    close(out.mc_logits[1, 2], alone.mc_logits[0, 0], MODEL)
 
 
 def test_parameters_outside_of_all_children_are_trained_with_the_head() -> None:

@@ -139,6 +139,9 @@ def _has_table(module: Any) -> bool:
 def mask_of(kwargs: Mapping[str, Any], outer: Tensor | None = None) -> Tensor | None:
     """The 2-D attention mask: the stack's own, or ``outer``, the whole model's, if the stack has another form of it."""
     mask = kwargs.get("attention_mask")
+    ids = kwargs.get("input_ids")
+    if isinstance(mask, Tensor) and ids is not None and mask.dim() == ids.dim() == 3:  # rows of choices
+        return mask.flatten(0, 1)
     return mask if mask is None or (isinstance(mask, Tensor) and mask.dim() == 2) else outer
 
 
@@ -166,9 +169,12 @@ def past(kwargs: Mapping[str, Any]) -> int | Tensor:
 
 
 def _tokens(kwargs: Mapping[str, Any]) -> Tensor:
-    """(B, S) ids or (B, S, width) embeddings, whichever the stack was given."""
+    """(B, S) ids or (B, S, width) embeddings, whichever the stack was given.
+
+    GPT-2's takes ids (B, choices, S) too, as rows of their own.
+    """
     embeddings = kwargs.get("inputs_embeds")
-    return kwargs["input_ids"] if embeddings is None else embeddings
+    return kwargs["input_ids"].flatten(0, -2) if embeddings is None else embeddings
 
 
 def cache_of(kwargs: Mapping[str, Any]) -> Any:
