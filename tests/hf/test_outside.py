@@ -152,7 +152,11 @@ def test_what_is_reached_through_the_wrapper_has_the_prefix(make: Callable[[], A
         close(reached(ids)[0], expected, MODEL)
         close(base.base_model(ids)[0], frozen, MODEL)
     reached = getattr(model, stack)
-    assert reached == base.base_model
+    assert reached == base.base_model == getattr(model, stack)
+    assert getattr(model, stack) == reached
+    copied = copy.deepcopy(reached)
+    assert copied != reached
+    close(copied(ids)[0], expected, MODEL)
     assert isinstance(reached, type(base.base_model))
     assert [p for _, p in reached.named_parameters()] == [p for _, p in base.base_model.named_parameters()]
     assert model.get_input_embeddings() is base.get_input_embeddings()

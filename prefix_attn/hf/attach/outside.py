@@ -152,17 +152,32 @@ def within(value: Any, base: nn.Module, stacks: set[nn.Module], optional: Contex
 
 def _view(module: nn.Module, context: Context) -> nn.Module:
     """``module``, whose calls run within ``context()``; with its state, and equal to it."""
-
-    @functools.wraps(type(module).forward)
-    def forward(_: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        with context():
-            return module(*args, **kwargs)
-
-    own = {"__call__": forward, "forward": forward, "__module__": type(module).__module__}
-    own |= {"__eq__": lambda _, other: other is module, "__hash__": lambda _: hash(module)}
-    view: Any = object.__new__(type(type(module).__name__, (type(module),), own))
+    kind = _kind_of_view(type(module))
+    view = object.__new__(kind)
     object.__setattr__(view, "__dict__", module.__dict__)
+    object.__setattr__(view, "viewed_module", module)
+    object.__setattr__(view, "viewed_within", context)
     return view
+
+
+@functools.cache
+def _kind_of_view(kind: type[Any]) -> type[Any]:
+    """The class of views of modules of the class ``kind``: transformers takes long to make one."""
+
+    @functools.wraps(kind.forward)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        with self.viewed_within():
+            return self.viewed_module(*args, **kwargs)
+
+    own: dict[str, Any] = {"__slots__": ("viewed_module", "viewed_within"), "__module__": kind.__module__}
+    own |= {"__call__": forward, "forward": forward, "__eq__": _same_module}
+    own |= {"__hash__": lambda self: hash(self.viewed_module)}
+    own |= {"__reduce_ex__": lambda self, _: (_view, (self.viewed_module, self.viewed_within))}
+    return type(kind.__name__, (kind,), own)
+
+
+def _same_module(view: Any, other: Any) -> bool:
+    return view.viewed_module is getattr(other, "viewed_module", other)
 
 
 @contextmanager
