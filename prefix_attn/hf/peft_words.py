@@ -66,6 +66,14 @@ class PeftWords(NamedPrefixes):
         """``prefix_configs``."""
         return self.prefix_configs
 
+    @peft_config.setter
+    def peft_config(self, _: Any) -> None:
+        """PEFT sets it on a model to which it adds an adapter of its own."""
+        raise TypeError(
+            "PEFT adds its adapters to a transformers model, not to one with prefixes: give base.add_adapter(...) the "
+            "LoRA first, then get_prefix_model(base, ...) the base; it trains both"
+        )
+
     @property
     def active_peft_config(self) -> PrefixConfig:
         """The configuration of the active prefix."""

@@ -195,6 +195,18 @@ def test_a_trainer_with_several_prefixes(tmp_path: Path) -> None:
     close(logits(alone), logits(model), MODEL)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_what_a_trainer_saves_of_a_model_in_16_bits(dtype: torch.dtype, tmp_path: Path) -> None:
+    """The MLP is found again although it rounds more than one in float32, and other prefixes with it."""
+    model = trained("mlp")
+    model.add_prefix("other", PrefixConfig(num_virtual_tokens=3))
+    model.set_prefix("default")
+    trainer(model.to(dtype), tmp_path).save_model(str(tmp_path / "final"))
+    again = PrefixModel.from_pretrained(tiny("llama"), tmp_path / "final", is_trainable=True)
+    assert sorted(again.prefix_names) == ["default", "other"]
+    assert all(torch.equal(t.to(dtype), model.state_dict()[n]) for n, t in again.prefixes.named_parameters("prefixes"))
+
+
 def test_a_newer_adapter_beside_an_older_state(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """What save_pretrained wrote last counts, with a warning; the base model's own weights there are nothing to us."""
     older, newer = trained("mlp"), trained("mlp")

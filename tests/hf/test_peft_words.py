@@ -97,6 +97,15 @@ def test_unload_gives_the_base_model_back() -> None:
 
 
 @pytest.mark.peft
+@pytest.mark.filterwarnings("ignore:Already found a `peft_config`")
+def test_peft_s_own_adapters_go_below_the_prefix() -> None:
+    from peft import LoraConfig, get_peft_model
+
+    with pytest.raises(TypeError, match=r"base.add_adapter\(...\) the LoRA first"):
+        get_peft_model(prefixed(), LoraConfig(target_modules=["q_proj"]))
+
+
+@pytest.mark.peft
 def test_peft_s_functions_of_states() -> None:
     """What PEFT's own model gives, goes in; what they cannot carry is refused."""
     from peft import PrefixTuningConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict

@@ -47,7 +47,7 @@ _log = logging.getLogger(__name__)
 _ADAPTERS = ("adapter.safetensors", "pytorch_adapter.bin")
 _ADAPTERS_TASK_HEADS = ("model_head.safetensors", "pytorch_model_head.bin")
 _NAMED = (".safetensors", ".json")  # files that say which tensors they have before these are read
-_ROUNDING = 1e-3  # of an MLP, on another machine
+_ROUNDING = 1e-3  # of an MLP, on another machine; one in bfloat16 rounds more
 # A model's file: not an adapter's, a shard, or what trainers save besides.
 _MODEL = re.compile(
     r"(?!adapter|pytorch_adapter|pytorch_model_head|model_head|training_|optimizer|scheduler|scaler|sampler|rng_state"
@@ -128,12 +128,13 @@ def _is_same(stored: Stored, state: Stored) -> bool:
     """Whether an adapter is the prefix in a state. An MLP may round a little otherwise on another machine."""
     if stored.config.mode == "embedding" or state.config.mode == "embedding":
         return stored.config.mode == state.config.mode and KEY in stored.tensors
+    rounding = max(_ROUNDING, *(4 * torch.finfo(t.dtype).eps for t in state.training.values()))
     ours, theirs = ([stored.tensors.get(KEY), stored.tensors.get(GATE)], [state.tensors[KEY], state.tensors.get(GATE)])
     for one, other in zip(ours, theirs, strict=True):
         if one is None or other is None:
             if one is not other:
                 return False
-        elif one.shape != other.shape or not (one - other).norm() <= _ROUNDING * other.norm():
+        elif one.shape != other.shape or not (one - other).norm() <= rounding * other.norm():
             return False
     return True
 
