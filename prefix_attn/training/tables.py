@@ -167,6 +167,8 @@ def jsonl_records(path: Path, encoding: str, bad: BadRows) -> Iterator[Record]:
                 row = json.loads(line, object_pairs_hook=_object)
             except json.JSONDecodeError as error:
                 bad.add(number, f"not JSON ({error.msg})", f" at column {error.colno}")
+            except RecursionError:
+                bad.add(number, "not JSON (nested too deep)")
             except ValueError as error:
                 bad.add(number, str(error))
             else:

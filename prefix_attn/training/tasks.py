@@ -29,7 +29,7 @@ def read_json(path: Path, encoding: str = "utf-8-sig") -> list[Any]:
     try:
         with gzip.open(path, "rt", encoding=encoding) if path.suffix == ".gz" else path.open(encoding=encoding) as file:
             entries = json.load(file)
-    except (json.JSONDecodeError, gzip.BadGzipFile, EOFError) as error:
+    except (json.JSONDecodeError, RecursionError, gzip.BadGzipFile, EOFError) as error:
         raise ValueError(f"{path}: not JSON ({error})") from None
     return entries if isinstance(entries, list) else [entries]
 

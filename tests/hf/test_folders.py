@@ -337,8 +337,19 @@ def test_convert_reads_them(tmp_path: Path) -> None:
 def test_embedding_only_prefixes_in_a_trainer(tmp_path: Path) -> None:
     model = PrefixTuning(tiny("llama"), prefix_length=P, hidden_size=32)
     trainer(model, tmp_path).save_model(str(tmp_path / "final"))
-    again = PrefixTuning.from_pretrained(tiny("llama"), tmp_path / "final")
-    assert torch.equal(again.prefix, model.prefix)
+    Accelerator(cpu=True).save_model(model, str(tmp_path / "state"))
+    torch.save(model.state_dict(), tmp_path / "state.pt")
+    for place in ("final", "final/model.safetensors", "state", "state.pt"):
+        again = PrefixTuning.from_pretrained(tiny("llama"), tmp_path / place)
+        assert torch.equal(again.prefix, model.prefix)
+    bad = {"finite": torch.full((P, 32), torch.nan), r"need .*\(4, 32\)": torch.ones(P, 33), "need": torch.ones(())}
+    for message, table in bad.items():
+        torch.save({"prefix": table}, tmp_path / "state.pt")
+        with pytest.raises(ValueError, match=message):
+            PrefixTuning.from_pretrained(tiny("llama"), tmp_path / "state.pt")
+    torch.save(trained("flat").state_dict(), tmp_path / "state.pt")
+    with pytest.raises(ValueError, match=r"a PrefixTuning has 'prefix', this file has \['prefixes.default.embedding'"):
+        PrefixTuning.from_pretrained(tiny("llama"), tmp_path / "state.pt")
 
 
 class Hostile:

@@ -74,6 +74,8 @@ BAD = [
     ("x.csv", "source,target\na,b\nc,d, e\n", "line 3: more cells than columns"),
     ("x.csv", 'source,target\na,"b\n', "not CSV"),
     ("x.json", "[{", "not JSON"),
+    ("x.json", "[" * 100_000, "not JSON"),
+    ("x.jsonl", "[" * 100_000, "line 1: not JSON (nested too deep)"),
     ("x.json.gz", "[]", "not JSON"),
     ("x.json", "[]", "empty, at least one row is needed"),
     ("x.json", "[1]", "entry 0: must have 'tripleset' and 'annotations'"),

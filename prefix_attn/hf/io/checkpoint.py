@@ -257,10 +257,15 @@ def check_safe(safe_serialization: bool) -> None:
 def load_table(path: str | Path, base: PreTrainedModel, **hub: Any) -> tuple[Tensor, dict[str, Tensor]]:
     """The reverse, from a folder or a Hub id: (P, hidden size) float32, and weights of the base model.
 
+    Of a state_dict, in a file or in a folder of accelerate's, the same.
+
     Raises:
         ValueError: missing, damaged, or made for another model.
     """
     folder = files.find(path, ADAPTER_CONFIG, ADAPTER, **hub)
+    state = folder if folder.is_file() else next((f for n in STATES if (f := folder / n).is_file()), None)
+    if state is not None and not (folder / ADAPTER_CONFIG).is_file():
+        return _table_in_state(state, base)
     peft = files.read_json(folder / ADAPTER_CONFIG)
     if peft.get("peft_type") != "PROMPT_TUNING":
         raise ValueError(f"{folder / ADAPTER_CONFIG}: peft_type must be PROMPT_TUNING, got {peft.get('peft_type')!r}")
@@ -271,6 +276,18 @@ def load_table(path: str | Path, base: PreTrainedModel, **hub: Any) -> tuple[Ten
     others = {name: tensors.pop(name) for name in list(tensors) if name.startswith(TASK_HEAD)}
     table = files.checked(folder / ADAPTER, tensors, wanted)[KEY].float()
     return table, _others(folder / ADAPTER, others, base)
+
+
+def _table_in_state(path: Path, base: PreTrainedModel) -> tuple[Tensor, dict[str, Tensor]]:
+    content = read_entries(path)
+    state = {plain_name(n): t for n, t in content.items()} if isinstance(content, Mapping) else {}
+    if "prefix" not in state:
+        raise ValueError(f"{path}: a state_dict of a PrefixTuning has 'prefix', this file has {sorted(state)[:6]}")
+    if path.suffix != ".json":  # the shards of an index were checked one by one
+        state = {n: files.backed(path, n, t, floating=False) for n, t in state.items()}
+    table, width = state["prefix"], int(base.get_input_embeddings().weight.shape[1])
+    table = files.checked(path, {"prefix": table}, {"prefix": (*table.shape[:1], width)})["prefix"].float()
+    return table, _others(path, {n: t for n, t in state.items() if n.startswith(TASK_HEAD)}, base)
 
 
 def describe(path: str | Path) -> dict[str, Any]:
