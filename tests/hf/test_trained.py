@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel, Trainer, TrainingArguments
+from transformers import PreTrainedModel, Trainer, TrainingArguments, WhisperConfig, WhisperForAudioClassification
 
 from prefix_attn import PrefixConfig, PrefixModel, PrefixTuning, get_prefix_model
-from tests.hf.models import tiny, tokens
+from tests.hf.models import ENCODER_DECODERS, tiny, tokens
 from tests.numerics import MODEL, close
 
 P, WIDTH = 4, 32
@@ -236,6 +236,20 @@ def test_a_prefix_with_weights_of_its_own_joins_no_other(tmp_path: Path) -> None
         other.load_prefix(tmp_path, "again")
     assert other.prefix_names == ["default"]
     assert torch.equal(other(tokens()).logits, before)
+
+
+@pytest.mark.parametrize("changes", [{}, {"use_weighted_layer_sum": True}])
+def test_unload_restores_what_was_trained(changes: dict[str, Any]) -> None:
+    """Also of a head, in whose place a copy was trained, and of weights that were trained beside it."""
+    config = WhisperConfig(**ENCODER_DECODERS["whisper"], **changes)
+    base = WhisperForAudioClassification(config)
+    for name, parameter in base.named_parameters():
+        parameter.requires_grad_(name.startswith("classifier"))
+    before = {name: p.requires_grad for name, p in base.named_parameters()}
+    model = get_prefix_model(base, PrefixConfig(num_virtual_tokens=4))
+    assert not base.classifier.weight.requires_grad
+    model.unload()
+    assert {name: p.requires_grad for name, p in base.named_parameters()} == before
 
 
 @pytest.mark.peft

@@ -46,7 +46,7 @@ class Attachment:
         copies: dict[int, Any] = {}
         for module, name, config in self._configs:
             setattr(module, name, copy.deepcopy(config, copies))
-        self._frozen: list[nn.Parameter] = []
+        self._trained: dict[nn.Parameter, bool] = {}  # whether parameters were, if that may change
         self._all = vars(_inner(base)).setdefault(ATTACHMENTS, [])
         self._all.append(self)
         self.runner = Runner(base)
@@ -61,8 +61,9 @@ class Attachment:
         self.resolver = Resolver(base, slots, self.runner.positions, has_decoder=self.probe.has_decoder)
 
     def freeze(self) -> None:
-        """Freeze what nobody chose to train of the model; ``remove`` undoes that."""
-        self._frozen = freeze(self.base)
+        """Freeze what nobody chose to train of the model; ``remove`` undoes that, and what prefixes freeze later."""
+        self._trained = {parameter: parameter.requires_grad for parameter in self.base.parameters()}
+        freeze(self.base)
 
     def _leave_others(self, slots: Iterable[Slot]) -> None:
         """Give what no prefix enters its own attention back, such as a vision tower."""
@@ -82,16 +83,16 @@ class Attachment:
         later = self._all[self._all.index(self) + 1 :]
         self._all.remove(self)
         if later:  # what they found is what this one made
-            later[0].restores(self._configs, self._frozen)
+            later[0].restores(self._configs, self._trained)
             return
         for module, name, config in self._configs:
             setattr(module, name, config)
-        for parameter in self._frozen:
-            parameter.requires_grad_(True)
+        for parameter, trained in self._trained.items():
+            parameter.requires_grad_(trained)
 
-    def restores(self, configs: list[tuple[nn.Module, str, PreTrainedConfig]], frozen: list[nn.Parameter]) -> None:
-        """Have ``remove`` restore these configurations, and these parameters too: an earlier attachment is gone."""
-        self._configs, self._frozen = configs, [*frozen, *self._frozen]
+    def restores(self, configs: list[tuple[nn.Module, str, PreTrainedConfig]], trained: dict[Any, bool]) -> None:
+        """Have ``remove`` restore these configurations, and what was trained: an earlier attachment is gone."""
+        self._configs, self._trained = configs, self._trained | trained
 
 
 def _inner(base: nn.Module) -> nn.Module:

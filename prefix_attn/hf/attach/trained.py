@@ -14,14 +14,11 @@ from transformers import PreTrainedModel
 _log = logging.getLogger(__name__)
 
 
-def freeze(base: PreTrainedModel) -> list[nn.Parameter]:
+def freeze(base: PreTrainedModel) -> None:
     """Freeze the parameters of ``base``, unless its user chose which of them are trained.
 
     ``from_pretrained`` leaves all parameters trainable, so then nothing was chosen. If only some are, somebody chose
     them: a LoRA, norms, a head, the embeddings of new tokens. These stay trainable.
-
-    Returns:
-        The parameters that were trainable and are not any more.
     """
     base = getattr(base, "_orig_mod", base)  # torch.compile's is around it
     trainable = {name: p for name, p in base.named_parameters() if p.requires_grad}
@@ -29,10 +26,9 @@ def freeze(base: PreTrainedModel) -> list[nn.Parameter]:
         first, *more = trainable
         rest = f" and {len(more)} more" if more else ""
         _log.warning("%s of %s%s stay trainable beside the prefix", first, type(base).__name__, rest)
-        return []
+        return
     for parameter in trainable.values():
         parameter.requires_grad_(False)
-    return list(trainable.values())
 
 
 def trained_names(base: nn.Module) -> set[str]:
