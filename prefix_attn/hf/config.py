@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 from prefix_attn.hf.encoder import ACTIVATIONS
 
@@ -21,6 +21,16 @@ SHOWN_FIELDS = (
 )
 UNSHOWN_FIELDS = ("mode", "sites", "layers", "encoder_activation", "position_mode")
 TASK_TYPES = ("CAUSAL_LM", "SEQ_2_SEQ_LM", "SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")
+
+
+class PeftPrefixConfig(Protocol):
+    """A PrefixTuningConfig or CartridgeConfig of PEFT, which need not be installed."""
+
+    peft_type: Any
+    task_type: Any
+    num_virtual_tokens: Any
+    inference_mode: Any
+    base_model_name_or_path: Any
 
 
 @dataclass
@@ -186,7 +196,7 @@ class PrefixConfig:
             self.layers = {n: self.layers[n] for n in numbers} if isinstance(self.layers, Mapping) else numbers
 
     @classmethod
-    def from_peft(cls, config: Any) -> PrefixConfig:
+    def from_peft(cls, config: PeftPrefixConfig) -> PrefixConfig:
         """The same prefix as ``config``, a PrefixTuningConfig or CartridgeConfig of PEFT, but for where it starts.
 
         PEFT's start is random numbers. Ours is the default of ``init``, or "zero" where PEFT's is zero too. Sizes of

@@ -16,7 +16,7 @@ from prefix_attn.hf.attach.banks import make_bank, make_rows, row_names
 from prefix_attn.hf.attach.infix import end_of_prompt, start_of_targets
 from prefix_attn.hf.attach.task_heads import copy_task_heads, task_heads_in_place
 from prefix_attn.hf.attach.trained import changes, set_trained
-from prefix_attn.hf.config import PrefixConfig
+from prefix_attn.hf.config import PeftPrefixConfig, PrefixConfig
 from prefix_attn.hf.encoder import PrefixEncoder
 from prefix_attn.hf.hub import download_options
 from prefix_attn.hf.initial import draw_pieces, initial_embeddings, initial_kv, start_from_prefix
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 
 def get_prefix_model(
-    base: PreTrainedModel, config: PrefixConfig | Any, tokenizer: PreTrainedTokenizerBase | None = None
+    base: PreTrainedModel, config: PrefixConfig | PeftPrefixConfig, tokenizer: PreTrainedTokenizerBase | None = None
 ) -> PrefixModel:
     """``base``, frozen, with one trainable prefix named "default".
 
@@ -71,7 +71,7 @@ class PrefixModel(PeftWords):
     """
 
     def add_prefix(
-        self, name: str, config: PrefixConfig | Any, tokenizer: PreTrainedTokenizerBase | None = None
+        self, name: str, config: PrefixConfig | PeftPrefixConfig, tokenizer: PreTrainedTokenizerBase | None = None
     ) -> None:
         """Add a prefix, initialised as ``config`` says. It becomes the active one.
 
@@ -97,7 +97,7 @@ class PrefixModel(PeftWords):
         name: str,
         *,
         is_trainable: bool = False,
-        config: PrefixConfig | Any = None,
+        config: PrefixConfig | PeftPrefixConfig | None = None,
         **options: Any,
     ) -> None:
         """Add a prefix from a folder, a file or a Hub id, of any library in ``formats``. It becomes the active one.
@@ -162,7 +162,7 @@ class PrefixModel(PeftWords):
         path: str | Path,
         adapter_name: str | None = None,
         is_trainable: bool = False,
-        config: PrefixConfig | Any = None,
+        config: PrefixConfig | PeftPrefixConfig | None = None,
         *,
         name: str | None = None,
         **options: Any,
@@ -199,7 +199,7 @@ class PrefixModel(PeftWords):
         name: str | None = None,
         *,
         is_trainable: bool = False,
-        config: PrefixConfig | Any = None,
+        config: PrefixConfig | PeftPrefixConfig | None = None,
         **options: Any,
     ) -> None:
         """Add every prefix that ``path`` has, under its name. The one that was active becomes the active one.
@@ -336,7 +336,7 @@ class PrefixModel(PeftWords):
         return formats.read_all(path, decoder_layers=layers, **download_options(options))
 
     def _made(
-        self, stored: Stored, config: PrefixConfig | Any, *, is_trainable: bool
+        self, stored: Stored, config: PrefixConfig | PeftPrefixConfig | None, *, is_trainable: bool
     ) -> tuple[PrefixConfig, PrefixEncoder, nn.ModuleDict, dict[str, Tensor]]:
         """What ``stored`` becomes on this model: configuration, encoder, task heads, weights of the base model."""
         if config is not None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from prefix_attn.hf.config import PrefixConfig
+from prefix_attn.hf.config import PeftPrefixConfig, PrefixConfig
 from prefix_attn.hf.encoder import PrefixEncoder
 from prefix_attn.hf.io.stored import KEY, update_card
 from prefix_attn.hf.prefixes import NamedPrefixes
@@ -23,7 +23,7 @@ class PeftWords(NamedPrefixes):
     ``load_prefix`` make the new prefix active. ``peft.get_peft_model_state_dict`` and its reverse take such models.
     """
 
-    def add_prefix(self, name: str, config: PrefixConfig | Any, tokenizer: Any = None) -> None:
+    def add_prefix(self, name: str, config: PrefixConfig | PeftPrefixConfig, tokenizer: Any = None) -> None:
         """See ``PrefixModel``."""
         raise NotImplementedError
 
@@ -31,7 +31,7 @@ class PeftWords(NamedPrefixes):
         """See ``PrefixModel``."""
         raise NotImplementedError
 
-    def add_adapter(self, adapter_name: str, peft_config: PrefixConfig | Any) -> None:
+    def add_adapter(self, adapter_name: str, peft_config: PrefixConfig | PeftPrefixConfig) -> None:
         """``add_prefix``, but the active prefix stays, if there is one."""
         active = self.active_prefix
         self.add_prefix(adapter_name, peft_config)

@@ -284,6 +284,7 @@ def finish(b_m, b_l, b_acc, b_sink, b_known, scores):
     b_empty = b_l == 0.0
     b_total = tl.where(b_empty, 1.0, b_l)
     if b_known is not None:
+        b_known = tl.where(b_empty, 0.0, b_known)  # -inf - -inf is NaN
         b_lse = tl.where(b_empty, 0.0, b_m - b_known + tl.log2(b_total) * LN2)
     elif scores.bias is not None:
         b_lse = tl.where(b_empty, -float("inf"), b_m + tl.log2(b_total) * LN2)
