@@ -121,15 +121,25 @@ void attend_across(const Arguments& c, const Row& row, int64_t kv, const T* q, i
     }
 }
 
-// The products of a query and ``n`` keys, ``ld`` apart; 0 in the other lanes.
-template <typename T>
-vec dots(const T* q, const T* k, int64_t ld, int64_t n, int64_t D) {
+// Keys and values that are read next; strides of their rows and elements in bytes.
+struct Later {
+    const char *key, *value;
+    int64_t key_row, value_row, element;
+};
+
+// The products of a query and ``n`` keys, ``ld`` apart; 0 in the other lanes. With AHEAD each step asks for a little of
+// ``later``: all of it at once would wait for the few lines that a core may ask for at a time.
+template <bool AHEAD, typename T>
+vec dots(const T* q, const T* k, int64_t ld, int64_t n, int64_t D, const Later& later) {
     vec x[VL];
     for (int64_t i = 0; i < VL; i++) {
         x[i] = vec{};
         if (i < n)
-            for (int64_t d = 0; d < D; d += VL)
+            for (int64_t d = 0; d < D; d += VL) {
+                if (AHEAD) __builtin_prefetch(later.key + i * later.key_row + d * later.element);
+                if (AHEAD) __builtin_prefetch(later.value + i * later.value_row + d * later.element);
                 x[i] = step(x[i], operand(q + d), operand(k + i * ld + d));
+            }
     }
     return sums(x);
 }
@@ -152,15 +162,19 @@ void attend_in_place(const Arguments& c, const Row& row, const Row& next, bool a
         const Matrix<T> k = matrix(c.key, key_at(c.key, row, kv, n0), n, c.D, D, rows_of_tile);
         // Rows end where a page ends, and no hardware looks beyond: the values, and the keys that are read after these.
         const bool last = n0 + NT >= any.hi;
-        const int64_t later = key_at(c.key, last ? next : row, kv, last ? 0 : n0 + NT);
+        const int64_t key_row = c.key.row * size_of(c.key), value_row = c.value.row * size_of(c.value);
+        const char* keys =
+            (const char*)c.key.data + key_at(c.key, last ? next : row, kv, last ? 0 : n0 + NT) * size_of(c.key);
+        const char* values = (const char*)c.value.data + at * size_of(c.value);
         for (int64_t r = 0; r < R; r++)
             for (int64_t j = 0; j < n; j += VL) {
                 const int64_t some = std::min<int64_t>(VL, n - j);
-                if (r == 0 && ahead) {
-                    fetch(c.key, later + j * c.key.row, some, c.D);
-                    fetch(c.value, at + j * c.value.row, some, c.DV);
-                }
-                store(s + r * NT + j, dots(q + r * D, k.data + j * k.ld, k.ld, some, D) * query_factor(c));
+                const Later later{keys + j * key_row, values + j * value_row, key_row, value_row,
+                                  PER<T> * size_of(c.key)};
+                const T *q_r = q + r * D, *k_j = k.data + j * k.ld;
+                const vec dot = r == 0 && ahead ? dots<true>(q_r, k_j, k.ld, some, D, later)
+                                                : dots<false>(q_r, k_j, k.ld, some, D, later);
+                store(s + r * NT + j, dot * query_factor(c));
             }
         const uint8_t* mask = c.key_mask ? c.key_mask + row.b * c.T + n0 : nullptr;
         const Matrix<T> v = values_of(c.value, at, n, c.DV, Vp, mask, rows_of_tile);
