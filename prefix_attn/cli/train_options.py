@@ -1,0 +1,91 @@
+"""The options of ``prefix-attn train``, those of other commands apart. Each is one parameter of ``cli.train.train``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from prefix_attn.cli.shared import DATA, data_option
+from prefix_attn.training.settings import LEARNING_RATES
+
+prefix_option: Callable[..., Any] = partial(typer.Option, rich_help_panel="The prefix")
+start_option: Callable[..., Any] = partial(typer.Option, rich_help_panel="Where it starts")
+
+Output = Annotated[Path, typer.Option(help="Folder for the adapter, its checkpoints, metrics.json and loss.png.")]
+TrainingData = Annotated[str | None, data_option(help=f"{DATA} Default: 'aws'.")]
+DistillFrom = Annotated[
+    Path | None, typer.Option(help="Instead of --data: a text that the prefix learns to replace.", dir_okay=False)
+]
+TopK = Annotated[
+    int | None,
+    typer.Option(min=1, help="With --distill-from: how many of the likeliest tokens to compare. Default: 20."),
+]
+Validation = Annotated[str | None, data_option(help="File to validate on. 'aws' has a split of its own.")]
+ValidationShare = Annotated[
+    float | None,
+    data_option(help="Instead of --validation: keep this share of the inputs from training, chosen by their hash."),
+]
+
+VirtualTokens = Annotated[int, prefix_option(min=1, help="Length of the prefix.")]
+Mode = Annotated[
+    str,
+    prefix_option(
+        help="'kv': keys and values in every layer. 'embedding': input embeddings only. 'infix': keys and values "
+        "between source and target; only the target attends to them."
+    ),
+]
+Sites = Annotated[
+    str | None,
+    prefix_option(help="Which attention gets a prefix, of 'encoder,cross,decoder'. Default: all that the model has."),
+]
+Mlp = Annotated[int | None, prefix_option(help="Train through an MLP of this width. It is dropped after training.")]
+MlpDepth = Annotated[int, prefix_option(min=1, help="Hidden layers of the MLP.")]
+MlpActivation = Annotated[str, prefix_option(help="'tanh', 'relu', 'gelu', 'silu', ...")]
+Dropout = Annotated[float, prefix_option(help="Dropout on the prefix.")]
+Gate = Annotated[
+    str | None,
+    prefix_option(help="'zero': one factor per head that starts at 0, so that training starts from the frozen model."),
+]
+FrozenTokens = Annotated[int, prefix_option(min=0, help="How many of the first virtual tokens are not trained.")]
+PositionMode = Annotated[
+    str | None,
+    prefix_option(help="'shift' (as in PEFT) or 'none' (the prefix takes no positions). Default: what fits the model."),
+]
+
+Init = Annotated[
+    str | None,
+    start_option(
+        help="'random': activations of random tokens. 'zero'. 'uniform': numbers in [0, 1), the paper's random. "
+        "Default: 'random', or with --distill-from pieces of that text."
+    ),
+]
+InitText = Annotated[str | None, start_option(help="Instead of --init: activations of this text.")]
+InitDocument = Annotated[
+    Path | None, start_option(help="Instead of --init: activations of pieces of this text file.", dir_okay=False)
+]
+InitPath = Annotated[
+    str | None,
+    start_option("--init-path", "--init-prefix", help="Instead of --init: another adapter, a folder, file or Hub id."),
+]
+
+Steps = Annotated[int, typer.Option(min=1, help="Training steps.")]
+LearningRate = Annotated[
+    float | None,
+    typer.Option(
+        help="Default: {prefix:g}; {prefix-mlp:g} with --mlp, {embedding:g} with --mode embedding, {infix:g} with "
+        "--mode infix.".format(**LEARNING_RATES)
+    ),
+]
+MaxLength = Annotated[int, typer.Option(min=8, help="Tokens per row. Longer sources are cut.")]
+ValidateEvery = Annotated[int, typer.Option(min=1, help="Steps between checkpoints, and between validations.")]
+ValidationRows = Annotated[int, typer.Option(min=0, help="How many examples to validate on.")]
+Checkpointing = Annotated[bool, typer.Option("--gradient-checkpointing", help="Use less memory and more time.")]
+Packing = Annotated[
+    bool, typer.Option("--packing", help="Put the rows of a batch one behind the other instead of padding them.")
+]
+Resume = Annotated[bool, typer.Option("--resume", help="Continue from the last checkpoint in --output.")]
+Seed = Annotated[int, typer.Option(help="Seed of the start and of the order of the data.")]
