@@ -101,7 +101,7 @@ def _spread(examples: Any, count: int) -> list[Any]:
 
 
 def _texts(model: Any, tokenizer: Any, examples: list[Any], name: str) -> list[str]:
-    from prefix_attn.training.evaluate import generate_text
+    from prefix_attn.training.generate import generate_text
     from prefix_attn.training.prompts import Prompt
 
     options = {"prompt": Prompt(one_line=True), "max_new_tokens": 32, "batch_size": 16}

@@ -51,7 +51,8 @@ HEAVY = {
     "transformers": (
         "prefix_attn.hf",
         "prefix_attn.training.train",
-        "prefix_attn.training.evaluate",
+        "prefix_attn.training.generate",
+        "prefix_attn.training.conversation",
         "prefix_attn.training.chat",
         "prefix_attn.experiments.pretrain",
     ),

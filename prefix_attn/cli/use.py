@@ -59,7 +59,7 @@ def generate(
     Inputs are put to the model as in training. An output ends where the model ends it; --json keeps outputs of several
     lines apart.
     """
-    from prefix_attn.training.evaluate import generate_text
+    from prefix_attn.training.generate import generate_text
     from prefix_attn.training.tables import read_text
 
     prompt = prompt_of(adapter, template, system)
@@ -105,8 +105,9 @@ def evaluate(
     from contextlib import nullcontext
 
     from prefix_attn.training.data import Examples
-    from prefix_attn.training.evaluate import generate_text, validation_loss
+    from prefix_attn.training.evaluate import validation_loss
     from prefix_attn.training.examples import group
+    from prefix_attn.training.generate import generate_text
     from prefix_attn.training.metrics import score
     from prefix_attn.training.tokens import batches
 

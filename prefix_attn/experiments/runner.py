@@ -21,8 +21,9 @@ from prefix_attn.experiments.results import Result
 from prefix_attn.hf.load import load_base
 from prefix_attn.training.aws import AWS_TASKS
 from prefix_attn.training.data import is_held_out, read_examples
-from prefix_attn.training.evaluate import generate_text, target_loss, validation_loss
+from prefix_attn.training.evaluate import target_loss, validation_loss
 from prefix_attn.training.examples import Example
+from prefix_attn.training.generate import generate_text
 from prefix_attn.training.metrics import score
 from prefix_attn.training.prompts import Prompt
 from prefix_attn.training.tokens import Batch, Row, batches, collate, encode

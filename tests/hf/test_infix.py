@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, StaticCache
 
 from prefix_attn import PrefixConfig, PrefixModel, get_prefix_model
-from prefix_attn.training.evaluate import generate_text, validation_loss
+from prefix_attn.training.evaluate import validation_loss
+from prefix_attn.training.generate import generate_text
 from prefix_attn.training.tokens import collate
 from tests.hf.models import CACHE, VOCABULARY, tiny, tokens
 from tests.hf.test_banks import QUIET, left_padded, only
