@@ -30,7 +30,7 @@ ORDER = (
     ("prefix_attn.hf.config",),
     ("prefix_attn.hf.attach",),
     ("prefix_attn.hf.io",),
-    ("prefix_attn.hf.initial", "prefix_attn.hf.accelerate", "prefix_attn.hf.load"),
+    ("prefix_attn.hf.initial", "prefix_attn.hf.accelerate", "prefix_attn.hf.load", "prefix_attn.hf.resting"),
     ("prefix_attn.hf.prefixes",),
     ("prefix_attn.hf.peft_words",),
     ("prefix_attn.hf.model", "prefix_attn.hf.embedding"),

@@ -296,13 +296,13 @@ class PrefixModel(PeftWords):
                 stack.enter_context(runner.plain())
             elif len(set(names)) == 1:
                 ((name, (encoder, config)),) = found.items()
-                kv = encoder()
+                kv = self._kv_of(name, encoder)
                 stack.enter_context(task_heads_in_place(self._base(), self.task_heads(name)))
                 stack.enter_context(runner.running(kv, resolver.layout(config), gates=encoder.gate, starts=starts))
             else:
                 configs = {name: config for name, (_, config) in found.items()}
                 self._check_together(configs)
-                kvs = [encoder() for encoder, _ in found.values()]
+                kvs = [self._kv_of(name, encoder) for name, (encoder, _) in found.items()]
                 rows = make_rows(names, configs, kvs)
                 gates: list[Tensor] = [encoder.gate for encoder, _ in found.values() if encoder.gate is not None]
                 layout = resolver.layout(next(iter(configs.values())))
@@ -312,6 +312,15 @@ class PrefixModel(PeftWords):
                     starts = starts * torch.tensor(infix, device=starts.device)
                 stack.enter_context(runner.running(*bank, starts))
             yield
+
+    def _kv_of(self, name: str, encoder: PrefixEncoder) -> Tensor:
+        """The keys and values of a prefix for a forward, which trains it."""
+        if not torch.is_grad_enabled() or len(self.prefix_configs) == 1:
+            return encoder()
+        self._wake(name)
+        kv = encoder()
+        self._resting.runs(name, kv)
+        return kv
 
     def _stacks(self) -> set[nn.Module]:
         return self.attachment.runner.stacks

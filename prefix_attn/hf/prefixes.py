@@ -19,6 +19,7 @@ from prefix_attn.hf.encoder import PrefixEncoder
 from prefix_attn.hf.initial import FromEmbeddings
 from prefix_attn.hf.io import checkpoint
 from prefix_attn.hf.io.state import check_same
+from prefix_attn.hf.resting import Resting
 
 
 class NamedPrefixes(Wrapper):
@@ -36,6 +37,7 @@ class NamedPrefixes(Wrapper):
         self.heads = nn.ModuleDict()  # its task heads, an nn.ModuleDict for each prefix
         self.prefix_configs: dict[str, PrefixConfig] = {}
         self.active_prefix: str | None = None
+        self._resting = Resting()
         self._disabled: list[None] = []  # one for each disable_prefix now open: to append and to pop is atomic
         self._wrap(base_model)
 
@@ -45,9 +47,17 @@ class NamedPrefixes(Wrapper):
         return list(self.prefix_configs)
 
     def set_prefix(self, name: str) -> None:
-        """Make ``name`` the active prefix: the one that forward, generate and training use."""
+        """Make ``name`` the active prefix: the one that forward, generate and training use.
+
+        It alone is trainable then, so that DistributedDataParallel has no unused parameters. The others are again once
+        they are active, or once a forward names them; a parameter that its user froze stays frozen.
+        """
         self.find_prefix(name)
         self.active_prefix = name
+        for other in self.prefix_configs:
+            if other != name:
+                self._resting.rest(other, self._parameters_of(other))
+        self._wake(name)
 
     def delete_prefix(self, name: str) -> None:
         """Remove a prefix. If it was active, the oldest remaining one becomes active."""
@@ -55,6 +65,9 @@ class NamedPrefixes(Wrapper):
         if self.active_prefix == name:  # first: another thread may ask for the active prefix at any moment
             self.active_prefix = next((other for other in self.prefix_configs if other != name), None)
         del self.prefix_configs[name], self.prefixes[name], self.heads[name]
+        self._resting.forget(name)
+        if self.active_prefix is not None:
+            self._wake(self.active_prefix)
 
     @contextmanager
     def disable_prefix(self) -> Iterator[None]:
@@ -81,6 +94,14 @@ class NamedPrefixes(Wrapper):
         name = None if config is None else config.base_model_name_or_path
         if (state := checkpoint.read_resumable(folder, self.attachment.base, name)) is not None:
             check_same(self.state_dict(), state)
+
+    def _parameters_of(self, name: str) -> dict[str, nn.Parameter]:
+        parts = nn.ModuleDict({"prefix": self.prefixes[name], "heads": self.heads[name]})
+        return dict(parts.named_parameters())
+
+    def _wake(self, name: str) -> None:
+        if self._resting.rests(name):
+            self._resting.wake(name, self._parameters_of(name))
 
     # For other modules ------------------------------------------------------------------------------------------------
 
