@@ -1,4 +1,4 @@
-"""Of several prefixes the active one is trainable: DistributedDataParallel takes no parameters that a loss leaves out."""
+"""Of several prefixes the active one is trainable: DistributedDataParallel refuses parameters that no loss reaches."""
 
 from __future__ import annotations
 
