@@ -53,6 +53,7 @@ HEAVY = {
         "prefix_attn.training.train",
         "prefix_attn.training.generate",
         "prefix_attn.training.conversation",
+        "prefix_attn.training.trainer",
         "prefix_attn.training.chat",
         "prefix_attn.experiments.pretrain",
     ),

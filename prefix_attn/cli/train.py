@@ -24,15 +24,19 @@ from prefix_attn.cli.shared import (
     unescaped,
 )
 from prefix_attn.cli.train_options import (
+    Accumulation,
     Checkpointing,
     DistillFrom,
     Dropout,
+    EarlyStopping,
+    Epochs,
     FrozenTokens,
     Gate,
     Init,
     InitDocument,
     InitPath,
     InitText,
+    KeepBest,
     LearningRate,
     MaxLength,
     Mlp,
@@ -91,12 +95,16 @@ def train(
     init_text: InitText = None,
     init_document: InitDocument = None,
     init_path: InitPath = None,
-    steps: Steps = 200,
+    steps: Steps = None,
+    epochs: Epochs = None,
     batch_size: BatchSize = 8,
+    gradient_accumulation_steps: Accumulation = 1,
     learning_rate: LearningRate = None,
     max_length: MaxLength = 96,
     validate_every: ValidateEvery = 50,
     validation_rows: ValidationRows = 64,
+    early_stopping: EarlyStopping = None,
+    load_best_model_at_end: KeepBest = False,
     gradient_checkpointing: Checkpointing = False,
     packing: Packing = False,
     resume: Resume = False,
@@ -144,6 +152,21 @@ def _check(options: Options) -> None:
         raise ValueError("--packing takes rows of --data and --mode kv: leave it out")
     if options["mlp"] is None and (options["mlp_depth"], options["mlp_activation"]) != (1, "tanh"):
         raise ValueError("--mlp-depth and --mlp-activation need --mlp, the width of the MLP")
+    if options["steps"] is not None and options["epochs"] is not None:
+        raise ValueError("--steps and --epochs exclude one another")
+    best = "--early-stopping" if options["early_stopping"] else "--load-best-model-at-end"
+    if (options["early_stopping"] or options["load_best_model_at_end"]) and not _validates(options):
+        raise ValueError(f"{best} needs data to validate on: give --validation FILE or --validation-share 0.05")
+
+
+def _validates(options: Options) -> bool:
+    """Whether there are data to validate on."""
+    from prefix_attn.training.aws import AWS_TASKS
+
+    if options["distill_from"] is not None:
+        return True
+    given = options["validation"] is not None or options["validation_share"] is not None
+    return (given or (options["data"] or "aws") in AWS_TASKS) and options["validation_rows"] > 0
 
 
 def _prefix(options: Options) -> PrefixConfig:
@@ -240,6 +263,10 @@ def _summary(metrics: dict[str, Any], output: Path) -> str:
     text = (
         f"{metrics['trainable_parameters']:,} parameters ({metrics['trainable_share']:.3%}) trained, saved in {output}"
     )
-    if curve := metrics["validation_loss"]:
-        text += f"; validation loss {curve[0][1]:.3f} -> {curve[-1][1]:.3f}"
+    curve, kept = metrics["validation_loss"], metrics["kept_step"]
+    if curve:
+        losses = dict(map(tuple, curve))
+        text += f"; validation loss {curve[0][1]:.3f} -> {losses.get(kept, curve[-1][1]):.3f}"
+    if kept != metrics["steps"]:
+        text += f", of step {kept}, the best of {metrics['steps']}"
     return text

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from prefix_attn.cli.shared import DATA, data_option
-from prefix_attn.training.settings import LEARNING_RATES
+from prefix_attn.training.settings import LEARNING_RATES, STEPS
 
 prefix_option: Callable[..., Any] = partial(typer.Option, rich_help_panel="The prefix")
 start_option: Callable[..., Any] = partial(typer.Option, rich_help_panel="Where it starts")
@@ -72,7 +72,27 @@ InitPath = Annotated[
     start_option("--init-path", "--init-prefix", help="Instead of --init: another adapter, a folder, file or Hub id."),
 ]
 
-Steps = Annotated[int, typer.Option(min=1, help="Training steps.")]
+Steps = Annotated[int | None, typer.Option(min=1, help=f"Training steps. Default: {STEPS}, or what --epochs makes.")]
+Epochs = Annotated[
+    float | None, typer.Option(help="Instead of --steps: passes over the training data, such as 3 or 0.5.")
+]
+Accumulation = Annotated[
+    int, typer.Option("--gradient-accumulation-steps", min=1, help="Batches per step. Each target counts the same.")
+]
+EarlyStopping = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        help="Stop after this many validations in a row without a lower loss. Includes --load-best-model-at-end.",
+    ),
+]
+KeepBest = Annotated[
+    bool,
+    typer.Option(
+        "--load-best-model-at-end",
+        help="Save the prefix of the lowest validation loss. Default: that of the last step.",
+    ),
+]
 LearningRate = Annotated[
     float | None,
     typer.Option(

@@ -76,7 +76,7 @@ def distill(
         model,
         rows,
         pad_id,
-        lambda: mean_divergence(model, teacher, held_out_batches),
+        (lambda: mean_divergence(model, teacher, held_out_batches)) if held_out_batches else None,
         settings,
         objective=lambda student, batch: divergence(student, teacher(batch), batch),
         extra={"document_tokens": len(ids), "rows": len(rows)},
@@ -147,8 +147,8 @@ def divergence(student: Callable[..., Any], target: Target, batch: Batch) -> Ten
 
 
 @torch.no_grad()
-def mean_divergence(model: PrefixModel, teacher: Teacher, batches: Sequence[Batch]) -> float | None:
-    """Average ``divergence`` over the tokens of all batches. None without batches."""
+def mean_divergence(model: PrefixModel, teacher: Teacher, batches: Sequence[Batch]) -> float:
+    """Average ``divergence`` over the tokens of all batches, of which there is at least one."""
     device = next(model.parameters()).device
     total, tokens = 0.0, 0
     with evaluating(model):
@@ -157,4 +157,4 @@ def mean_divergence(model: PrefixModel, teacher: Teacher, batches: Sequence[Batc
             count = int(given["attention_mask"].sum())
             total += float(divergence(model, teacher(given), given)) * count
             tokens += count
-    return total / tokens if tokens else None
+    return total / tokens

@@ -21,6 +21,7 @@ LEARNING_RATES = {
     "top2": 3e-3,
     "full": 2e-4,
 }
+STEPS = 200
 
 
 def default_learning_rate(config: PrefixConfig) -> float:
@@ -34,14 +35,23 @@ def default_learning_rate(config: PrefixConfig) -> float:
 class TrainingSettings:
     """How to train.
 
-    ``learning_rate`` defaults to ``default_learning_rate``. Every ``validate_every`` steps the validation loss is
-    measured and a checkpoint is written. ``resume`` continues, bit for bit, from the last complete checkpoint in
-    ``output``. ``packing`` puts the rows of a batch one behind the other instead of padding them: the same loss in less
-    time. It takes a causal model and ``mode="kv"``.
+    The length is ``steps``, or ``epochs`` passes over the rows; with neither it is ``STEPS`` steps. A step takes
+    ``gradient_accumulation_steps`` batches of ``batch_size`` rows. ``learning_rate`` defaults to
+    ``default_learning_rate``. Every ``validate_every`` steps the validation loss is measured and a checkpoint is
+    written. ``resume`` continues, bit for bit, from the last complete checkpoint in ``output``. ``packing`` puts the
+    rows of a batch one behind the other instead of padding them: the same loss in less time. It takes a causal model
+    and ``mode="kv"``.
+
+    With ``load_best_model_at_end`` the prefix that is saved at the end is that of the validation with the lowest loss,
+    otherwise that of the last step. ``early_stopping`` implies it, and ends a run after so many validations in a row
+    without a lower loss. Both need validation rows.
+
+    Raises:
+        ValueError: a number is out of range, or there are ``steps`` and ``epochs``.
     """
 
     output: Path
-    steps: int = 200
+    steps: int | None = None
     batch_size: int = 8
     learning_rate: float | None = None
     max_length: int = 96
@@ -50,3 +60,25 @@ class TrainingSettings:
     resume: bool = False
     gradient_checkpointing: bool = False
     packing: bool = False
+    epochs: float | None = None
+    gradient_accumulation_steps: int = 1
+    early_stopping: int | None = None
+    load_best_model_at_end: bool = False
+
+    def __post_init__(self) -> None:
+        """See the class."""
+        if self.steps is not None and self.epochs is not None:
+            raise ValueError(f"steps and epochs exclude one another, got {self.steps} and {self.epochs:g}")
+        if self.epochs is None and self.steps is None:
+            object.__setattr__(self, "steps", STEPS)
+        if self.epochs is not None and not 0 < self.epochs < float("inf"):
+            raise ValueError(f"epochs must be positive, got {self.epochs}")
+        for name in ("steps", "batch_size", "gradient_accumulation_steps", "early_stopping", "validate_every"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+
+    @property
+    def keeps_best(self) -> bool:
+        """Whether the prefix with the lowest validation loss is saved at the end."""
+        return self.load_best_model_at_end or self.early_stopping is not None

@@ -10,27 +10,26 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
-from transformers import Trainer, TrainerCallback, TrainingArguments
-from transformers.trainer_callback import PrinterCallback, ProgressCallback, TrainerState
+from transformers import TrainerCallback, TrainingArguments
+from transformers.trainer_callback import TrainerState
 
 from prefix_attn.hf.attach.gradient_checkpointing import set_checkpointing
 from prefix_attn.hf.io.files import replace
 from prefix_attn.hf.model import PrefixModel
-from prefix_attn.training.evaluate import target_loss, validation_loss
+from prefix_attn.training.evaluate import validation_loss
 from prefix_attn.training.examples import Example
 from prefix_attn.training.packing import check_packing, pack
 from prefix_attn.training.prompts import FILE, Prompt
 from prefix_attn.training.row_file import RowFile
 from prefix_attn.training.settings import TrainingSettings, default_learning_rate
-from prefix_attn.training.tokens import DEFAULT, Batch, Collator, Encoder, Row, batches, encode
+from prefix_attn.training.tokens import DEFAULT, Collator, Encoder, Row, batches, encode
+from prefix_attn.training.trainer import Bar, EarlyStopping, Intervals, Objective, PrefixTrainer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 WARMUP = 20  # steps
 VALIDATION_BATCH = 16
-Objective = Callable[[Any, Batch], Tensor]  # from a model and a batch
 _log = logging.getLogger(__name__)
 
 
@@ -52,11 +51,13 @@ def train(
 
     Returns:
         ``train_loss`` [[step, loss], ...], ``validation_loss`` in the same form from step 0 on (nats per target token),
-        ``cut`` (rows whose source was too long), ``steps``, ``trainable_parameters`` and their ``trainable_share``.
+        ``cut`` (rows whose source was too long), ``steps``, ``best_step`` (of the lowest validation loss after step 0),
+        ``kept_step`` (that of the saved prefix), ``trainable_parameters`` and their ``trainable_share``.
 
     Raises:
-        ValueError: there are no examples, a target does not fit into ``max_length``, there is nothing to resume from,
-            or ``settings.output`` holds checkpoints of another training.
+        ValueError: there are no examples, or none to validate on where the best prefix is to be kept; a target does not
+            fit into ``max_length``; there is nothing to resume from, or ``settings.output`` holds checkpoints of
+            another training.
     """
     longest, options = settings.max_length, {"prompt": prompt, "encoder_decoder": model.config.is_encoder_decoder}
     encoder = Encoder(tokenizer, longest, **options)
@@ -69,8 +70,7 @@ def train(
     if settings.packing:
         check_packing(model, rows)
     pad_id = tokenizer.pad_token_id
-    held_out_batches = batches(held_out, VALIDATION_BATCH, pad_id)
-    measure = partial(validation_loss, model, held_out_batches) if held_out else lambda: None
+    measure = partial(validation_loss, model, batches(held_out, VALIDATION_BATCH, pad_id)) if held_out else None
     return fit(model, rows, pad_id, measure, settings, prompt=prompt, extra={"cut": cut})
 
 
@@ -78,7 +78,7 @@ def fit(
     model: PrefixModel,
     rows: Sequence[Row],
     pad_id: int,
-    measure: Callable[[], float | None],
+    measure: Callable[[], float] | None,
     settings: TrainingSettings,
     *,
     objective: Objective | None = None,
@@ -91,65 +91,106 @@ def fit(
         model: its active prefix is trained and saved.
         rows: the training data.
         pad_id: token that pads the rows of a batch.
-        measure: returns the current validation loss, or None if there is nothing to measure it on.
+        measure: returns the current validation loss. None: there is nothing to measure it on.
         settings: how to train.
         objective: the loss of the model on a batch. Default: ``target_loss``.
         prompt: what stands around the inputs in ``rows``. It is saved beside the prefix.
         extra: added to the metrics.
     """
+    if settings.keeps_best and measure is None:
+        name = "early_stopping" if settings.early_stopping else "load_best_model_at_end"
+        raise ValueError(f"{name} needs rows to validate on, and there are none")
     checkpoint = _checkpoint(settings)
     if prompt is not None:
         _keep(prompt, settings)
     if settings.gradient_checkpointing:
         set_checkpointing(model, use_reentrant=False)
-    trainer = _Trainer(
-        model=model,
-        args=_arguments(model, settings),
-        train_dataset=rows,
-        data_collator=pack if settings.packing else Collator(pad_id),
-        callbacks=[_Validation(measure)],
-    )
-    trainer.objective = objective
-    # The Trainer's own callbacks would print dictionaries between the bars.
-    trainer.remove_callback(PrinterCallback)
-    trainer.remove_callback(ProgressCallback)
-    trainer.add_callback(_Bar())
-    if checkpoint is not None and (_step(Path(checkpoint)) or 0) >= settings.steps:
-        # It was killed after its last step. The Trainer would do one more step before it notices.
-        trainer.state = TrainerState.load_from_json(str(Path(checkpoint) / "trainer_state.json"))
-        trainer._load_from_checkpoint(checkpoint)
-    else:
-        trainer.train(resume_from_checkpoint=checkpoint)
-    trainable, total = model.get_nb_trainable_parameters()
-    history = trainer.state.log_history
-    metrics = {
-        "steps": trainer.state.global_step,
-        "train_loss": [[entry["step"], entry["loss"]] for entry in history if "loss" in entry],
-        "validation_loss": [[e["step"], e["validation_loss"]] for e in history if "validation_loss" in e],
-        "trainable_parameters": trainable,
-        "trainable_share": trainable / total,
-        **extra,
-    }
+    trainer = _trainer(model, rows, pad_id, measure, settings, objective)
+    trainer.args.eval_on_start = measure is not None and checkpoint is None
+    _run(trainer, settings, checkpoint)
+    metrics = {**_metrics(trainer, model, settings), **extra}
     model.save_pretrained(settings.output)
     replace(settings.output / "metrics.json", json.dumps(metrics, indent=2).encode())
     plot(metrics, settings.output / "loss.png")
     return metrics
 
 
-def _arguments(model: PrefixModel, settings: TrainingSettings) -> TrainingArguments:
+def _trainer(
+    model: PrefixModel,
+    rows: Sequence[Row],
+    pad_id: int,
+    measure: Callable[[], float] | None,
+    settings: TrainingSettings,
+    objective: Objective | None,
+) -> PrefixTrainer:
+    callbacks: list[TrainerCallback] = [Intervals(), Bar()]
+    if settings.early_stopping is not None:
+        callbacks.append(EarlyStopping(settings.early_stopping))
+    trainer = PrefixTrainer(
+        objective=objective,
+        measure=measure,
+        model=model,
+        args=_arguments(model, settings, validates=measure is not None),
+        train_dataset=rows,
+        data_collator=pack if settings.packing else Collator(pad_id),
+        callbacks=callbacks,
+    )
+    steps = trainer.set_initial_training_values(trainer.args, trainer.get_train_dataloader())[-1]
+    trainer.state.max_steps = steps
+    trainer.args.warmup_steps = min(WARMUP, steps // 4)
+    return trainer
+
+
+def _run(trainer: PrefixTrainer, settings: TrainingSettings, checkpoint: Path | None) -> None:
+    """Train, from ``checkpoint`` on if there is one."""
+    if checkpoint is None:
+        trainer.train()
+        return
+    state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+    stopped = settings.early_stopping is not None and EarlyStopping(settings.early_stopping).is_over(state)
+    if state.global_step < trainer.state.max_steps and not stopped:
+        trainer.train(resume_from_checkpoint=str(checkpoint))
+        return
+    # It was killed after its last step. The Trainer would do one more step before it notices.
+    trainer.state = state
+    best = settings.output / f"checkpoint-{state.best_global_step}"
+    trainer._load_from_checkpoint(str(best if settings.keeps_best and best.is_dir() else checkpoint))
+
+
+def _metrics(trainer: PrefixTrainer, model: PrefixModel, settings: TrainingSettings) -> dict[str, Any]:
+    trainable, total = model.get_nb_trainable_parameters()
+    state = trainer.state
+    return {
+        "steps": state.global_step,
+        "best_step": state.best_global_step,
+        "kept_step": state.best_global_step if settings.keeps_best else state.global_step,
+        "train_loss": [[entry["step"], entry["loss"]] for entry in state.log_history if "loss" in entry],
+        "validation_loss": [[entry["step"], entry["eval_loss"]] for entry in state.log_history if "eval_loss" in entry],
+        "trainable_parameters": trainable,
+        "trainable_share": trainable / total,
+    }
+
+
+def _arguments(model: PrefixModel, settings: TrainingSettings, *, validates: bool) -> TrainingArguments:
     config = model.prefix_configs[model.active_prefix or "default"]
     rate = settings.learning_rate
     return TrainingArguments(
         output_dir=str(settings.output),
-        max_steps=settings.steps,
+        max_steps=settings.steps or -1,
+        num_train_epochs=settings.epochs or 1,
         per_device_train_batch_size=settings.batch_size,
+        gradient_accumulation_steps=settings.gradient_accumulation_steps,
         learning_rate=default_learning_rate(config) if rate is None else rate,
         weight_decay=0.0,
         lr_scheduler_type="linear",
-        warmup_steps=min(WARMUP, settings.steps // 4),
         logging_steps=1,
+        eval_strategy="steps" if validates else "no",
+        eval_steps=settings.validate_every,
         save_steps=settings.validate_every,
         save_total_limit=2,
+        metric_for_best_model="loss" if validates else None,
+        greater_is_better=False,
+        load_best_model_at_end=settings.keeps_best,
         seed=settings.seed,
         bf16=has_bfloat16(model.device),
         use_cpu=model.device.type == "cpu",
@@ -166,7 +207,7 @@ def has_bfloat16(device: torch.device) -> bool:
     return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 
-def _checkpoint(settings: TrainingSettings) -> str | None:
+def _checkpoint(settings: TrainingSettings) -> Path | None:
     """The checkpoint to resume from. None for a new training."""
     complete = {path: step for path in settings.output.glob("checkpoint-*") if (step := _step(path)) is not None}
     if settings.resume and not complete:
@@ -174,7 +215,7 @@ def _checkpoint(settings: TrainingSettings) -> str | None:
     if complete and not settings.resume:
         # They would stay among those of the new training, and a later resume could pick one of them.
         raise ValueError(f"{settings.output}: holds checkpoints of another training; resume it, or take another folder")
-    return str(max(complete, key=complete.__getitem__)) if complete else None
+    return max(complete, key=complete.__getitem__, default=None)
 
 
 def _keep(prompt: Prompt, settings: TrainingSettings) -> None:
@@ -191,61 +232,6 @@ def _step(checkpoint: Path) -> int | None:
         return int(json.loads((checkpoint / "trainer_state.json").read_text())["global_step"])
     except (OSError, ValueError):
         return None
-
-
-class _Trainer(Trainer):
-    """A Trainer with our loss."""
-
-    objective: Objective | None = None
-
-    def compute_loss(self, model: Any, inputs: Batch, *args: Any, **kwargs: Any) -> Any:
-        if self.objective is not None:
-            return self.objective(model, inputs)
-        if model is self.model:
-            return target_loss(model, inputs)
-        # A wrapper that spreads the model over several devices.
-        return super().compute_loss(model, inputs, *args, **kwargs)
-
-
-class _Validation(TrainerCallback):
-    """Measures the validation loss at step 0, before every checkpoint and at the end.
-
-    The loss goes into the Trainer's log. Checkpoints contain the log, so a resumed training has the whole curve.
-    """
-
-    def __init__(self, measure: Callable[[], float | None]) -> None:
-        self.measure = measure
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if state.global_step == 0:
-            self._measure(state)
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if state.global_step % args.save_steps == 0 or state.global_step == state.max_steps:
-            self._measure(state)
-
-    def _measure(self, state: Any) -> None:
-        if (loss := self.measure()) is not None:
-            state.log_history.append({"step": state.global_step, "validation_loss": loss})
-
-
-class _Bar(TrainerCallback):
-    """A progress bar that shows the loss of the last step."""
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        from tqdm import tqdm
-
-        self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc="train", unit="step")
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.bar.update()
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
-        if logs and "loss" in logs:
-            self.bar.set_postfix(loss=f"{float(logs['loss']):.3f}")
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.bar.close()
 
 
 def plot(metrics: dict[str, Any], path: Path) -> None:
