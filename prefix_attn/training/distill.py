@@ -7,7 +7,7 @@ are computed once, shared by the batch and never trained.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor
 from prefix_attn.hf.attach.wrapper import evaluating
 from prefix_attn.hf.config import PrefixConfig
 from prefix_attn.hf.model import PrefixModel, get_prefix_model
+from prefix_attn.training.head import sum_over
 from prefix_attn.training.settings import TrainingSettings
 from prefix_attn.training.tokens import Batch, Row, batches
 from prefix_attn.training.train import VALIDATION_BATCH, fit
@@ -100,6 +101,11 @@ class Target:
         values, self.ids = logits.topk(min(top_k, logits.shape[-1]), dim=-1)
         self.log_probs = values.float() - logits.float().logsumexp(-1, keepdim=True)
 
+    def extend(self, other: Target) -> None:
+        """Put those of other tokens behind these."""
+        self.ids = torch.cat([self.ids, other.ids])
+        self.log_probs = torch.cat([self.log_probs, other.log_probs])
+
 
 class Teacher:
     """The frozen model with a text in front of every row."""
@@ -126,24 +132,39 @@ class Teacher:
     @torch.no_grad()
     def __call__(self, batch: Batch) -> Target:
         """Distributions at the tokens of ``batch`` that are not padding."""
+        vocabulary = self.model.config.get_text_config().vocab_size
+        found = Target(torch.empty(0, vocabulary, device=self.model.device), self.top_k)
+
+        def read(logits: Tensor, _: slice) -> Tensor:
+            found.extend(Target(logits, self.top_k))
+            return logits.new_zeros(())
+
         with evaluating(self.model):
-            logits = self.model(**batch).logits
-        return Target(logits[batch["attention_mask"].bool()], self.top_k)
+            sum_over(self.model, batch, batch["attention_mask"].bool(), read)
+        return found
 
 
-def divergence(student: Callable[..., Any], target: Target, batch: Batch) -> Tensor:
+def divergence(student: Any, target: Target, batch: Batch) -> Tensor:
     """Kullback-Leibler divergence of the student from the teacher in nats, averaged over tokens.
 
     The teacher's top k tokens are compared one by one and the rest of the vocabulary as a whole. This is a lower bound.
     It needs k numbers per token from the teacher instead of V, and is 0 if both agree on the k tokens.
     """
-    logits = student(**batch).logits[batch["attention_mask"].bool()]
-    log_q = logits.gather(-1, target.ids).float() - logits.float().logsumexp(-1, keepdim=True)
-    log_p = target.log_probs
+    at = batch["attention_mask"].bool()
+
+    def score(logits: Tensor, some: slice) -> Tensor:
+        return _divergence(logits, target.ids[some], target.log_probs[some])
+
+    return sum_over(student, batch, at, score) / at.sum()
+
+
+def _divergence(logits: Tensor, ids: Tensor, log_p: Tensor) -> Tensor:
+    """The sum of it over the tokens whose logits (N, V) these are."""
+    log_q = logits.gather(-1, ids).float() - logits.float().logsumexp(-1, keepdim=True)
     smallest = torch.finfo(torch.float32).eps  # both remainders are 1 minus a rounded sum
     rest_p = (1 - log_p.exp().sum(-1)).clamp(min=smallest)
     rest_q = (1 - log_q.exp().sum(-1)).clamp(min=smallest)
-    return ((log_p.exp() * (log_p - log_q)).sum(-1) + rest_p * (rest_p.log() - rest_q.log())).mean()
+    return ((log_p.exp() * (log_p - log_q)).sum(-1) + rest_p * (rest_p.log() - rest_q.log())).sum()
 
 
 @torch.no_grad()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -10,61 +9,54 @@ import torch
 from torch import Tensor
 
 from prefix_attn.hf.attach.infix import start_of_targets
-from prefix_attn.hf.attach.wrapper import Wrapper, evaluating
+from prefix_attn.hf.attach.wrapper import evaluating
 from prefix_attn.hf.model import PrefixModel
+from prefix_attn.training.head import base_of, can_leave_out_logits, sum_over
 from prefix_attn.training.tokens import IGNORED
 
 
 def target_loss(model: Any, batch: Mapping[str, Tensor]) -> Tensor:
-    """The loss of a batch in float32, without the logits that it does not need.
+    """The loss of a batch in float32, with the logits of its targets alone and some of these at a time.
 
-    No loss reads the logits before the first target of a batch, and each is as wide as the vocabulary. Models that
-    cannot leave them out (no ``logits_to_keep``), or that add a loss of their own, compute their usual loss.
+    A model computes its usual loss, with all logits, if it adds a loss of its own (``output_router_logits``), or if
+    nothing shows that its loss is that of the next tokens: a causal model without ``logits_to_keep``, an
+    encoder-decoder without ``prepare_decoder_input_ids_from_labels``.
 
     Args:
-        model: ours, PEFT's or one of transformers; causal or an encoder-decoder.
+        model: ours, PEFT's, one of transformers, or DistributedDataParallel around one; causal or an encoder-decoder.
         batch: what ``tokens.collate`` makes, with at least one target token.
 
     Returns:
-        Mean negative log-likelihood of the targets in nats, a scalar that can be differentiated.
+        Mean negative log-likelihood of the targets in nats, a scalar that can be differentiated once.
     """
-    labels = batch["labels"]
-    if getattr(model.config, "output_router_logits", False):
-        return model(**batch).loss
-    if model.config.is_encoder_decoder:
-        logits = model(**batch).logits
-    elif _can_leave_out_logits(model):
-        inputs: dict[str, Any] = {name: tensor for name, tensor in batch.items() if name != "labels"}
-        if isinstance(model, PrefixModel) and any(c.mode == "infix" for c in model.prefix_configs.values()):
-            inputs["infix_start"] = start_of_targets(None, batch)  # the model would have found it in the labels
-        if len(labels) == 1:  # rows that are packed have targets in several places
-            keep = (labels[0, 1:] != IGNORED).nonzero().flatten()
-            logits = model(**inputs, logits_to_keep=keep).logits[0]
-            return torch.nn.functional.cross_entropy(logits.float(), labels[0, 1:][keep].to(logits.device))
+    base, labels = base_of(model), batch["labels"]
+    inputs: dict[str, Any] = {name: tensor for name, tensor in batch.items() if name != "labels"}
+    at = labels != IGNORED
+    if not base.config.is_encoder_decoder:
         # The model predicts each token from those before it.
-        first = max(int((labels != IGNORED).any(0).int().argmax()), 1)
-        labels = labels[:, first:]
-        logits = model(**inputs, logits_to_keep=_last(labels.shape[1] + 1, labels.device)[:-1]).logits
-    else:
+        at, labels = torch.nn.functional.pad(at[:, 1:], (0, 1)), labels.roll(-1, 1)
+    targets = labels[at]
+    if _has_a_loss_of_its_own(base):
         return model(**batch).loss
-    labels = labels.to(logits.device)
-    return torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORED)
+    if base.config.is_encoder_decoder:
+        # What these models do themselves where they get labels.
+        inputs |= {"decoder_input_ids": base.prepare_decoder_input_ids_from_labels(labels=labels), "use_cache": False}
+    prefixed = getattr(model, "module", model)
+    if isinstance(prefixed, PrefixModel) and any(c.mode == "infix" for c in prefixed.prefix_configs.values()):
+        inputs["infix_start"] = start_of_targets(None, batch)  # the model would have found it in the labels
+
+    def score(logits: Tensor, piece: slice) -> Tensor:
+        return torch.nn.functional.cross_entropy(logits.float(), targets[piece].to(logits.device), reduction="sum")
+
+    return sum_over(model, inputs, at, score) / len(targets)
 
 
-def _last(count: int, device: torch.device) -> Tensor:
-    """The last ``count`` positions, for ``logits_to_keep``.
-
-    Indices, not a number: with a number transformers slices the hidden states. The slice is not contiguous, and for
-    such an input ``linear`` copies the weights of the whole vocabulary once per row (7 GB for 64 rows of SmolLM2).
-    """
-    return torch.arange(-count, 0, device=device)
-
-
-def _can_leave_out_logits(model: Any) -> bool:
-    base = model.base_model if isinstance(model, Wrapper) else model
-    if hasattr(base, "get_base_model"):  # PEFT's
-        base = base.get_base_model()
-    return "logits_to_keep" in inspect.signature(base.forward).parameters
+def _has_a_loss_of_its_own(base: Any) -> bool:
+    if getattr(base.config, "output_router_logits", False):
+        return True
+    if base.config.is_encoder_decoder:
+        return not hasattr(base, "prepare_decoder_input_ids_from_labels")
+    return not can_leave_out_logits(base)
 
 
 @torch.no_grad()

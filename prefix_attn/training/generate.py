@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import inspect
 import json
 import logging
 from collections import Counter
@@ -21,10 +20,11 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from prefix_attn.hf.attach.wrapper import Wrapper, device_of, evaluating
+from prefix_attn.hf.attach.wrapper import device_of, evaluating
 from prefix_attn.hf.model import PrefixModel
 from prefix_attn.training.chat import Chat
 from prefix_attn.training.examples import Message
+from prefix_attn.training.head import can_leave_out_logits
 from prefix_attn.training.prompts import Prompt
 from prefix_attn.training.tokens import DEFAULT, prompt_ids, shortened, source_ids
 
@@ -305,19 +305,12 @@ def inputs_of(model: Any, pad_id: int, prompts: Sequence[list[int]]) -> dict[str
     ids = torch.tensor([padded(prompt, pad_id) for prompt in prompts], device=device)
     mask = torch.tensor([padded([1] * len(prompt), 0) for prompt in prompts], device=device)
     inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": mask}
-    if _can_leave_out_logits(model):
+    if can_leave_out_logits(model):
         # A list, not a number: with a number transformers slices the hidden states. The slice is not contiguous, and
         # for such an input ``linear`` copies the weights of the whole vocabulary once per row. generate would take a
         # tensor for one row per text and repeat it per beam.
         inputs["logits_to_keep"] = [-1]
     return inputs
-
-
-def _can_leave_out_logits(model: Any) -> bool:
-    base = model.base_model if isinstance(model, Wrapper) else model
-    if hasattr(base, "get_base_model"):  # PEFT's
-        base = base.get_base_model()
-    return "logits_to_keep" in inspect.signature(base.forward).parameters
 
 
 def default_new_tokens(model: Any, wanted: int = 256) -> int:

@@ -6,12 +6,14 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from prefix_attn.hf.config import PrefixConfig
 from prefix_attn.hf.model import get_prefix_model
 from prefix_attn.training.evaluate import target_loss, validation_loss
+from prefix_attn.training.head import AT_ONCE
 from prefix_attn.training.tokens import IGNORED, collate
-from tests.hf.models import tiny
+from tests.hf.models import CONFIGS, ENCODER_DECODERS, spread, tiny
 from tests.numerics import FLOAT, GRADIENT, close
 from tests.tokens import END
 
@@ -26,12 +28,51 @@ BATCH = {
     "attention_mask": torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]]),
     "labels": torch.tensor([[IGNORED, IGNORED, 7, 8, 9], [IGNORED, IGNORED, 9, IGNORED, IGNORED]]),
 }
-ROUTER = {"output_router_logits": True, "router_aux_loss_coef": 0.5}
+# What stands around the heads: a soft cap (Gemma 2), a scale behind them (Granite, Cohere) or before (T5), a bias (Phi,
+# BART), a layer (XLM-R), a decoder inside the body (OPT), and a loss of the model's own (gpt-oss).
+HEADS = (
+    "llama",
+    "gpt2",
+    "gemma2",
+    "gpt_neox",
+    "opt",
+    "granite",
+    "cohere",
+    "phi",
+    "xlm-roberta",
+    "gpt_oss",
+    "bart",
+    "t5",
+)
+OWN = {
+    "gpt_oss": {"output_router_logits": True, "router_aux_loss_coef": 0.5},
+    "gemma2": {"final_logit_softcapping": 2.0},
+    "granite": {"logits_scaling": 3.0},
+    "cohere": {"logit_scale": 0.3},
+    "t5": {"tie_word_embeddings": True},
+    "xlm-roberta": {"is_decoder": True, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0},
+}
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma2", "gpt_neox", "gpt_oss", "bart", "t5"])
-def test_target_loss_is_the_loss_of_the_model(name: str) -> None:
-    model = tiny(name, **(ROUTER if name == "gpt_oss" else {})).train()
+def headed(name: str) -> PreTrainedModel:
+    """A tiny model whose head has everything that its kind can have."""
+    own = OWN.get(name, {})
+    if name in CONFIGS or name in ENCODER_DECODERS:
+        model = tiny(name, **own)
+    else:
+        torch.manual_seed(0)
+        model = spread(AutoModelForCausalLM.from_config(AutoConfig.for_model(name, **CONFIGS["gpt_neox"] | own)))
+    for bias in (getattr(model, "final_logits_bias", None), getattr(getattr(model, "lm_head", None), "bias", None)):
+        if bias is not None:
+            torch.nn.init.normal_(bias)
+    return model
+
+
+@pytest.mark.parametrize("at_once", [AT_ONCE, 2 * 97])
+@pytest.mark.parametrize("name", [*HEADS, "t5"])
+def test_target_loss_is_the_loss_of_the_model(name: str, at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("prefix_attn.training.head.AT_ONCE", at_once)
+    model = headed(name).train()
     parameters = [p for p in model.parameters() if p.requires_grad]
     torch.manual_seed(0)
     expected = model(**BATCH).loss
@@ -44,10 +85,31 @@ def test_target_loss_is_the_loss_of_the_model(name: str) -> None:
 
 def test_target_loss_leaves_out_what_no_loss_reads(monkeypatch: pytest.MonkeyPatch) -> None:
     model, widths = tiny("llama"), []
-    model.lm_head.register_forward_hook(lambda module, args, out: widths.append(out.shape[1]))
+    model.lm_head.register_forward_hook(lambda module, args, out: widths.append(out.shape[:2].numel()))
     target_loss(model, BATCH)
     target_loss(model, BATCH | {"labels": BATCH["input_ids"]})
-    assert widths == [3, 4]  # the last column is predicted, and predicts nothing
+    assert widths == [2, 4, 2, 8]  # one column to see that the head reads what the body gives, then each target
+
+
+class Compiled(torch.nn.Module):
+    """As torch.compile wraps a model: it runs what it has compiled, whatever is hooked on since."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__()
+        self._orig_mod, self.config = model, model.config
+
+    def forward(self, **inputs: torch.Tensor) -> Any:
+        return self._orig_mod(**inputs)
+
+
+def test_a_model_that_hides_its_states_is_read_at_once(caplog: pytest.LogCaptureFixture) -> None:
+    model, widths = tiny("llama"), []
+    model.lm_head.register_forward_hook(lambda module, args, out: widths.append(out.shape[:2].numel()))
+    hidden = Compiled(model)
+    hidden.forward = lambda logits_to_keep=0, **inputs: Compiled.forward(hidden, **inputs)
+    torch.testing.assert_close(target_loss(hidden, BATCH), target_loss(model, BATCH))
+    assert widths == [10, 2, 4]
+    assert "Compiled does not show what its head reads" in caplog.text
 
 
 def test_the_head_reads_contiguous_states() -> None:
@@ -55,7 +117,7 @@ def test_the_head_reads_contiguous_states() -> None:
     model, contiguous = tiny("llama", **SIZES).eval(), []
     model.lm_head.register_forward_hook(lambda module, args, out: contiguous.append(args[0].is_contiguous()))
     target_loss(model, BATCH)
-    assert contiguous == [True]
+    assert contiguous == [True, True]
 
 
 @pytest.mark.parametrize(
