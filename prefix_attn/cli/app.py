@@ -38,7 +38,7 @@ def run() -> None:
         app(standalone_mode=True)
     except ModuleNotFoundError:
         raise  # to main, which knows the extras
-    except (ValueError, NotImplementedError, OSError, ImportError, RuntimeError) as error:
+    except (ValueError, NotImplementedError, OSError, ImportError, RuntimeError, ArithmeticError) as error:
         if "--debug" in sys.argv:
             raise
         message = " ".join(str(error).split())

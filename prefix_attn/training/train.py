@@ -20,10 +20,11 @@ from prefix_attn.training.evaluate import validation_loss
 from prefix_attn.training.examples import Example
 from prefix_attn.training.packing import check_packing, pack
 from prefix_attn.training.prompts import FILE, Prompt
+from prefix_attn.training.resume import last_checkpoint
 from prefix_attn.training.row_file import RowFile
 from prefix_attn.training.settings import TrainingSettings, default_learning_rate
 from prefix_attn.training.tokens import DEFAULT, Collator, Encoder, Row, batches, encode
-from prefix_attn.training.trainer import Bar, EarlyStopping, Intervals, Objective, PrefixTrainer
+from prefix_attn.training.trainer import EarlyStopping, Intervals, Objective, PrefixTrainer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -58,6 +59,8 @@ def train(
         ValueError: there are no examples, or none to validate on where the best prefix is to be kept; a target does not
             fit into ``max_length``; there is nothing to resume from, or ``settings.output`` holds checkpoints of
             another training.
+        FloatingPointError: a loss, a gradient or the prefix is not finite. What was saved before is left as it is.
+        OSError: a checkpoint cannot be written.
     """
     longest, options = settings.max_length, {"prompt": prompt, "encoder_decoder": model.config.is_encoder_decoder}
     encoder = Encoder(tokenizer, longest, **options)
@@ -123,7 +126,7 @@ def _trainer(
     settings: TrainingSettings,
     objective: Objective | None,
 ) -> PrefixTrainer:
-    callbacks: list[TrainerCallback] = [Intervals(), Bar()]
+    callbacks: list[TrainerCallback] = [Intervals()]
     if settings.early_stopping is not None:
         callbacks.append(EarlyStopping(settings.early_stopping))
     trainer = PrefixTrainer(
@@ -184,6 +187,7 @@ def _arguments(model: PrefixModel, settings: TrainingSettings, *, validates: boo
         weight_decay=0.0,
         lr_scheduler_type="linear",
         logging_steps=1,
+        logging_nan_inf_filter=False,  # it would hide them from the log
         eval_strategy="steps" if validates else "no",
         eval_steps=settings.validate_every,
         save_steps=settings.validate_every,
@@ -209,13 +213,13 @@ def has_bfloat16(device: torch.device) -> bool:
 
 def _checkpoint(settings: TrainingSettings) -> Path | None:
     """The checkpoint to resume from. None for a new training."""
-    complete = {path: step for path in settings.output.glob("checkpoint-*") if (step := _step(path)) is not None}
-    if settings.resume and not complete:
+    found = last_checkpoint(settings.output)
+    if settings.resume and found is None:
         raise ValueError(f"{settings.output}: no checkpoint to resume from")
-    if complete and not settings.resume:
+    if found is not None and not settings.resume:
         # They would stay among those of the new training, and a later resume could pick one of them.
         raise ValueError(f"{settings.output}: holds checkpoints of another training; resume it, or take another folder")
-    return max(complete, key=complete.__getitem__, default=None)
+    return found
 
 
 def _keep(prompt: Prompt, settings: TrainingSettings) -> None:
@@ -224,14 +228,6 @@ def _keep(prompt: Prompt, settings: TrainingSettings) -> None:
     if settings.resume and before != prompt:
         raise ValueError(f"{settings.output}: was trained with {before}, and cannot go on with {prompt}")
     prompt.save(settings.output)
-
-
-def _step(checkpoint: Path) -> int | None:
-    """Step of a complete checkpoint. The Trainer writes this file last, so a killed one lacks it or has part of it."""
-    try:
-        return int(json.loads((checkpoint / "trainer_state.json").read_text())["global_step"])
-    except (OSError, ValueError):
-        return None
 
 
 def plot(metrics: dict[str, Any], path: Path) -> None:

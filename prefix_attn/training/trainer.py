@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback, TrainerState
 
 from prefix_attn.training.evaluate import target_loss
+from prefix_attn.training.resume import last_checkpoint
 from prefix_attn.training.tokens import IGNORED, Batch
 
 Objective = Callable[[Any, Batch], Tensor]  # from a model and a batch
@@ -36,6 +40,15 @@ class PrefixTrainer(Trainer):
         # These would print dictionaries between the bars.
         self.remove_callback(PrinterCallback)
         self.remove_callback(ProgressCallback)
+        self.bar = Bar()
+        self.add_callback(self.bar)
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """As Trainer has it. The bar is closed whatever happens, so that an error has a line of its own."""
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            self.bar.close()
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
@@ -57,10 +70,44 @@ class PrefixTrainer(Trainer):
         # Processes average their gradients. With one batch a step the factor is 1.
         return loss * (self._targets(inputs) * self.accelerator.num_processes / num_items_in_batch)
 
+    def training_step(self, model: Any, inputs: Batch, num_items_in_batch: Tensor | int | None = None) -> Tensor:
+        """Forward and backward of one batch.
+
+        Raises:
+            FloatingPointError: the loss is not finite.
+        """
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        if not loss.isfinite().all():
+            raise not_finite(self, self.state.global_step + 1, f"the loss is {float(loss)}, not finite")
+        return loss
+
+    def _clip_grad_norm(self, model: Any) -> Any:
+        norm = super()._clip_grad_norm(model)
+        if not math.isfinite(norm):
+            raise not_finite(self, self.state.global_step + 1, f"the norm of the gradient is {float(norm)}, not finite")
+        return norm
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        step, folder = self.state.global_step, self.args.output_dir
+        if not Path(folder).is_dir():  # the Trainer would make one for this checkpoint alone
+            raise FileNotFoundError(f"{folder}: the folder disappeared during the training; stopped at step {step}")
+        if not_finite_parameters(self.model):
+            raise not_finite(self, step, "the prefix is not finite")
+        try:
+            super()._save_checkpoint(*args, **kwargs)
+        except (OSError, SafetensorError) as error:
+            raise OSError(f"{folder}: the checkpoint of step {step} cannot be written ({error})") from error
+
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """The validation loss, in the Trainer's log. Checkpoints contain the log, so a resumed run has the curve."""
+        """The validation loss, in the Trainer's log. Checkpoints contain the log, so a resumed run has the curve.
+
+        Raises:
+            FloatingPointError: it is not finite.
+        """
         assert self.measure is not None
         metrics = {"eval_loss": self.measure()}
+        if not math.isfinite(metrics["eval_loss"]):
+            raise not_finite(self, self.state.global_step, f"the validation loss is {metrics['eval_loss']}, not finite")
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
@@ -71,6 +118,26 @@ class PrefixTrainer(Trainer):
             return batch["attention_mask"].sum()
         labels = batch["labels"] if self.model.config.is_encoder_decoder else batch["labels"][:, 1:]
         return (labels != IGNORED).sum()
+
+
+def not_finite(trainer: Trainer, step: int, found: str) -> FloatingPointError:
+    """The error of a training that ends at ``step`` because of what was ``found``: why, and what is left."""
+    rate = f"take a lower learning rate than {trainer.args.learning_rate:g}"
+    if bad := not_finite_parameters(trainer.model):
+        cause = f"an update made {bad[0]} overflow: {rate}"
+    elif step <= 1:
+        cause = "nothing is trained yet: it is the base model, its dtype, or where the prefix starts"
+    else:
+        cause = f"what is trained is finite: {rate}, or look at the data and at the base model's dtype"
+    kept = last_checkpoint(Path(trainer.args.output_dir))
+    left = f"the last good prefix is {kept}" if kept else "no prefix was saved before"
+    return FloatingPointError(f"step {step}: {found}; {cause}; {left}")
+
+
+def not_finite_parameters(model: torch.nn.Module) -> list[str]:
+    """The names of trainable parameters with a number that is not finite. A sum over each is enough to see it."""
+    trained = ((name, p.detach()) for name, p in model.named_parameters() if p.requires_grad)
+    return [name for name, p in trained if not p.sum(dtype=torch.float32).isfinite()]
 
 
 class EarlyStopping(TrainerCallback):
@@ -106,21 +173,26 @@ class Intervals(TrainerCallback):
 class Bar(TrainerCallback):
     """A progress bar that shows the loss of the last step."""
 
+    def __init__(self) -> None:
+        """It is shown when training begins."""
+        self._bar: Any = None
+
     def on_train_begin(self, args: Any, state: TrainerState, control: Any, **_: Any) -> None:
         """Show it."""
-        from tqdm import tqdm
+        from tqdm.auto import tqdm
 
-        self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc="train", unit="step")
+        self._bar = tqdm(total=state.max_steps, initial=state.global_step, desc="train", unit="step")
 
     def on_step_end(self, args: Any, state: TrainerState, control: Any, **_: Any) -> None:
         """One step more."""
-        self.bar.update()
+        self._bar.update()
 
     def on_log(self, args: Any, state: TrainerState, control: Any, logs: Any = None, **_: Any) -> None:
         """Show the loss."""
         if logs and "loss" in logs:
-            self.bar.set_postfix(loss=f"{float(logs['loss']):.3f}")
+            self._bar.set_postfix(loss=f"{float(logs['loss']):.3f}")
 
-    def on_train_end(self, args: Any, state: TrainerState, control: Any, **_: Any) -> None:
-        """Close it."""
-        self.bar.close()
+    def close(self) -> None:
+        """Leave it as it is."""
+        if self._bar is not None:
+            self._bar.close()
