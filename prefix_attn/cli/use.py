@@ -1,4 +1,4 @@
-"""``prefix-attn generate | evaluate | inspect``: use a trained prefix."""
+"""``prefix-attn evaluate | inspect``: measure a trained prefix."""
 
 from __future__ import annotations
 
@@ -36,44 +36,6 @@ if TYPE_CHECKING:
     from prefix_attn.training.examples import Example
     from prefix_attn.training.prompts import Prompt
     from prefix_attn.training.tokens import Row
-
-
-def generate(
-    adapter: Adapter,
-    sources: Annotated[list[str] | None, typer.Argument(help="Inputs. Default: the lines of --file or stdin.")] = None,
-    file: Annotated[
-        Path | None, typer.Option(help="A file with one input per line.", dir_okay=False, exists=True)
-    ] = None,
-    model: Annotated[str | None, typer.Option(help="Base model. Default: the one that the adapter names.")] = None,
-    num_beams: Beams = 1,
-    max_new_tokens: NewTokens = 48,
-    batch_size: BatchSize = 16,
-    template: Template = None,
-    system: System = None,
-    as_json: AsJson = False,
-) -> None:
-    """Generate an output for each input.
-
-    [bold]prefix-attn generate runs/e2e "name : Aromi | eatType : coffee shop | area : city centre"[/bold]
-
-    Inputs are put to the model as in training. An output ends where the model ends it; --json keeps outputs of several
-    lines apart.
-    """
-    from prefix_attn.training.generate import generate_text
-    from prefix_attn.training.tables import read_text
-
-    prompt = prompt_of(adapter, template, system)
-    if not sources:
-        text = read_text(file) if file else sys.stdin.read()
-        sources = [line.removesuffix("\r") for line in text.split("\n") if line.strip()]
-    if not sources:
-        raise ValueError("nothing to generate from: give inputs as arguments, with --file, or on stdin")
-    prefixed, tokenizer = prefixed_model(adapter, model)
-    with progress("generate", len(sources)) as advance:
-        options = {"num_beams": num_beams, "max_new_tokens": max_new_tokens, "batch_size": batch_size}
-        outputs = generate_text(prefixed, tokenizer, sources, prompt=prompt, progress=advance, **options)
-    rows = [{"source": source, "output": output} for source, output in zip(sources, outputs, strict=True)]
-    show(rows, as_json, "\n".join(outputs))
 
 
 def evaluate(

@@ -52,7 +52,7 @@ class Examples:
         *,
         split: str = "train",
         source_column: str = "source",
-        target_column: str = "target",
+        target_column: str | None = "target",
         delimiter: str | None = None,
         encoding: str | None = None,
         skip_bad_rows: bool = False,
@@ -67,7 +67,8 @@ class Examples:
                 columns may have a conversation in "messages".
             split: "train", "dev" or "test". Only "aws" and "aws-summary" have splits. A file is read whole.
             source_column: column or JSON key of the input.
-            target_column: column or JSON key of the output. A list of strings gives several references.
+            target_column: column or JSON key of the output. A list of strings gives several references. None: rows
+                need no output, and a conversation ends before the answer that is asked for.
             delimiter: between the cells of .csv and .tsv. Default: what the header shows, of comma, semicolon, tab, |.
             encoding: of a text file. Default: what its bytes show, of UTF-8, UTF-16, UTF-32 (with a mark), cp1252.
             skip_bad_rows: leave out rows that give no example, and say so once.
@@ -103,14 +104,19 @@ class Examples:
 
     def __iter__(self) -> Iterator[Example]:
         """The examples of all good rows, in their order."""
-        return self._read(BadRows(self.spec))
+        return (example for _, example in self.records())
 
     def checked(self) -> Iterator[Example]:
         """The same, and at the end what ``check`` says."""
+        return (example for _, example in self.records(check=True))
+
+    def records(self, *, check: bool = False) -> Iterator[tuple[Mapping[str, Any], Example]]:
+        """The same, each beside the cells of its row. Of DART, WebNLG and botocore the only cell is its source."""
         units = {"csv": "line", "e2e": "line", "jsonl": "line", "parquet": "row"}
         bad = BadRows(self.spec, units.get(self.kind, "entry"))
         yield from self._read(bad)
-        bad.settle(skip=self.skip_bad_rows)
+        if check:
+            bad.settle(skip=self.skip_bad_rows)
 
     def check(self) -> int:
         """The number of examples. All rows are read.
@@ -121,15 +127,10 @@ class Examples:
         """
         return sum(1 for _ in self.checked())
 
-    def _read(self, bad: BadRows) -> Iterator[Example]:
-        if self.kind == "aws":
-            found: Iterator[Example] = iter(aws_records(self.split, self.spec))
-            for bad.good, example in enumerate(found, start=1):
-                yield example
-        elif self.kind == "dart":
-            yield from dart_examples(self._entries or [], bad)
-        elif self.kind == "webnlg":
-            yield from webnlg_examples(self._path, bad)
+    def _read(self, bad: BadRows) -> Iterator[tuple[Mapping[str, Any], Example]]:
+        if self.kind in ("aws", "dart", "webnlg"):
+            for example in self._task(bad):
+                yield {"source": example.source}, example
         else:
             with self._decoding():
                 for place, row in self._records(bad):
@@ -139,7 +140,16 @@ class Examples:
                         bad.add(place, str(error))
                     else:
                         bad.good += 1
-                        yield example
+                        yield row, example
+
+    def _task(self, bad: BadRows) -> Iterator[Example]:
+        if self.kind == "dart":
+            yield from dart_examples(self._entries or [], bad)
+        elif self.kind == "webnlg":
+            yield from webnlg_examples(self._path, bad)
+        else:
+            for bad.good, example in enumerate(aws_records(self.split, self.spec), start=1):
+                yield example
 
     def _records(self, bad: BadRows) -> Iterator[Record]:
         if self.kind == "jsonl":
@@ -154,28 +164,39 @@ class Examples:
         source_column, target_column = self.columns
         if not isinstance(row, Mapping):
             raise ValueError(f"must be a JSON object, got {type(row).__name__}")
-        if MESSAGES in row and not {source_column, target_column} <= row.keys():
-            return as_conversation(row[MESSAGES])
-        for column in self.columns:
+        if MESSAGES in row and not set(self._wanted) <= row.keys():
+            return as_conversation(row[MESSAGES], answered=target_column is not None)
+        for column in self._wanted:
             if column not in row:
                 raise ValueError(f"no key {column!r}; there are {sorted(row)}")
         fold = self.kind == "e2e"
-        source, targets = as_text(row[source_column], source_column, fold=fold), row[target_column]
+        source = as_text(row[source_column], source_column, fold=fold)
+        if target_column is None:
+            return Example(linearise(source) if fold else source, ())
+        targets = row[target_column]
         targets = targets if isinstance(targets, list) else [targets]
         if not targets:
             raise ValueError(f"{target_column!r} is empty")
         references = tuple(as_text(target, target_column, fold=fold) for target in targets)
         return Example(linearise(source) if fold else source, references)
 
+    @property
+    def _wanted(self) -> list[str]:
+        return [column for column in self.columns if column is not None]
+
     def _has_columns(self, names: Sequence[str]) -> bool:
-        return set(self.columns) <= set(names) or {"mr", "ref"} <= {name.lower() for name in names}
+        return set(self._wanted) <= set(names) or self._e2e_columns <= {name.lower() for name in names}
+
+    @property
+    def _e2e_columns(self) -> set[str]:
+        return {"mr", "ref"} if self.columns[1] is not None else {"mr"}
 
     def _name_columns(self) -> None:
         """Check the columns of a table. E2E's have names of their own."""
         columns, lower = self._header.columns, {column.lower(): column for column in self._header.columns}
-        if self.columns[0] not in columns and {"mr", "ref"} <= lower.keys():
-            self.kind, self.columns = "e2e", (lower["mr"], lower["ref"])
-        for column in self.columns if columns else ():
+        if self.columns[0] not in columns and self._e2e_columns <= lower.keys():
+            self.kind, self.columns = "e2e", (lower["mr"], lower["ref"] if self.columns[1] is not None else None)
+        for column in self._wanted if columns else ():
             if column not in columns:
                 raise ValueError(
                     f"{self._path}, line 1: no column {column!r}; there are {columns}, with {self._header.delimiter!r} "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -75,8 +75,11 @@ def _check_unicode(text: str, column: str) -> None:
         raise ValueError(f"{column!r} holds half of a character, \\u{ord(text[error.start]):x}") from None
 
 
-def as_conversation(value: Any, column: str = "messages") -> Example:
+def as_conversation(value: Any, column: str = "messages", *, answered: bool = True) -> Example:
     """An example of a list of messages. What follows the last answer has no loss, and is left out.
+
+    With ``answered=False`` the example has no reference: it asks for an answer to all of the messages, or, where the
+    last one is an answer, for another.
 
     Raises:
         ValueError: it is no list of messages with a role and a text, or the assistant says nothing.
@@ -93,6 +96,8 @@ def as_conversation(value: Any, column: str = "messages") -> Example:
             raise ValueError(f"{column!r}: the content of {message['role']!r} must be text, got {kind}")
         _check_unicode(str(kept.get("content")), column)
         messages.append(kept)
+    if not answered:
+        return _asking(messages[:-1] if messages[-1]["role"] == "assistant" else messages, column)
     answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
     if not answers:
         roles = list(dict.fromkeys(message["role"] for message in messages))
@@ -102,6 +107,13 @@ def as_conversation(value: Any, column: str = "messages") -> Example:
     answer = as_text(messages[answers[-1]].get("content"), f"the last answer of {column}")
     source = messages[answers[-1] - 1].get("content") or ""
     return Example(source, (answer,), messages=tuple(messages[: answers[-1] + 1]))
+
+
+def _asking(messages: Sequence[Message], column: str) -> Example:
+    if not messages:
+        raise ValueError(f"{column!r} has nothing to answer")
+    source = messages[-1].get("content") or ""
+    return Example(source, (), messages=(*messages, {"role": "assistant", "content": ""}))
 
 
 class BadRows:

@@ -7,7 +7,6 @@ import json
 import logging
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,6 +22,7 @@ from transformers import (
 from prefix_attn.hf.attach.wrapper import device_of, evaluating
 from prefix_attn.hf.model import PrefixModel
 from prefix_attn.training.chat import Chat
+from prefix_attn.training.decoding import Decoding
 from prefix_attn.training.examples import Message
 from prefix_attn.training.head import can_leave_out_logits
 from prefix_attn.training.prompts import Prompt
@@ -36,76 +36,16 @@ MOST_ROWS = {"cpu": 16, "cuda": 64}  # of a batch that is chosen; more gain litt
 _log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class Decoding:
-    """How the tokens of an output are chosen, in the words of transformers.
-
-    Attributes:
-        num_beams: 1 takes the likeliest token each time, unless tokens are drawn.
-        length_penalty: beams are ranked by log-likelihood divided by length to this power.
-        max_new_tokens: limit of each output.
-        temperature: draw tokens, with logits divided by this. 0 is None: tokens are not drawn.
-        top_p: draw only from the likeliest tokens whose probabilities add up to this.
-        top_k: draw only from this many of the likeliest tokens.
-        seed: of what is drawn. An output depends on it, its own input and how often that came before, not on the
-            others.
-        stop: an output ends before the first of these texts.
-    """
-
-    num_beams: int = 1
-    length_penalty: float = 1.0
-    max_new_tokens: int = 48
-    temperature: float | None = None
-    top_p: float | None = None
-    top_k: int | None = None
-    seed: int = 0
-    stop: tuple[str, ...] = ()
-
-    def __post_init__(self) -> None:
-        """Raise a ValueError for what cannot be decoded."""
-        if self.temperature is not None and not 0 <= self.temperature < float("inf"):
-            raise ValueError(f"temperature must be 0 or more, got {self.temperature:g}")
-        if self.top_p is not None and not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p must be between 0 and 1, such as 0.9, got {self.top_p:g}")
-        if self.top_k is not None and self.top_k < 1:
-            raise ValueError(f"top_k must be at least 1, got {self.top_k}")
-        if self.temperature == 0 and (self.top_p, self.top_k) != (None, None):
-            raise ValueError("temperature 0 draws nothing, so that it takes no top_p and top_k")
-        if self.draws and self.num_beams > 1:
-            raise ValueError(f"temperature, top_p and top_k need num_beams 1, got {self.num_beams}")
-        if "" in self.stop:
-            raise ValueError("stop must be a text of at least one character, got ''")
-
-    @property
-    def draws(self) -> bool:
-        """Whether tokens are drawn at random."""
-        return bool(self.temperature) or self.top_p is not None or self.top_k is not None
-
-    def options(self, tokenizer: PreTrainedTokenizerBase, stop_ids: int | list[int], seeds: Sequence[int]) -> Any:
-        """The arguments of transformers' ``generate``, for rows whose draws have these ``seeds``."""
-        found: dict[str, Any] = {"eos_token_id": stop_ids, "pad_token_id": tokenizer.pad_token_id, "do_sample": False}
-        found |= {"num_beams": self.num_beams, "max_new_tokens": self.max_new_tokens}
-        if self.num_beams > 1:
-            found["length_penalty"] = self.length_penalty
-        if self.stop:
-            found |= {"stop_strings": list(self.stop), "tokenizer": tokenizer}
-        if self.draws:
-            found["logits_processor"] = self._drawing(seeds)
-        return found
-
-    def until_stop(self, text: str) -> str:
-        """``text`` before the first text of ``stop``."""
-        return text[: min((at for stop in self.stop if (at := text.find(stop)) >= 0), default=len(text))]
-
-    def _drawing(self, seeds: Sequence[int]) -> LogitsProcessorList:
-        found = LogitsProcessorList()
-        if self.temperature is not None and self.temperature != 1:
-            found.append(TemperatureLogitsWarper(float(self.temperature)))
-        if self.top_k is not None:
-            found.append(TopKLogitsWarper(self.top_k))
-        if self.top_p not in (None, 1.0):
-            found.append(TopPLogitsWarper(self.top_p))
-        return LogitsProcessorList([*found, _Draw(seeds)])
+def drawing(decoding: Decoding, seeds: Sequence[int]) -> LogitsProcessorList:
+    """Draws a token for each row, whose draws have these ``seeds``."""
+    found = LogitsProcessorList()
+    if decoding.temperature is not None and decoding.temperature != 1:
+        found.append(TemperatureLogitsWarper(float(decoding.temperature)))
+    if decoding.top_k is not None:
+        found.append(TopKLogitsWarper(decoding.top_k))
+    if decoding.top_p is not None and decoding.top_p != 1:
+        found.append(TopPLogitsWarper(decoding.top_p))
+    return LogitsProcessorList([*found, _Draw(seeds)])
 
 
 class _Draw(LogitsProcessor):
@@ -162,7 +102,7 @@ class Generator:
         self._is_chosen = batch_size is None
         self._room, self._tail = _room(model, tokenizer, prompt, self.decoding.max_new_tokens)
         self._chat = Chat(tokenizer, prompt) if prompt.is_chat else None
-        self._stop_ids: int | list[int] = self._chat.stop_ids if self._chat else tokenizer.eos_token_id
+        self.stop_ids: int | list[int] = self._chat.stop_ids if self._chat else tokenizer.eos_token_id
         self._seen: Counter[str] = Counter()
 
     def texts(self, sources: Sequence[Source], progress: Callable[[int], object] | None = None) -> list[str]:
@@ -176,8 +116,8 @@ class Generator:
             ValueError: a source that the prompt does not take.
             RuntimeError: memory does not suffice for one row.
         """
-        prompts = [self._prompt_ids(source) for source in sources]
-        seeds = [self._seed(source) for source in sources]
+        prompts = [self.prompt_ids(source) for source in sources]
+        seeds = [self.seed_of(source) for source in sources]
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]), reverse=True)
         texts = [""] * len(prompts)
         with evaluating(self.model):
@@ -189,12 +129,25 @@ class Generator:
                     _log.warning("out of memory with %d rows a batch: %d from now on", len(batch), self.most_rows)
                     continue
                 for i, output in zip(batch, outputs, strict=True):
-                    texts[i] = self._text(output)
+                    texts[i] = self.text_of(output)
                 del order[: len(batch)]
                 if progress is not None:
                     progress(len(batch))
         self.count += len(texts)
         return texts
+
+    def options(self, seeds: Sequence[int]) -> dict[str, Any]:
+        """The arguments of transformers' ``generate`` beside the inputs, for rows whose draws have these ``seeds``."""
+        decoding, pad = self.decoding, self.tokenizer.pad_token_id
+        found: dict[str, Any] = {"eos_token_id": self.stop_ids, "pad_token_id": pad, "do_sample": False}
+        found |= {"num_beams": decoding.num_beams, "max_new_tokens": decoding.max_new_tokens}
+        if decoding.num_beams > 1:
+            found["length_penalty"] = decoding.length_penalty
+        if decoding.stop:
+            found |= {"stop_strings": list(decoding.stop), "tokenizer": self.tokenizer}
+        if decoding.draws:
+            found["logits_processor"] = drawing(decoding, seeds)
+        return found
 
     def warn_of_cuts(self) -> None:
         """Say how many sources were too long."""
@@ -205,17 +158,14 @@ class Generator:
                 *(self.cut, self.count, self._room, part),
             )
 
-    def pass_by(self, source: Source) -> None:
-        """Count a source whose output is known, so that others get what they would get after it."""
-        self._seed(source)
-
-    def _seed(self, source: Source) -> int:
+    def seed_of(self, source: Source) -> int:
+        """The seed of what is drawn for ``source``. Each time that it is asked for, it is another."""
         key = source if isinstance(source, str) else json.dumps(list(source), default=str)
         self._seen[key] += 1
         digest = hashlib.sha256(json.dumps([self.decoding.seed, self._seen[key], key]).encode()).digest()
         return int.from_bytes(digest[:8], "big")
 
-    def _prompt_ids(self, source: Source) -> list[int]:
+    def prompt_ids(self, source: Source) -> list[int]:
         """Tokens of a prompt, as many as the model has positions for."""
         if self.model.config.is_encoder_decoder:
             if not isinstance(source, str):
@@ -242,11 +192,10 @@ class Generator:
         """New tokens of each prompt. None: memory does not suffice for so many."""
         from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 
-        options = self.decoding.options(self.tokenizer, self._stop_ids, seeds)
         inputs = inputs_of(self.model, self.tokenizer.pad_token_id, prompts)
         try:
             with torch.no_grad():
-                output = self.model.generate(**inputs, **options)
+                output = self.model.generate(**inputs, **self.options(seeds))
         except RuntimeError as error:
             if len(prompts) == 1 or not should_reduce_batch_size(error):
                 raise
@@ -255,8 +204,9 @@ class Generator:
         clear_device_cache(garbage_collection=True)
         return None
 
-    def _text(self, output: Tensor) -> str:
-        ends = torch.tensor(self._stop_ids, device=output.device)
+    def text_of(self, output: Tensor) -> str:
+        """The text of new tokens, up to where it ends."""
+        ends = torch.tensor(self.stop_ids, device=output.device)
         text = self.tokenizer.decode(output, skip_special_tokens=True)
         whole = bool(torch.isin(output, ends).any()) or len(output) < self.decoding.max_new_tokens
         cut = self.decoding.until_stop(self.written(text))

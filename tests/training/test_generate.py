@@ -10,7 +10,8 @@ import torch
 
 from prefix_attn.hf.config import PrefixConfig
 from prefix_attn.hf.model import get_prefix_model
-from prefix_attn.training.generate import Decoding, Generator, default_new_tokens, generate_text
+from prefix_attn.training.decoding import Decoding
+from prefix_attn.training.generate import Generator, default_new_tokens, drawing, generate_text
 from prefix_attn.training.prompts import Prompt
 from prefix_attn.training.tokens import prompt_ids
 from tests.hf.models import spread, tiny
@@ -121,7 +122,7 @@ def test_a_draw_depends_on_its_own_input_alone() -> None:
     assert together != generate_text(model, tokenizer, SOURCES, max_new_tokens=12)
     assert len(set(generate_text(model, tokenizer, ["a"] * 4, **options))) == 4
     rest = Generator(model, tokenizer, **options)
-    rest.pass_by("a")
+    rest.seed_of("a")
     assert rest.texts(["a"]) == generate_text(model, tokenizer, ["a"] * 2, **options)[1:]
 
 
@@ -134,14 +135,13 @@ def test_draws_have_the_model_s_probabilities() -> None:
     logits = model(ids).logits[0, -1].detach()
     kept = logits.topk(4)
     wanted = (kept.values / 2).softmax(-1)
-    (processors,) = (decoding.options(tokenizer, END, range(4000))["logits_processor"],)
-    drawn = processors(ids, logits.expand(4000, -1)).argmax(-1)
+    drawn = drawing(decoding, range(4000))(ids, logits.expand(4000, -1)).argmax(-1)
     shares = (drawn[:, None] == kept.indices).float().mean(0)
     assert shares.sum() == 1
     deviation = (wanted * (1 - wanted) / 4000).sqrt()
     assert ((shares - wanted).abs() < 4 * deviation).all()
     nucleus = float(wanted[:2].sum()) - float(wanted[1]) / 2  # reached within the second token
-    narrow = Decoding(**options, top_p=nucleus).options(tokenizer, END, range(200))["logits_processor"]
+    narrow = drawing(Decoding(**options, top_p=nucleus), range(200))
     assert set(narrow(ids, logits.expand(200, -1)).argmax(-1).tolist()) == set(kept.indices[:2].tolist())
 
 

@@ -307,6 +307,13 @@ def describe(path: str | Path) -> dict[str, Any]:
     return found | stored.of_peft_s_decoder | ({"notes": list(stored.notes)} if stored.notes else {})
 
 
+def digest(path: str | Path) -> str:
+    """What tells the weights of a prefix on disk from others, wherever they are."""
+    stored = formats.read(path)
+    held = {**stored.training, **stored.tensors, **stored.others}
+    return _digest({name: held[name] for name in sorted(held)})
+
+
 def _mlp_shapes(path: Path, tensors: int, config: PrefixConfig, sizes: tuple[int, int, int]) -> files.Shapes:
     layers, heads, head_dim = sizes
     needed = 2 * config.encoder_depth + 3 + (config.num_frozen_tokens > 0) + (config.gate is not None)
@@ -416,4 +423,5 @@ def _kind(config: PrefixConfig, attachment: Attachment) -> str:
 
 
 def _digest(prefix: Mapping[str, Tensor]) -> str:
-    return hashlib.sha256(b"".join(tensor.detach().cpu().numpy().tobytes() for tensor in prefix.values())).hexdigest()
+    flat = (tensor.detach().cpu().reshape(-1).view(torch.uint8) for tensor in prefix.values())  # of any dtype
+    return hashlib.sha256(b"".join(values.numpy().tobytes() for values in flat)).hexdigest()
