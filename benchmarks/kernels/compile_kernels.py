@@ -136,7 +136,7 @@ def table(kernels: list[Kernel]) -> str:
 def compile_for(arch: str, dtype: str, size: int, variants: Sequence[str]) -> list[Kernel]:
     """Every kernel as the shipped table would launch it on ``arch``."""
     warnings.simplefilter("ignore")
-    from prefix_attn.backends.triton import launch
+    from prefix_attn.backends.triton import launch, plan
     from prefix_attn.backends.triton.table import table
 
     found: dict[tuple[str, ...], Kernel] = {}
@@ -147,7 +147,7 @@ def compile_for(arch: str, dtype: str, size: int, variants: Sequence[str]) -> li
             for call in VARIANTS[variant](DTYPES[dtype], size):
                 compiled.clear()
                 out, lse = launch.forward(call)
-                if call.query.shape[2] > launch.MAX_DECODE_QUERIES:
+                if call.query.shape[2] > plan.MAX_DECODE_QUERIES:
                     launch.backward(call, out, lse, out, None, [True] * 5 + [call.sinks is not None, False])
                 for name, kernel, tile in compiled:
                     row = Kernel(arch, name, dtype, size, variant, tile, *resources(kernel, arch))
@@ -157,9 +157,9 @@ def compile_for(arch: str, dtype: str, size: int, variants: Sequence[str]) -> li
 
 def plain(dtype: torch.dtype, size: int) -> list[Call]:
     """A training call; decode calls that split keys, with one and the most queries and with a folded prefix."""
-    from prefix_attn.backends.triton import launch
+    from prefix_attn.backends.triton import plan
 
-    most = launch.max_decode_rows(dtype.itemsize, size) // 4
+    most = plan.max_decode_rows(dtype.itemsize, size) // 4
     decode = [_call(dtype, size, S=S, P=P, B=B) for S, P, B in ((1, 64, 4), (most, 64, 4), (1, 4096, 64))]
     return [_call(dtype, size, S=512, P=64), *decode]
 
@@ -229,7 +229,7 @@ def target(arch: str, only: str | None = None) -> Iterator[list[tuple[str, Any, 
     from triton.runtime import driver
     from triton.runtime.jit import JITFunction
 
-    from prefix_attn.backends.triton import launch
+    from prefix_attn.backends.triton import plan
 
     gpu = GPUTarget("hip", arch, 64) if arch.startswith("gfx") else GPUTarget("cuda", int(arch[3:]), 32)
     compiled: list[tuple[str, Any, str]] = []
@@ -247,33 +247,33 @@ def target(arch: str, only: str | None = None) -> Iterator[list[tuple[str, Any, 
 
         return launch_kernel
 
-    before = JITFunction.__getitem__, launch.architecture, launch.processors
+    before = JITFunction.__getitem__, plan.architecture, plan.processors
     driver.set_active(_Offline(gpu))
     JITFunction.__getitem__ = without_launch
-    launch.architecture, launch.processors = lambda device: arch, lambda device: 132
+    plan.architecture, plan.processors = lambda device: arch, lambda device: 132
     try:
         yield compiled
     finally:
-        JITFunction.__getitem__, launch.architecture, launch.processors = before
+        JITFunction.__getitem__, plan.architecture, plan.processors = before
         driver._active = None  # ``reset_active`` would look for a device
 
 
 def built(arch: str, kernel: str, dtype: str, size: int, kind: str, tile: list[int]) -> list[tuple[Kernel, Any]]:
     """``kernel`` with ``tile``, for the calls that reach it, each with what the compiler made; no other is compiled."""
-    from prefix_attn.backends.triton import launch
+    from prefix_attn.backends.triton import launch, plan
 
     decode = kernel in ("split_keys", "fold_prefix")
-    before = launch.tile
-    launch.tile = lambda *_: dict(zip(("BLOCK_M", "BLOCK_N", "num_warps", "num_stages"), tile))
+    before, given = plan.options, dict(zip(("BLOCK_M", "BLOCK_N", "num_warps", "num_stages"), tile))
+    plan.options = lambda call, name: before(call, name) | given
     try:
         with target(arch, only=kernel) as found:
             for call in OF_ENTRY[kind](DTYPES[dtype], size):
-                if decode == (call.query.shape[2] <= launch.MAX_DECODE_QUERIES):
+                if decode == (call.query.shape[2] <= plan.MAX_DECODE_QUERIES):
                     out, lse = launch.forward(call)
                     if not decode:
                         launch.backward(call, out, lse, out, None, [True] * 5 + [call.sinks is not None, False])
     finally:
-        launch.tile = before
+        plan.options = before
     return [(Kernel(arch, name, dtype, size, kind, text, *resources(k, arch)), k) for name, k, text in found]
 
 

@@ -157,14 +157,14 @@ def table(rows: Sequence[tuple[offline.Kernel, Loop]]) -> str:
 
 def shipped(size: int) -> list[tuple[offline.Kernel, Loop]]:
     """The plain kernels in half precision as the table's tiles make them."""
-    from prefix_attn.backends.triton import launch
+    from prefix_attn.backends.triton import launch, plan
 
     found: dict[tuple[str, str], tuple[offline.Kernel, Loop]] = {}
     with offline.target(ARCH) as compiled:
         for call in offline.plain(offline.DTYPES["half"], size):
             compiled.clear()
             out, lse = launch.forward(call)
-            if call.query.shape[2] > launch.MAX_DECODE_QUERIES:
+            if call.query.shape[2] > plan.MAX_DECODE_QUERIES:
                 launch.backward(call, out, lse, out, None, [True] * 5 + [False, False])
             for name, kernel, text in compiled:
                 row = offline.Kernel(ARCH, name, "half", size, "plain", text, *offline.resources(kernel, ARCH))

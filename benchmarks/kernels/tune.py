@@ -246,8 +246,6 @@ def _elsewhere(python: str, *candidate: Any) -> list[str]:
 
 def _measured(tiles: dict[str, Any], device: str, keys: Sequence[Key], jobs: int) -> None:
     """The fastest candidate of every key on ``device``, over shapes of training and decoding, and the crossover."""
-    from prefix_attn.backends.triton import launch
-
     arch = table.architecture(torch.device(device))
     column = tiles[arch]
     work = [(arch, *key, tile) for key in keys for tile in CANDIDATES[key[0]][key[1]]]
@@ -259,19 +257,21 @@ def _measured(tiles: dict[str, Any], device: str, keys: Sequence[Key], jobs: int
         dtype, size = key.split("/")
         fit = [t for t in CANDIDATES[kernel][key] if not bad[json.dumps((arch, kernel, key, kind)) + str(t)]]
         call = _to(_shape(kernel, offline.DTYPES[dtype], int(size), kind), device)
-        times = _times(launch, call, kernel, fit, device)
+        times = _times(call, kernel, fit, device)
         if times:
             column[kernel][key + kind] = min(times, key=lambda t: t[0])[1]
         print(arch, kernel, key + kind, [(f"{t * 1e6:.1f} us", tile) for t, tile in times], flush=True)
-    column["fold_bytes"] = crossover(_both_ways(launch, device))
+    column["fold_bytes"] = crossover(_both_ways(device))
     column["source"] = f"measured on {torch.cuda.get_device_name(device)}, torch {torch.__version__}"
     print(arch, "fold_bytes", column["fold_bytes"], flush=True)
 
 
-def _both_ways(launch: Any, device: str) -> list[tuple[int, float, float]]:
+def _both_ways(device: str) -> list[tuple[int, float, float]]:
     """(bytes of prefix that a decode step would read in its loop, seconds in the loop, seconds folded)."""
+    from prefix_attn.backends.triton import launch, plan
+
     found = []
-    before = launch._folds
+    before = plan.folds
     for B in (16, 64, 256):
         for P in (16, 64, 128, 256, 512, 1024):
             call = _to(offline._call(torch.bfloat16, 128, S=1, P=P, B=B, T=512), device)
@@ -279,7 +279,7 @@ def _both_ways(launch: Any, device: str) -> list[tuple[int, float, float]]:
             for fold in (False, True):
 
                 def run(_: Any, call: Call = call, fold: bool = fold) -> None:
-                    launch._folds = lambda _: fold
+                    plan.folds = lambda _: fold
                     launch.forward(call)
 
                 ways[str(fold)] = Way(run)
@@ -288,7 +288,7 @@ def _both_ways(launch: Any, device: str) -> list[tuple[int, float, float]]:
             found.append((read, *(sorted(samples[name])[5] for name in ("False", "True"))))
             loop, folded = (1e6 * seconds for seconds in found[-1][1:])
             print(f"B={B} P={P}: {loop:.1f} us in the loop, {folded:.1f} us folded", flush=True)
-    launch._folds = before
+    plan.folds = before
     return found
 
 
@@ -318,16 +318,16 @@ def _to(call: Call, device: str) -> Call:
     )
 
 
-def _times(
-    launch: Any, call: Call, kernel: str, tiles: Sequence[list[int]], device: str
-) -> list[tuple[float, list[int]]]:
+def _times(call: Call, kernel: str, tiles: Sequence[list[int]], device: str) -> list[tuple[float, list[int]]]:
     """(seconds on the device, tile) of the pass in which ``kernel`` runs. Tiles that cannot run there are left out."""
+    from prefix_attn.backends.triton import launch
+
     out, lse = launch.forward(call)
     needs = [kernel == "grad_query", *[kernel == "grad_sequence"] * 2, *[kernel == "grad_prefix"] * 2, False, False]
     run = lambda _: launch.backward(call, out, lse, out, None, needs) if any(needs) else launch.forward(call)
     ways: dict[int, Way] = {}
     for number, tile in enumerate(tiles):
-        way = Way(run, context=functools.partial(_with_tile, launch, kernel, tile))
+        way = Way(run, context=functools.partial(_with_tile, kernel, tile))
         try:
             with way.context():
                 run(None)
@@ -340,16 +340,18 @@ def _times(
 
 
 @contextmanager
-def _with_tile(launch: Any, kernel: str, tile: list[int]) -> Iterator[None]:
+def _with_tile(kernel: str, tile: list[int]) -> Iterator[None]:
     """``kernel`` runs with ``tile``, the others with the table's; decoding folds only for the kernel that folds."""
-    before, fold = launch.tile, launch._folds
+    from prefix_attn.backends.triton import plan
+
+    before, fold = plan.options, plan.folds
     options = dict(zip(("BLOCK_M", "BLOCK_N", "num_warps", "num_stages"), tile))
-    launch.tile = lambda arch, name, *rest: options if name == kernel else before(arch, name, *rest)
-    launch._folds = lambda call: kernel == "fold_prefix"
+    plan.options = lambda call, name: before(call, name) | (options if name == kernel else {})
+    plan.folds = lambda call: kernel == "fold_prefix"
     try:
         yield
     finally:
-        launch.tile, launch._folds = before, fold
+        plan.options, plan.folds = before, fold
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from prefix_attn import prefix_attention
-from prefix_attn.backends.triton import launch
+from prefix_attn.backends.triton import launch, plan
 from prefix_attn.backends.triton.primitives import _list_tiles
 from prefix_attn.backends.triton.table import table, tile
 from prefix_attn.call import Call
@@ -44,15 +44,15 @@ FEW_QUERIES = {
 @pytest.mark.parametrize("case", FEW_QUERIES.values(), ids=FEW_QUERIES)
 def test_every_way_to_decode(case: Case, fold: bool, splits: int, monkeypatch: pytest.MonkeyPatch) -> None:
     own = case.N > 1 and "prefix_ids" not in case.with_
-    monkeypatch.setattr(launch, "_folds", lambda call: fold and call.prefix_length() > 0 and not own)
-    monkeypatch.setattr(launch, "processors", lambda device: splits * case.B * case.Hkv if splits > 1 else 1)
-    monkeypatch.setattr(launch, "SPLIT_KEYS", 4)
+    monkeypatch.setattr(plan, "folds", lambda call: fold and call.prefix_length() > 0 and not own)
+    monkeypatch.setattr(plan, "processors", lambda device: splits * case.B * case.Hkv if splits > 1 else 1)
+    monkeypatch.setattr(plan, "SPLIT_KEYS", 4)
     compare("triton", case.arguments(torch.float32))
 
 
 @pytest.mark.parametrize("name", ["causal", "window", "lengths", "mask sinks", "bank", "infix", "S>T"])
 def test_few_queries_without_the_decode_kernels(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(launch, "MAX_DECODE_QUERIES", 0)
+    monkeypatch.setattr(plan, "MAX_DECODE_QUERIES", 0)
     compare("triton", FEW_QUERIES[name].arguments(torch.float32))
 
 
@@ -174,7 +174,7 @@ def test_offsets_beyond_32_bits() -> None:
         }
         for few in (True, False):
             with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(launch, "MAX_DECODE_QUERIES", 16 if few else 0)
+                patch.setattr(plan, "MAX_DECODE_QUERIES", 16 if few else 0)
                 out = prefix_attention(**leaves, backend="triton")
             results.append([out, *torch.autograd.grad(out.float().square().sum(), list(leaves.values()))])
     for near, away in zip(results[:2], results[2:]):
@@ -241,11 +241,11 @@ def test_the_table_is_complete() -> None:
 def test_float32_is_exact_unless_torch_allows_tf32() -> None:
     arguments = Case().arguments(torch.float32)
     call = Call(*(arguments[n] for n in ("query", "key", "value", "prefix_key", "prefix_value")))
-    assert launch._options(call, "forward")["PRECISION"] == "ieee"
+    assert plan.options(call, "forward")["PRECISION"] == "ieee"
     before = torch.backends.cuda.matmul.fp32_precision
     torch.backends.cuda.matmul.fp32_precision = "tf32"
     try:
-        assert launch._options(call, "forward")["PRECISION"] == "tf32"
+        assert plan.options(call, "forward")["PRECISION"] == "tf32"
     finally:
         torch.backends.cuda.matmul.fp32_precision = before
 
@@ -255,18 +255,18 @@ def test_options_that_take_registers_run_with_tiles_of_their_own() -> None:
     plain = Call(*(arguments[n] for n in ("query", "key", "value", "prefix_key", "prefix_value")))
     asked = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(launch, "tile", lambda *key: asked.append(key) or {})
-        launch._options(plain, "forward")
+        patch.setattr(plan, "constants", lambda *key: asked.append(key) or {})
+        plan.options(plain, "forward")
         for options in (
             {"window": 3},
             {"key_mask": torch.ones(2, 17, dtype=torch.bool)},
             {"window": 3, "prefix_start": torch.zeros(2, dtype=torch.int64)},
             {"softcap": 2.0},
         ):
-            launch._options(plain._replace(**options), "grad_query")
+            plan.options(plain._replace(**options), "grad_query")
     assert asked == [
-        ("interpreter", "forward", torch.float32, 16, ""),
-        *(("interpreter", "grad_query", torch.float32, 16, kind) for kind in ("*", "*", "+", "+")),
+        ("interpreter", "forward", torch.float32, 16, 16, "", "ieee"),
+        *(("interpreter", "grad_query", torch.float32, 16, 16, kind, "ieee") for kind in ("*", "*", "+", "+")),
     ]
 
 

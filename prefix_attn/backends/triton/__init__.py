@@ -1,6 +1,7 @@
 """Fused Triton kernels: the whole call in one launch forward, gradients of exactly what is asked.
 
-``launch`` chooses tiles, allocates and launches; the kernels and Triton itself are imported with the first call.
+``plan`` chooses tiles, ``arguments`` makes what kernels take, ``launch`` allocates and launches. The
+kernels and Triton itself are imported with the first call.
 """
 
 from __future__ import annotations
