@@ -280,7 +280,7 @@ def _run(
     from prefix_attn.experiments import report as reporting
     from prefix_attn.experiments.methods import require
     from prefix_attn.experiments.runner import execute
-    from prefix_attn.hf.io.files import replace
+    from prefix_attn.hf.io.writing import replace
 
     if threads is not None:
         torch.set_num_threads(threads)

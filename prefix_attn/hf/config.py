@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal, Protocol
 
+from prefix_attn.dispatch import BY_NAME, NOT_IN_THIS_VERSION
 from prefix_attn.hf.encoder import ACTIVATIONS
+from prefix_attn.quoting import quoted
 
 MODES = ("kv", "embedding", "infix")
 INITS = ("random", "text", "document", "prefix", "zero", "uniform")
@@ -20,6 +22,8 @@ SHOWN_FIELDS = (
     "modules_to_save",
 )
 UNSHOWN_FIELDS = ("mode", "sites", "layers", "encoder_activation", "position_mode")
+BACKENDS = ("auto", *BY_NAME, *NOT_IN_THIS_VERSION)
+_OF_USE = ("inference_mode", "backend")
 TASK_TYPES = ("CAUSAL_LM", "SEQ_2_SEQ_LM", "SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")
 
 
@@ -79,7 +83,7 @@ class PrefixConfig:
             pretrained one, where they usually start at random; none in language models.
         base_model_name_or_path: the model that the prefix was trained for.
         inference_mode: the prefix is not trained (PEFT's field).
-        backend: of ``prefix_attention``.
+        backend: of ``prefix_attention``. It is not saved: whoever loads a prefix chooses.
 
     Raises:
         ValueError: a field is out of range. NotImplementedError: a value that this version does not have.
@@ -113,11 +117,12 @@ class PrefixConfig:
         for name in ("num_virtual_tokens", "encoder_depth"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} must be a positive int, got {value!r}")
-        if self.encoder_hidden_size is not None and self.encoder_hidden_size < 1:
-            raise ValueError(f"encoder_hidden_size must be positive or None, got {self.encoder_hidden_size!r}")
+                raise ValueError(f"{name} must be a positive int, got {quoted(value)}")
+        hidden = self.encoder_hidden_size
+        if hidden is not None and (isinstance(hidden, bool) or not isinstance(hidden, int) or hidden < 1):
+            raise ValueError(f"encoder_hidden_size must be a positive int or None, got {quoted(hidden)}")
         if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout must lie in [0, 1), got {self.dropout!r}")
+            raise ValueError(f"dropout must lie in [0, 1), got {quoted(self.dropout)}")
         allowed = {
             "mode": MODES,
             "init": INITS,
@@ -125,10 +130,11 @@ class PrefixConfig:
             "gate": GATES,
             "position_mode": (*POSITION_MODES, None),
             "task_type": (*TASK_TYPES, None),
+            "backend": BACKENDS,
         }
         for name, values in allowed.items():
             if getattr(self, name) not in values:
-                raise ValueError(f"{name} must be one of {values}, got {getattr(self, name)!r}")
+                raise ValueError(f"{name} must be one of {values}, got {quoted(getattr(self, name))}")
         self._check_start()
         if self.mode == "embedding" and (self.prefix_projection or self.num_frozen_tokens):
             raise NotImplementedError(
@@ -138,7 +144,7 @@ class PrefixConfig:
         self._check_frozen()
         self._check_places()
         if isinstance(self.modules_to_save, str):
-            raise ValueError(f"modules_to_save must be a list of names, got {self.modules_to_save!r}")
+            raise ValueError(f"modules_to_save must be a list of names, got {quoted(self.modules_to_save)}")
         if self.mode == "infix" and self.position_mode == "shift":
             raise ValueError("mode='infix' leaves the tokens where they are: position_mode='none'")
         if self.gate is not None and self.position_mode == "shift":
@@ -169,29 +175,30 @@ class PrefixConfig:
         if isinstance(frozen, bool) or not isinstance(frozen, int) or not 0 <= frozen <= most:
             why = ", of which an MLP must make one" if self.prefix_projection else ""
             raise ValueError(
-                f"num_frozen_tokens must lie in 0..{most} of {self.num_virtual_tokens}{why}, got {frozen!r}"
+                f"num_frozen_tokens must lie in 0..{most} of {self.num_virtual_tokens}{why}, got {quoted(frozen)}"
             )
 
     def _check_places(self) -> None:
         if self.sites is not None:
             sites = tuple(self.sites)
             if not sites or len(set(sites)) < len(sites) or not set(sites) <= set(SITES):
-                raise ValueError(f"sites must be some of {SITES}, each once, or None, got {self.sites!r}")
+                raise ValueError(f"sites must be some of {SITES}, each once, or None, got {quoted(self.sites)}")
             self.sites = sites
         if self.layers != "all":
+            given = quoted(self.layers)
             if not isinstance(self.layers, Iterable):
-                raise ValueError(f"layers must be 'all', numbers of layers or {{number: length}}, got {self.layers!r}")
+                raise ValueError(f"layers must be 'all', numbers of layers or {{number: length}}, got {given}")
             numbers = tuple(self.layers)
             if not numbers or len(set(numbers)) < len(numbers) or any(type(n) is not int or n < 0 for n in numbers):
                 raise ValueError(
-                    f"layers must be 'all', numbers of layers, each once, or {{number: length}}, got {self.layers!r}"
+                    f"layers must be 'all', numbers of layers, each once, or {{number: length}}, got {given}"
                 )
             if isinstance(self.layers, Mapping):
                 P, wrong = self.num_virtual_tokens, [n for n in self.layers.values() if type(n) is not int or n < 1]
                 if wrong or max(self.layers.values()) != P:
                     raise ValueError(
                         f"the lengths in layers must be from 1 to num_virtual_tokens={P}, and one of them that, got "
-                        f"{dict(self.layers)}"
+                        f"{quoted(dict(self.layers))}"
                     )
             self.layers = {n: self.layers[n] for n in numbers} if isinstance(self.layers, Mapping) else numbers
 
@@ -260,17 +267,20 @@ class PrefixConfig:
         self.prefix_projection = False
 
     def to_dict(self) -> dict[str, Any]:
-        """Fields as JSON can hold them, but for ``inference_mode``, which is not of the prefix but of its use."""
+        """Fields as JSON can hold them, but for those that are not of the prefix but of its use."""
         values = {n: list(v) if isinstance(v, tuple) else v for n, v in asdict(self).items()}
-        return {n: v for n, v in values.items() if n != "inference_mode"}
+        return {n: v for n, v in values.items() if n not in _OF_USE}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> PrefixConfig:
-        """The reverse of ``to_dict``; an unknown field is an error."""
+        """The reverse of ``to_dict``; an unknown field is an error.
+
+        A ``backend``, as files of earlier versions have one, is checked and left behind: a file does not choose it.
+        """
         unknown = sorted(values.keys() - {f.name for f in fields(cls)})
         if unknown:
-            raise ValueError(f"unknown fields {unknown}; known: {[f.name for f in fields(cls)]}")
+            raise ValueError(f"unknown fields {quoted(unknown)}; known: {[f.name for f in fields(cls)]}")
         if isinstance(layers := values.get("layers"), Mapping):  # in JSON all keys are text
             numbers = {name: int(name) if str(name).isdecimal() else name for name in layers}
             values = values | {"layers": {numbers[name]: length for name, length in layers.items()}}
-        return cls(**values)
+        return replace(cls(**values), backend="auto")

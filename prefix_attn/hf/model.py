@@ -22,6 +22,7 @@ from prefix_attn.hf.hub import download_options
 from prefix_attn.hf.initial import draw_pieces, initial_embeddings, initial_kv, start_from_prefix
 from prefix_attn.hf.io import checkpoint, formats
 from prefix_attn.hf.io.stored import Stored
+from prefix_attn.hf.io.writing import locked
 from prefix_attn.hf.peft_words import PeftWords
 
 if TYPE_CHECKING:
@@ -206,12 +207,13 @@ class PrefixModel(PeftWords):
 
         Arguments and errors are those of ``load_prefix``. A ``name`` adds only one, and a prefix alone is "default".
         """
-        found = self._read(path, options)
-        if len(found) == 1 or name is not None:
-            found = {name or "default": formats.choose(path, found, name)}
-        for own in found:
-            self.check_new_name(own)
-        made = {own: self._made(stored, config, is_trainable=is_trainable) for own, stored in found.items()}
+        with locked(Path(path) / (options.get("subfolder") or "")):  # an MLP is in a file of its own
+            found = self._read(path, options)
+            if len(found) == 1 or name is not None:
+                found = {name or "default": formats.choose(path, found, name)}
+            for own in found:
+                self.check_new_name(own)
+            made = {own: self._made(stored, config, is_trainable=is_trainable) for own, stored in found.items()}
         for own, (*_, others) in made.items():
             if self.prefix_configs and (changed := changes(self.base_model, others)):
                 raise ValueError(

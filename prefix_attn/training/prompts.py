@@ -10,7 +10,8 @@ from pathlib import Path
 from string import Formatter
 from typing import TYPE_CHECKING
 
-from prefix_attn.hf.io.files import read_json, replace
+from prefix_attn.hf.io.files import read_json
+from prefix_attn.hf.io.writing import replace
 from prefix_attn.training.examples import Example
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer_callback import TrainerState
 
 from prefix_attn.hf.attach.gradient_checkpointing import set_checkpointing
-from prefix_attn.hf.io.files import replace
+from prefix_attn.hf.io.writing import replace
 from prefix_attn.hf.model import PrefixModel
 from prefix_attn.training.evaluate import validation_loss
 from prefix_attn.training.examples import Example

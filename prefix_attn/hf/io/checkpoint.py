@@ -26,14 +26,14 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from prefix_attn.hf.attach.attachment import Attachment
-from prefix_attn.hf.attach.slots import Slot
 from prefix_attn.hf.attach.wrapper import evaluating
 from prefix_attn.hf.config import PrefixConfig
 from prefix_attn.hf.encoder import UNSHOWN, PrefixEncoder
 from prefix_attn.hf.io import files, formats
+from prefix_attn.hf.io.fit import check_base, check_others, check_sizes, fingerprint
 from prefix_attn.hf.io.state import STATES, plain_name, read_entries
 from prefix_attn.hf.io.stored import (
     ADAPTER,
@@ -48,6 +48,8 @@ from prefix_attn.hf.io.stored import (
     Stored,
     write_adapter,
 )
+from prefix_attn.hf.io.writing import check_finite
+from prefix_attn.quoting import quoted, shortened
 
 _log = logging.getLogger(__name__)
 
@@ -65,7 +67,7 @@ def parts(name: str, encoder: PrefixEncoder, state: Mapping[str, Tensor]) -> Par
     """Of the prefix ``name`` in the state_dict ``state`` of its model, which need not be on this process alone.
 
     Raises:
-        ValueError: ``state`` lacks it.
+        ValueError: ``state`` lacks it, or it holds values that are not finite.
     """
     state = {plain_name(n): tensor for n, tensor in state.items()}
     begin, head = f"prefixes.{name}.", f"heads.{name}."
@@ -81,6 +83,7 @@ def parts(name: str, encoder: PrefixEncoder, state: Mapping[str, Tensor]) -> Par
         prefix[GATE] = training["gate"].float()
     task_heads = {TASK_HEAD + n.removeprefix(head): t for n, t in state.items() if n.startswith(head)}
     others = {n: t for n, t in state.items() if n.startswith(TASK_HEAD)}
+    check_finite({begin + n: t for n, t in training.items()} | prefix)
     return Parts(prefix, task_heads, training, others)
 
 
@@ -135,7 +138,7 @@ def load_prefix(stored: Stored, attachment: Attachment, *, is_trainable: bool) -
     config, sizes = _resolved(stored, attachment)
     wanted = _wanted(stored, config, sizes, attachment)
     tensors = files.checked(stored.path, stored.tensors, wanted)
-    others = _others(stored.path, stored.others, attachment.base)
+    others = check_others(stored.path, stored.others, attachment.base)
     for note in stored.notes:
         _log.warning("%s: %s", stored.path, note)
     prefix = {name: tensors.pop(name).float() for name in (KEY, GATE) if name in wanted}
@@ -165,14 +168,14 @@ def _resolved(stored: Stored, attachment: Attachment) -> tuple[PrefixConfig, tup
     if stored.peft_slots is not None and not attachment.probe.has_decoder:
         name = type(attachment.base).__name__
         raise ValueError(f"{stored.path}: a prefix of an encoder-decoder model, and {name} is none")
-    _check_base(stored.path, stored.config, stored.metadata, attachment.base)
+    check_base(stored.path, stored.config, stored.metadata, attachment.base)
     try:
         config = attachment.resolver.resolve(stored.config)
         _, slots, heads, head_dim = attachment.resolver.layout(config)
     except (ValueError, NotImplementedError) as error:
-        raise ValueError(f"{stored.path}: {error}") from None
+        raise ValueError(f"{stored.path}: {shortened(error)}") from None
     sizes = len(slots), heads, head_dim
-    _check_sizes(stored, slots, heads * head_dim, sizes, attachment.base)
+    check_sizes(stored, slots, heads * head_dim, sizes, attachment.base)
     return config, sizes
 
 
@@ -203,27 +206,11 @@ def _training(
     path = stored.path.parent / TRAINING
     if not path.exists():
         return None
-    state = files.read_tensors(path)
-    if files.read_metadata(path).get("prefix_sha256") == _digest(prefix):
+    state, metadata = files.read_both(path)
+    if metadata.get("prefix_sha256") == _digest(prefix):
         return path, state
     _log.warning("%s belongs to another prefix: training goes on from the folded one", path)
     return None
-
-
-def _others(path: Path, others: Mapping[str, Tensor], base: PreTrainedModel) -> dict[str, Tensor]:
-    """The weights of the base model that were trained with the prefix, checked to be in ``base``."""
-    here = {name: tuple(tensor.shape) for name, tensor in base.state_dict().items()} if others else {}
-    found = {name.removeprefix(TASK_HEAD): tensor for name, tensor in others.items()}
-    for name, tensor in found.items():
-        if here.get(name) != tuple(tensor.shape):
-            raise ValueError(
-                f"{path}: {name} {tuple(tensor.shape)} of the base model was trained with the prefix, and "
-                f"{type(base).__name__} has {here.get(name, 'no such weight')}: make it first, as before training"
-            )
-        ours = base.state_dict()[name].dtype
-        if tensor.is_floating_point() != ours.is_floating_point or not tensor.isfinite().all():
-            raise ValueError(f"{path}: {name} of the base model must hold finite numbers of {ours}, has {tensor.dtype}")
-    return found
 
 
 def save_table(folder: Path, state: Mapping[str, Tensor], base: PreTrainedModel) -> None:
@@ -268,26 +255,30 @@ def load_table(path: str | Path, base: PreTrainedModel, **hub: Any) -> tuple[Ten
         return _table_in_state(state, base)
     peft = files.read_json(folder / ADAPTER_CONFIG)
     if peft.get("peft_type") != "PROMPT_TUNING":
-        raise ValueError(f"{folder / ADAPTER_CONFIG}: peft_type must be PROMPT_TUNING, got {peft.get('peft_type')!r}")
+        raise ValueError(
+            f"{folder / ADAPTER_CONFIG}: peft_type must be PROMPT_TUNING, got {quoted(peft.get('peft_type'))}"
+        )
     metadata = files.read_metadata(folder / ADAPTER)
-    _check_base(folder, PrefixConfig(base_model_name_or_path=peft.get("base_model_name_or_path")), metadata, base)
+    check_base(folder, PrefixConfig(base_model_name_or_path=peft.get("base_model_name_or_path")), metadata, base)
     wanted = {KEY: (peft.get("num_virtual_tokens", 0), int(base.get_input_embeddings().weight.shape[1]))}
     tensors = files.read_tensors(folder / ADAPTER)
     others = {name: tensors.pop(name) for name in list(tensors) if name.startswith(TASK_HEAD)}
     table = files.checked(folder / ADAPTER, tensors, wanted)[KEY].float()
-    return table, _others(folder / ADAPTER, others, base)
+    return table, check_others(folder / ADAPTER, others, base)
 
 
 def _table_in_state(path: Path, base: PreTrainedModel) -> tuple[Tensor, dict[str, Tensor]]:
     content = read_entries(path)
     state = {plain_name(n): t for n, t in content.items()} if isinstance(content, Mapping) else {}
     if "prefix" not in state:
-        raise ValueError(f"{path}: a state_dict of a PrefixTuning has 'prefix', this file has {sorted(state)[:6]}")
+        raise ValueError(
+            f"{path}: a state_dict of a PrefixTuning has 'prefix', this file has {quoted(sorted(state)[:6])}"
+        )
     if path.suffix != ".json":  # the shards of an index were checked one by one
         state = {n: files.backed(path, n, t, floating=False) for n, t in state.items()}
     table, width = state["prefix"], int(base.get_input_embeddings().weight.shape[1])
     table = files.checked(path, {"prefix": table}, {"prefix": (*table.shape[:1], width)})["prefix"].float()
-    return table, _others(path, {n: t for n, t in state.items() if n.startswith(TASK_HEAD)}, base)
+    return table, check_others(path, {n: t for n, t in state.items() if n.startswith(TASK_HEAD)}, base)
 
 
 def describe(path: str | Path) -> dict[str, Any]:
@@ -326,21 +317,6 @@ def _mlp_shapes(path: Path, tensors: int, config: PrefixConfig, sizes: tuple[int
     return {name: tuple(t.shape) for name, t in encoder.state_dict().items()}
 
 
-def _check_base(folder: Path, config: PrefixConfig, metadata: Mapping[str, str], base: PreTrainedModel) -> None:
-    ours = json.dumps(fingerprint(base.config))
-    if metadata.get("base", ours) != ours:
-        raise ValueError(f"{folder}: trained for a base model {metadata['base']}, this one is {ours}")
-    theirs, here = config.base_model_name_or_path, base.config._name_or_path
-    if not isinstance(theirs, str) or not here or Path(theirs).name == Path(here).name:
-        return  # the same model may lie in another folder or under another owner
-    if files.is_hub_id(theirs) and files.is_hub_id(here):
-        raise ValueError(
-            f"{folder}: trained for {theirs}, this base model is {here}; if they are the same, correct the name in the "
-            f"{ADAPTER_CONFIG}, or config.json, beside it"
-        )
-    _log.warning("%s was trained for %s and is loaded into %s", folder, theirs, here)
-
-
 def read_resumable(folder: Path, base: PreTrainedModel, name: str | None) -> Mapping[str, Tensor] | None:
     """The state_dict in a Trainer's checkpoint; None where that has none of one file, as with FSDP.
 
@@ -352,36 +328,13 @@ def read_resumable(folder: Path, base: PreTrainedModel, name: str | None) -> Map
     if (folder / ADAPTER).is_file():
         if file is None:
             raise ValueError(f"{folder}: has an adapter, and none of {STATES}, of which a training goes on")
-        _check_base(folder, PrefixConfig(), files.read_metadata(folder / ADAPTER), base)
+        check_base(folder, PrefixConfig(), files.read_metadata(folder / ADAPTER), base)
         theirs = files.read_json(folder / ADAPTER_CONFIG).get("base_model_name_or_path")
         if theirs and name and Path(str(theirs)).name != Path(name).name:
-            raise ValueError(f"{folder}: the training to resume is of {theirs}, and this base model is {name}")
+            raise ValueError(
+                f"{folder}: the training to resume is of {shortened(theirs)}, and this base model is {name}"
+            )
     return None if file is None else read_entries(file)
-
-
-def _check_sizes(
-    stored: Stored, slots: list[Slot], width: int, sizes: tuple[int, int, int], base: PreTrainedModel
-) -> None:
-    """Check the sizes in the file one by one: the tensor's shape has only their product, which names no culprit."""
-    layers, heads, head_dim = sizes
-    for name, size in {"num_layers": layers, "num_attention_heads": heads, "token_dim": width}.items():
-        if stored.sizes.get(name) not in (None, size):
-            raise ValueError(
-                f"{stored.path}: {name} is {stored.sizes[name]!r}, {type(base).__name__} needs {size} "
-                f"({layers} layers, {heads} key/value heads of size {head_dim})"
-            )
-    for site, columns in stored.widths.items():
-        needed = 2 * sum(slot.site == site for slot in slots) * width
-        if columns != needed:
-            raise ValueError(
-                f"{stored.path}: has {columns} numbers per token at {site!r}, the base model needs {needed}"
-            )
-
-
-def fingerprint(base: PreTrainedConfig) -> dict[str, Any]:
-    """What identifies the base model of a prefix. The vocabulary size does not, because people add tokens."""
-    config = base.get_text_config()
-    return {name: getattr(config, name) for name in ("model_type", "hidden_size")}
 
 
 def peft_fields(

@@ -26,6 +26,7 @@ from prefix_attn.hf.io.stored import (
     slots_of_peft,
     write_adapter,
 )
+from prefix_attn.quoting import quoted
 
 TARGETS = ("prefix-attn", "peft")
 
@@ -151,12 +152,12 @@ def _checked(stored: Stored, base: PreTrainedConfig | None) -> tuple[dict[str, T
         needed = _sizes(base)
         for name in ("num_attention_heads", "token_dim"):
             if sizes[name] not in (None, needed[name]):
-                raise ValueError(f"{stored.path}: {name} is {sizes[name]!r}, the base model needs {needed[name]}")
+                raise ValueError(f"{stored.path}: {name} is {quoted(sizes[name])}, the base model needs {needed[name]}")
             sizes[name] = needed[name]
         theirs = json.loads(stored.metadata.get("base", "{}"))
         here = {name: getattr(base.get_text_config(), name, None) for name in theirs}
         if theirs != here:
-            raise ValueError(f"{stored.path}: trained for a base model {theirs}, this one is {here}")
+            raise ValueError(f"{stored.path}: trained for a base model {quoted(theirs)}, this one is {quoted(here)}")
     P = stored.config.num_virtual_tokens
     if KEY not in stored.tensors and stored.config.mode == "embedding":
         raise ValueError(

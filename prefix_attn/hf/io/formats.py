@@ -42,6 +42,8 @@ from prefix_attn.hf.io.stored import (
     read_peft,
     task_heads_of,
 )
+from prefix_attn.hf.io.writing import locked
+from prefix_attn.quoting import quoted, shortened
 
 _log = logging.getLogger(__name__)
 _ADAPTERS = ("adapter.safetensors", "pytorch_adapter.bin")
@@ -79,8 +81,8 @@ def choose(path: str | Path, found: Mapping[str, Stored], name: str | None) -> S
         return next(iter(found.values())) if len(found) == 1 else found[str(name)]
     active = next((own for own, stored in found.items() if stored.active), None)
     if active is None:
-        raise ValueError(f"{path}: has the prefixes {list(found)}; give the name of one of them, got {name!r}")
-    _log.warning("%s: has the prefixes %s; %r was active and is taken", path, list(found), active)
+        raise ValueError(f"{path}: has the prefixes {quoted(list(found))}; give the name of one of them, got {name!r}")
+    _log.warning("%s: has the prefixes %s; %r was active and is taken", path, quoted(list(found)), active)
     return found[active]
 
 
@@ -92,13 +94,14 @@ def read_all(path: str | Path, *, decoder_layers: int | None = None, **hub: Any)
     """
     place = files.find(path, *_ON_HUB, **hub)
     try:
-        found = _file(place) if place.is_file() else _folder(place, decoder_layers)
-    except (TypeError, AttributeError, LookupError, RuntimeError, RecursionError) as error:
-        raise ValueError(f"{place}: {type(error).__name__}: {error}") from None
+        with locked(place if place.is_dir() else place.parent):
+            found = _folder(place, decoder_layers) if place.is_dir() else _file(place)
+    except (TypeError, AttributeError, LookupError, RuntimeError, MemoryError, OverflowError) as error:
+        raise ValueError(f"{place}: {type(error).__name__}: {shortened(error)}") from None
     for stored in found.values():
         for name, size in stored.sizes.items():
             if size is not None and (type(size) is not int or size < 1):
-                raise ValueError(f"{stored.path}: {name} must be a positive int, got {size!r}")
+                raise ValueError(f"{stored.path}: {name} must be a positive int, got {quoted(size)}")
     return found
 
 
@@ -155,7 +158,7 @@ def _file(path: Path) -> dict[str, Stored]:
     raise ValueError(
         f"{path}: neither a cartridge (trainable_keys), a checkpoint of the original PrefixTuning (control_trans) nor "
         "a state_dict with prefixes (prefixes.NAME.embedding), "
-        f"got {[str(name) for name in names[:4]] or type(content).__name__}"
+        f"got {quoted([str(name) for name in names[:4]] or type(content).__name__)}"
     )
 
 
@@ -216,11 +219,11 @@ def _adapters(folder: Path, known: dict[str, Any]) -> Stored:
     for name, tensor in files.read_tensors(path).items():
         match = _POOL.fullmatch(name)
         if match is None or match[1] != known.get("name", match[1]) or match[2] not in _LOCATIONS:
-            raise ValueError(f"{path}: {name} is not of the prefix {known.get('name')!r}")
+            raise ValueError(f"{path}: {shortened(name)} is not of the prefix {quoted(known.get('name'))}")
         part = parts.setdefault(match[2], {})
         # The pool of prefixes is in the file once for each layer that uses it.
         if match[3] in part and not torch.equal(part[match[3]], tensor):
-            raise ValueError(f"{path}: {name} differs from its other copies")
+            raise ValueError(f"{path}: {shortened(name)} differs from its other copies")
         part[match[3]] = tensor
     P = options.get("prefix_length")
     rows = {
@@ -290,9 +293,12 @@ def _cartridge(path: Path, content: Mapping[str, Any]) -> Stored:
 def _cartridge_kv(path: Path, content: Mapping[str, Any], name: str) -> Tensor | None:
     """(2 * L, H, tokens, D) float32 from the lists ``name``_keys and ``name``_values, or None if both are empty."""
     keys, values = (_cartridge_layers(path, content, f"{name}_{kind}") for kind in ("keys", "values"))
+    files.check_total(path, (*keys, *values))
     shapes = {tuple(t.shape) for t in (*keys, *values)}
     if len(keys) != len(values) or len(shapes) > 1:
-        raise ValueError(f"{path}: {name}_keys and {name}_values must have one shape in all layers, got {shapes}")
+        raise ValueError(
+            f"{path}: {name}_keys and {name}_values must have one shape in all layers, got {quoted(shapes)}"
+        )
     return torch.stack([t for pair in zip(keys, values) for t in pair]) if keys else None
 
 
@@ -324,7 +330,7 @@ def _original(path: Path, tensors: dict[str, Tensor]) -> Stored:
         if part:
             rows[site] = fold(path, part, known.get("preseqlen"), torch.tanh)
     if tensors:
-        raise ValueError(f"{path}: has {sorted(tensors)[:4]} besides a prefix")
+        raise ValueError(f"{path}: has {quoted(sorted(tensors)[:4])} besides a prefix")
     if isinstance(width, int) and any(r.shape[1] == width for r in rows.values()):
         raise ValueError(f"{path}: a prefix of input embeddings (PrefixEmbTuning), not of keys and values")
     seq2seq = len(rows) > 1 or "decoder_layers" in known

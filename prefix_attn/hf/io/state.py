@@ -24,6 +24,7 @@ from prefix_attn.hf.encoder import ACTIVATIONS, UNSHOWN, read_unshown
 from prefix_attn.hf.io import files
 from prefix_attn.hf.io.mlp import fold
 from prefix_attn.hf.io.stored import GATE, KEY, TASK_HEAD, Stored
+from prefix_attn.quoting import quoted, shortened
 
 STATES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 BASE = "base_model."
@@ -58,7 +59,7 @@ def read_state_file(path: Path) -> dict[str, Stored]:
     content = read_entries(path)
     state = find_state(content)
     if state is None:
-        found = sorted(map(str, content))[:6] if isinstance(content, Mapping) else type(content).__name__
+        found = quoted(sorted(map(str, content)) if isinstance(content, Mapping) else type(content).__name__)
         raise ValueError(f"{path}: a state_dict of a PrefixModel has prefixes.NAME.embedding, this file has {found}")
     return read_state(path, state)
 
@@ -78,7 +79,9 @@ def read_state(path: Path, state: Mapping[str, Any]) -> dict[str, Stored]:
     matches = [match for name in plain if (match := _PARAMETER.fullmatch(name))]
     places = sorted({match[1] for match in matches})
     if len(places) > 1:
-        raise ValueError(f"{path}: has prefixes of several models, at {places}; save the state_dict of one of them")
+        raise ValueError(
+            f"{path}: has prefixes of several models, at {quoted(places)}; save the state_dict of one of them"
+        )
     inside = {name.removeprefix(places[0]): entry for name, entry in plain.items() if name.startswith(places[0])}
     names = dict.fromkeys(match[2] for match in matches)
     others = {name: _backed(path, name, entry) for name, entry in inside.items() if name.startswith(BASE)}
@@ -95,7 +98,7 @@ def check_same(here: Mapping[str, Any], there: Mapping[str, Any]) -> None:
     """
     ours, theirs = ({m[2] for n in names if (m := _PARAMETER.fullmatch(n))} for names in (here, there))
     if ours != theirs:
-        raise ValueError(f"the state has prefixes {sorted(theirs)}, and the model {sorted(ours)}")
+        raise ValueError(f"the state has prefixes {quoted(sorted(theirs))}, and the model {sorted(ours)}")
     for name in sorted(ours):
         (shapes, fields), (their_shapes, their_fields) = (_kind(name, entries) for entries in (here, there))
         if shapes == their_shapes and fields == their_fields:
@@ -104,7 +107,9 @@ def check_same(here: Mapping[str, Any], there: Mapping[str, Any]) -> None:
         if all(there == here for there, here in pairs.values()):
             pairs = {n: (their_shapes.get(n), shapes.get(n)) for n in {**their_shapes, **shapes}}
         said = "; ".join(f"{n} is {there} there and {here} here" for n, (there, here) in pairs.items() if there != here)
-        raise ValueError(f"the state is of another prefix {name!r}, or of another base model: {said}")
+        raise ValueError(
+            f"the state is of another prefix {quoted(name)}, or of another base model: {shortened(said, 1000)}"
+        )
 
 
 def _kind(name: str, state: Mapping[str, Any]) -> tuple[dict[str, tuple[int, ...]], dict[str, Any]]:
@@ -123,15 +128,16 @@ def _stored(path: Path, name: str, state: Mapping[str, Any], others: Mapping[str
     part = {n.removeprefix(begin): entry for n, entry in state.items() if n.startswith(begin)}
     entry = part.pop(UNSHOWN, None)
     part = {n: _backed(path, begin + n, entry) for n, entry in part.items()}
+    files.check_total(path, part.values())
     heads = {n.removeprefix(head): _backed(path, n, t) for n, t in state.items() if n.startswith(head)}
     shown = _shown(path, part, heads)
     try:
         told = {} if entry is None else read_unshown(entry)
         if unknown := sorted(told.keys() - set(UNSHOWN_FIELDS)):
-            raise ValueError(f"{UNSHOWN} has unknown fields {unknown}")
+            raise ValueError(f"{UNSHOWN} has unknown fields {quoted(unknown)}")
         config = PrefixConfig.from_dict(shown | told)
     except (ValueError, TypeError, NotImplementedError) as error:
-        raise ValueError(f"{path}: {begin}{error}") from None
+        raise ValueError(f"{path}: {shortened(begin)}{shortened(error)}") from None
     tensors = {TASK_HEAD + n: t for n, t in heads.items()}
     if config.mode != "embedding":  # of embeddings only the model makes keys and values
         tensors[KEY] = _rows(path, part, config)
@@ -144,7 +150,7 @@ def _shown(path: Path, part: Mapping[str, Tensor], heads: Iterable[str]) -> dict
     """The fields of the configuration that the shapes show."""
     embedding = part.get("embedding")
     if embedding is None or embedding.dim() != 2:
-        raise ValueError(f"{path}: has {sorted(part)} of a prefix, and no embedding (P, width)")
+        raise ValueError(f"{path}: has {quoted(sorted(part))} of a prefix, and no embedding (P, width)")
     frozen = part["frozen"].shape[0] if "frozen" in part else 0
     weights = [t for n, t in part.items() if n.startswith("mlp.") and n.endswith(".weight")]
     return {
@@ -184,7 +190,7 @@ def _shards(index: Path) -> dict[str, Any]:
     if not isinstance(listed, dict) or not all(isinstance(name, str) for name in listed.values()):
         raise ValueError(f"{index}: must list the file of each tensor in weight_map")
     if outside := [name for name in listed.values() if Path(name).name != name]:
-        raise ValueError(f"{index}: lists files outside of its folder: {outside[:4]}")
+        raise ValueError(f"{index}: lists files outside of its folder: {quoted(outside[:4])}")
     found: dict[str, Any] = {}
     for name in dict.fromkeys(listed.values()):
         content = _content(index.parent / name)
@@ -192,5 +198,5 @@ def _shards(index: Path) -> dict[str, Any]:
             raise ValueError(f"{index.parent / name}: must hold tensors by name, got {type(content).__name__!r}")
         found |= {n: files.backed(index.parent / name, n, t, floating=False) for n, t in content.items()}
     if missing := sorted(listed.keys() - found.keys()):
-        raise ValueError(f"{index}: lists {missing[:4]}, which its files do not hold")
+        raise ValueError(f"{index}: lists {quoted(missing[:4])}, which its files do not hold")
     return found

@@ -7,12 +7,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from safetensors.torch import save
 from torch import Tensor
 
 from prefix_attn.hf.config import PrefixConfig
 from prefix_attn.hf.hub import CARD, card_text
 from prefix_attn.hf.io import files
+from prefix_attn.hf.io.writing import check_finite, make_folder, replace, replace_all, serialised
+from prefix_attn.quoting import quoted, shortened
 
 ADAPTER_CONFIG, ADAPTER, TRAINING = "adapter_config.json", "adapter_model.safetensors", "training_state.safetensors"
 # Tensors: the prefix, its gate, and the beginning of those of task heads.
@@ -66,7 +67,9 @@ def write_adapter(
     training: Mapping[str, Tensor] | None = None,
     tags: Iterable[str] = (),
 ) -> None:
-    """Write an adapter into ``folder``. A kill at any moment leaves each file as it was or as it is to be.
+    """Write an adapter into ``folder``: the same bytes for the same prefix.
+
+    A kill at any moment leaves each file as it was or as it is to be. Others may save and read there at the same time.
 
     Args:
         folder: made if it does not exist.
@@ -77,27 +80,24 @@ def write_adapter(
         tags: of the model card, besides ours. A card that is there keeps its text.
 
     Raises:
-        ValueError: ``folder`` is a file.
+        ValueError: ``folder`` is a file, or a tensor has values that are not finite. OSError: the disk is full, say.
+            Nothing is written then.
     """
-    if folder.is_file():
-        raise ValueError(f"{folder}: must be a folder, and is a file")
-    contents = {} if training is None else {TRAINING: save(_on_cpu(training), metadata)}
-    contents |= {
+    check_finite({**tensors, **(training or {})})
+    contents = {
+        TRAINING: None if training is None else serialised(training, metadata),
         ADAPTER_CONFIG: json.dumps(fields, indent=2).encode(),
-        ADAPTER: save(_on_cpu(tensors), metadata),
+        ADAPTER: serialised(tensors, metadata),
         CARD: _card(folder / CARD, fields, tags),
     }
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, content in contents.items():
-        files.replace(folder / name, content)
-    if training is None:
-        (folder / TRAINING).unlink(missing_ok=True)
+    make_folder(folder)
+    replace_all(folder, contents)
 
 
 def update_card(folder: Path, tags: Iterable[str] = ()) -> None:
     """Give the model card in ``folder`` the metadata of the adapter there, and ``tags``. Without one it stays."""
     if (folder / ADAPTER_CONFIG).is_file():
-        files.replace(folder / CARD, _card(folder / CARD, files.read_json(folder / ADAPTER_CONFIG), tags))
+        replace(folder / CARD, _card(folder / CARD, files.read_json(folder / ADAPTER_CONFIG), tags))
 
 
 def _card(path: Path, fields: Mapping[str, Any], tags: Iterable[str]) -> bytes:
@@ -124,16 +124,13 @@ def _card(path: Path, fields: Mapping[str, Any], tags: Iterable[str]) -> bytes:
 
 ```python
 from prefix_attn import PrefixModel
+from prefix_attn.quoting import quoted, shortened
 
 model = PrefixModel.from_pretrained(base, "this repository")  # base: the model, as transformers loads it
 ```
 """
-    there = path.read_text(encoding="utf-8", errors="surrogateescape") if path.exists() else None
+    there = path.read_text(encoding="utf-8", errors="surrogateescape") if path.is_file() else None
     return card_text(there, data, body).encode(errors="surrogateescape")  # bytes that are no UTF-8 stay too
-
-
-def _on_cpu(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
 
 
 def slots_of_peft(layers: int, decoder_layers: int) -> list[int]:
@@ -150,11 +147,11 @@ def read_peft(folder: Path, peft: dict[str, Any], decoder_layers: int | None) ->
     """The prefix in ``folder``, whose configuration ``peft`` is."""
     kind, submodules = peft["peft_type"], peft.get("num_transformer_submodules")
     if kind not in (OURS, FROZEN, PEFT):
-        raise ValueError(f"{folder / ADAPTER_CONFIG}: peft_type must be {OURS}, {FROZEN} or {PEFT}, got {kind!r}")
+        raise ValueError(f"{folder / ADAPTER_CONFIG}: peft_type must be {OURS}, {FROZEN} or {PEFT}, got {quoted(kind)}")
     path = folder / ADAPTER
     if not path.exists() and (folder / OLD_ADAPTER).exists():
         path = folder / OLD_ADAPTER
-    metadata, tensors = files.read_metadata(path), files.read_tensors(path)
+    tensors, metadata = files.read_both(path)
     config = _peft_config(folder, peft, tensors, metadata)
     sizes = {name: peft.get(name) for name in ("num_layers", "num_attention_heads", "token_dim")}
     name, others = "ours" if "prefix_config" in metadata else "PEFT", {}
@@ -166,7 +163,9 @@ def read_peft(folder: Path, peft: dict[str, Any], decoder_layers: int | None) ->
     if kind == OURS or submodules in (None, 1):
         return stored
     if submodules != 2:
-        raise ValueError(f"{folder / ADAPTER_CONFIG}: num_transformer_submodules must be 1 or 2, got {submodules!r}")
+        raise ValueError(
+            f"{folder / ADAPTER_CONFIG}: num_transformer_submodules must be 1 or 2, got {quoted(submodules)}"
+        )
     return _of_decoder(stored, decoder_layers)
 
 
@@ -186,7 +185,7 @@ def _peft_config(
                 modules_to_save=task_heads_of(tensors),
             )
     except (ValueError, TypeError, AttributeError, RecursionError, NotImplementedError) as error:
-        raise ValueError(f"{folder}: {error}") from None
+        raise ValueError(f"{folder}: {shortened(error)}") from None
     config.base_model_name_or_path = peft.get("base_model_name_or_path")  # where people can edit it
     return config
 

@@ -1,0 +1,191 @@
+"""Write files so that a kill, a full disk and other savers leave each one whole: as it was, or as it is to be.
+
+What is written lies under a temporary name of its own until all of it is on the disk. Savers of one folder take turns,
+by a lock on the folder itself that leaves no file behind, and readers wait for a saver to finish. So a configuration
+and the tensors beside it are always of one save. The lock ends with its process. Where a file system has no locks, each
+file is still whole.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import logging
+import os
+import secrets
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from io import FileIO
+from pathlib import Path
+
+from safetensors.torch import save
+from torch import Tensor
+
+_log = logging.getLogger(__name__)
+_BEGIN, _END = ".prefix_attn-", ".tmp"  # of temporary names
+_PATIENCE = 10.0  # seconds to wait for a lock: whoever is stopped while holding one must not stop a training
+_NO_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.EBADF, errno.EACCES)  # of folders, on some file systems
+
+
+def replace(path: Path, content: bytes) -> None:
+    """Write one file: see ``replace_all``."""
+    replace_all(path.parent, {path.name: content})
+
+
+def replace_all(folder: Path, contents: Mapping[str, bytes | None]) -> None:
+    """Write files of these names into ``folder``, or remove those without a content.
+
+    Nothing is renamed before everything is on the disk. A symbolic link at one of the names is replaced, not followed:
+    it may lead into a cache that others read.
+
+    Raises:
+        OSError: a file cannot be written; the message names it. Files that were there stay as they were.
+    """
+    with locked(folder, exclusive=True), ExitStack() as stack:
+        _sweep(folder)
+        path = folder
+        try:
+            temporaries: dict[str, Path] = {}
+            for name, content in contents.items():
+                path = folder / name
+                if path.is_dir() and not path.is_symlink():
+                    raise OSError(errno.EISDIR, os.strerror(errno.EISDIR))
+                if content is not None:
+                    file, temporaries[name] = _temporary(folder, stack)
+                    left = memoryview(content)
+                    while left:
+                        left = left[file.write(left) :]
+                    os.fsync(file.fileno())
+            for name, temporary in temporaries.items():
+                path = folder / name
+                os.replace(temporary, path)
+            for name in contents.keys() - temporaries.keys():
+                path = folder / name
+                path.unlink(missing_ok=True)
+            _sync(folder)
+        except OSError as error:
+            raise OSError(error.errno, f"{error.strerror or error}; not saved", str(path)) from error
+
+
+def make_folder(folder: Path) -> None:
+    """Make ``folder`` and those above it, where they are not there.
+
+    Raises:
+        ValueError: something else has its name.
+    """
+    if folder.is_dir():
+        return
+    if folder.is_symlink() or folder.exists():
+        raise ValueError(f"{folder}: must be a folder, and is {'a file' if folder.is_file() else 'none'}")
+    folder.mkdir(parents=True, exist_ok=True)
+    _sync(folder.parent)
+
+
+@contextmanager
+def locked(folder: Path, *, exclusive: bool = False) -> Iterator[None]:
+    """A context that no other saver shares; readers do, unless it is ``exclusive``. Not for reading and then saving."""
+    try:
+        place = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:  # whatever is wrong with it, reading or writing it says so
+        yield
+        return
+    try:
+        _wait(place, folder, exclusive=exclusive)
+        yield
+    finally:
+        _try_lock(place, fcntl.LOCK_UN)  # closing is not enough where a forked process has the same file
+        os.close(place)
+
+
+def _wait(place: int, folder: Path, *, exclusive: bool) -> None:
+    end, pause = time.monotonic() + _PATIENCE, 0.001
+    while not _try_lock(place, fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH):
+        if time.monotonic() > end:
+            _log.warning("%s: locked by another process for %g s; this one goes on without waiting", folder, _PATIENCE)
+            return
+        time.sleep(pause)
+        pause = min(2 * pause, 0.05)
+
+
+def _try_lock(file: int, kind: int) -> bool:
+    """Whether nobody else has it locked. Where there are no locks, nobody has."""
+    try:
+        fcntl.flock(file, kind | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True
+    return True
+
+
+def _temporary(folder: Path, stack: ExitStack) -> tuple[FileIO, Path]:
+    """A new file, locked for as long as ``stack`` lives, and gone with it if it keeps its name."""
+    while True:
+        path = folder / f"{_BEGIN}{secrets.token_hex(8)}{_END}"
+        # Follows no link, takes no file that is there, and has no buffer that closing it would have to write.
+        file = stack.enter_context(path.open("xb", buffering=0))
+        stack.callback(path.unlink, missing_ok=True)
+        # A saver that sweeps may have been faster than the lock.
+        if _try_lock(file.fileno(), fcntl.LOCK_EX) and os.fstat(file.fileno()).st_nlink:
+            return file, path
+
+
+def _sweep(folder: Path) -> None:
+    """Remove temporary files whose process is dead: those of a living one are locked."""
+    for path in folder.glob(f"{_BEGIN}*{_END}"):
+        try:
+            file = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        except OSError:
+            continue
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            path.unlink(missing_ok=True)
+        except OSError as error:
+            _log.debug("%s stays: %s", path, error)
+        finally:
+            os.close(file)
+
+
+def _sync(folder: Path) -> None:
+    """Put the names of the files in ``folder`` on the disk."""
+    try:
+        place = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
+    except PermissionError:  # one that may be written and not read
+        return
+    try:
+        os.fsync(place)
+    except OSError as error:
+        if error.errno not in _NO_SYNC:
+            raise
+    finally:
+        os.close(place)
+
+
+def check_finite(tensors: Mapping[str, Tensor]) -> None:
+    """Refuse to save what cannot be loaded again.
+
+    Raises:
+        ValueError: a tensor holds NaN or infinite numbers; the message names it.
+    """
+    for name, tensor in tensors.items():
+        if not tensor.is_floating_point():
+            continue
+        good = int((tensor.float() if tensor.element_size() == 1 else tensor).isfinite().sum())
+        if good < tensor.numel():
+            raise ValueError(
+                f"{name} holds {tensor.numel() - good} of {tensor.numel()} numbers that are not finite: nothing is "
+                "saved, and files that are there stay as they are"
+            )
+
+
+def serialised(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
+    """A safetensors file, the same bytes for the same content. safetensors itself writes metadata in any order."""
+    content = save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, dict(metadata))
+    end = 8 + int.from_bytes(content[:8], "little")
+    head = json.loads(content[8:end])
+    head["__metadata__"] = dict(sorted(metadata.items()))
+    header = json.dumps(head, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % 8)  # what follows stays aligned
+    return len(header).to_bytes(8, "little") + header + content[end:]
