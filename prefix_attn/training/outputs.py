@@ -11,7 +11,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from prefix_attn.hf.io.files import read_json, replace
+from prefix_attn.hf.io.files import read_json
+from prefix_attn.hf.io.writing import replace
 
 DELIMITERS = {".csv": ",", ".tsv": "\t"}
 
