@@ -93,9 +93,12 @@ def _kept(model: Any, length: int, *, bf16: bool) -> int:
     modes = [(module, module.training) for module in model.modules()]
     model.train()
     try:
-        with torch.random.fork_rng(), torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-            with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-                target_loss(model, batch)
+        with (
+            torch.random.fork_rng(),
+            torch.autocast(device.type, torch.bfloat16, enabled=bf16),
+            torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
+        ):
+            target_loss(model, batch)
     finally:
         for module, training in modes:
             module.training = training
