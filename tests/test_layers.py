@@ -36,11 +36,12 @@ ORDER = (
     ("prefix_attn.hf.model", "prefix_attn.hf.embedding"),
     ("prefix_attn.hf.edit", "prefix_attn.hf.mass", "prefix_attn.hf.check"),
     ("prefix_attn.training",),
+    ("prefix_attn.serve",),
     ("prefix_attn.experiments",),
     ("prefix_attn.cli",),
 )
 LEVELS = {name: height for height, names in enumerate(ORDER) for name in names}
-FOLDERS = ("hf.attach", "hf.io", "training", "experiments", "cli")
+FOLDERS = ("hf.attach", "hf.io", "training", "serve", "experiments", "cli")
 PEERS = tuple(f"prefix_attn.{folder}" for folder in FOLDERS)
 # They only hand names on, at their first use: below hf nobody imports them, and there is nothing in them to order.
 FACES = ("prefix_attn", "prefix_attn.hf")
@@ -55,6 +56,7 @@ HEAVY = {
         "prefix_attn.training.conversation",
         "prefix_attn.training.trainer",
         "prefix_attn.training.chat",
+        "prefix_attn.serve",
         "prefix_attn.experiments.pretrain",
     ),
     "triton": ("prefix_attn.backends.triton",),

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
-from prefix_attn.cli import experiments, generate, tools, train, use
+from prefix_attn.cli import experiments, generate, serve, tools, train, use
 from prefix_attn.cli.shared import ERR
 
 app = typer.Typer(
@@ -28,6 +28,7 @@ def _main(debug: Annotated[bool, typer.Option("--debug", help="Show the tracebac
 
 for _command in (train.train, generate.generate, generate.chat, use.evaluate, use.inspect, tools.convert, tools.check):
     app.command()(_command)
+app.command()(serve.serve)
 for _command in (experiments.reproduce, experiments.ablate, experiments.pretrain, experiments.report):
     app.command()(_command)
 

@@ -303,7 +303,7 @@ class PrefixModel(PeftWords):
                 stack.enter_context(runner.running(kv, resolver.layout(config), gates=encoder.gate, starts=starts))
             else:
                 configs = {name: config for name, (_, config) in found.items()}
-                self._check_together(configs)
+                self.check_together(list(found))
                 kvs = [self._kv_of(name, encoder) for name, (encoder, _) in found.items()]
                 rows = make_rows(names, configs, kvs)
                 gates: list[Tensor] = [encoder.gate for encoder, _ in found.values() if encoder.gate is not None]
@@ -334,7 +334,9 @@ class PrefixModel(PeftWords):
         needed = needed and not self._disabled and any(names or [self.active_prefix])
         return self.attachment.runner.on_demand(partial(self._running, names, start), needed=needed)
 
-    def _check_together(self, configs: dict[str, PrefixConfig]) -> None:
+    def check_together(self, names: Sequence[str]) -> None:
+        """Raise a ValueError if the prefixes ``names`` cannot share a batch."""
+        configs = {name: self.find_prefix(name)[1] for name in names}
         for field in ("backend", "sites", "layers", "gate"):
             values = {name: getattr(config, field) for name, config in configs.items()}
             if any(value != next(iter(values.values())) for value in values.values()):

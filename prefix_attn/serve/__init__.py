@@ -1,0 +1,1 @@
+"""Serve trained prefixes over OpenAI's API: ``prefix-attn serve``."""

@@ -1,0 +1,164 @@
+"""One generation that a client waits for: its prompt, how its tokens are chosen, and what was written so far."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from transformers import LogitsProcessorList, MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+from transformers.generation.logits_process import TemperatureLogitsWarper
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+UNFINISHED = "\ufffd"  # what a tokenizer writes for a character whose last bytes are still to come
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are chosen and when they end, in OpenAI's words and vLLM's.
+
+    Attributes:
+        max_tokens: limit of the output.
+        temperature: logits are divided by it. 0 takes the likeliest token.
+        top_p: draw from the likeliest tokens whose probabilities add up to this.
+        top_k: draw from this many of the likeliest tokens. 0 or less: from all.
+        min_p: draw from tokens with at least this share of the likeliest one's probability.
+        seed: of what is drawn. None: another one each time.
+        stop: the output ends before the first of these texts.
+        stop_ids: the output ends with the first of these tokens.
+    """
+
+    max_tokens: int
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    stop_ids: tuple[int, ...] = ()
+
+    def warpers(self) -> LogitsProcessorList:
+        """What changes the logits before a token is drawn."""
+        found = LogitsProcessorList()
+        if self.temperature not in (0, 1):
+            found.append(TemperatureLogitsWarper(float(self.temperature)))
+        if self.top_k > 0:
+            found.append(TopKLogitsWarper(self.top_k))
+        if self.top_p < 1:
+            found.append(TopPLogitsWarper(self.top_p))
+        if self.min_p > 0:
+            found.append(MinPLogitsWarper(self.min_p))
+        return found
+
+
+@dataclass(frozen=True)
+class Piece:
+    """News of a generation.
+
+    Attributes:
+        text: what was written since the last piece.
+        finish_reason: "stop" or "length" in the last piece. None before it.
+        error: why there will be no more.
+    """
+
+    text: str = ""
+    finish_reason: str | None = None
+    error: str | None = None
+
+
+class Generation:
+    """A prompt in the engine.
+
+    Attributes:
+        prompt: its tokens.
+        prefix: the name of its prefix. None: no prefix.
+        tokens: what was generated so far, with the token that ended it.
+    """
+
+    def __init__(
+        self,
+        prompt: Sequence[int],
+        prefix: str | None,
+        sampling: Sampling,
+        tokenizer: PreTrainedTokenizerBase,
+        listener: Callable[[Piece], Any],
+    ) -> None:
+        """Take a prompt. ``listener`` is called in the engine's thread."""
+        self.prompt, self.prefix, self.sampling = list(prompt), prefix, sampling
+        self.tokens: list[int] = []
+        self._tokenizer, self._listener = tokenizer, listener
+        self._sent = 0  # characters
+        self._warpers = sampling.warpers()
+        self._random = torch.Generator()
+        if sampling.seed is None:
+            self._random.seed()
+        else:
+            self._random.manual_seed(sampling.seed)
+        self._over = threading.Event()
+
+    @property
+    def is_over(self) -> bool:
+        """Whether nothing more is to be written."""
+        return self._over.is_set()
+
+    @property
+    def left(self) -> int:
+        """How many tokens may still come."""
+        return self.sampling.max_tokens - len(self.tokens)
+
+    def cancel(self) -> None:
+        """Stop after the token that is being made. Nobody is told."""
+        self._over.set()
+
+    def fail(self, error: str) -> None:
+        """End with an error."""
+        self._end(Piece(error=error))
+
+    def choose(self, logits: Tensor) -> Tensor:
+        """(V,) scores with which the likeliest token is the one that this generation takes."""
+        if self.sampling.temperature == 0:
+            return logits
+        scores = self._warpers(torch.tensor([self.prompt + self.tokens]), logits[None].float().cpu())
+        token = torch.multinomial(scores.softmax(-1), 1, generator=self._random)
+        return torch.full_like(logits, -torch.inf).scatter(0, token[0].to(logits.device), 0.0)
+
+    def add(self, token: int) -> None:
+        """Take the next token, and tell the listener what it adds."""
+        if self.is_over:
+            return None
+        self.tokens.append(token)
+        text = self._tokenizer.decode(self.tokens, skip_special_tokens=True)
+        if (at := first_of(text, self.sampling.stop)) is not None:
+            return self._end(Piece(text[self._sent : at], "stop"))
+        if token in self.sampling.stop_ids:
+            return self._end(Piece(text[self._sent :], "stop"))
+        if self.left == 0:
+            return self._end(Piece(text[self._sent :], "length"))
+        # A character or a stop text may have begun. What begins with white space may yet be cut off by a tokenizer.
+        ready = len(text) - held_back(text, self.sampling.stop)
+        if ready > self._sent:
+            self._listener(Piece(text[self._sent : ready]))
+            self._sent = ready
+        return None
+
+    def _end(self, piece: Piece) -> None:
+        self._over.set()
+        self._listener(piece)
+
+
+def first_of(text: str, stops: Sequence[str]) -> int | None:
+    """Where the first of ``stops`` begins in ``text``."""
+    return min((at for stop in stops if (at := text.find(stop)) >= 0), default=None)
+
+
+def held_back(text: str, stops: Sequence[str]) -> int:
+    """How many characters at the end of ``text`` may be the beginning of a stop, or of a character."""
+    if text.endswith(UNFINISHED):
+        return len(text) - len(text.rstrip(UNFINISHED))
+    begun = (n for stop in stops for n in range(1, len(stop)) if text.endswith(stop[:n]))
+    return max(begun, default=0)
