@@ -17,6 +17,7 @@ import torch
 from prefix_attn import PrefixConfig, get_prefix_model
 from prefix_attn.training import conversation
 from prefix_attn.training.generate import Generator
+from prefix_attn.training.metrics import score
 from prefix_attn.training.prompts import Prompt
 from tests.hf.models import spread, tiny
 from tests.test_cli import run
@@ -168,6 +169,59 @@ def test_errors_are_one_line(
     assert len(lines) == 1
     assert re.search(message, lines[0])
     assert not list(Path().glob("x.*"))
+
+
+# Evaluate -------------------------------------------------------------------------------------------------------------
+
+
+def test_the_metrics_and_texts_that_are_asked_for(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The texts are those of generate, and as long as the longest reference; the scores are theirs."""
+    monkeypatch.chdir(folder)
+    Path("pairs.jsonl").write_text('{"source": "a", "target": "b\\nc"}\n{"source": "d", "target": "abcdef"}\n')
+    pairs = ("talk", "--data", "pairs.jsonl")
+    options = ("--metrics", "F1,exact, loss", "--output", "texts.jsonl", "--json")
+    assert run(monkeypatch, "evaluate", *pairs, *options) == 0
+    scores = json.loads(capsys.readouterr().out)
+    assert list(scores) == ["frozen", "prefix"]
+    assert [list(values) for values in scores.values()] == [["f1", "exact", "loss"]] * 2
+    rows = [json.loads(line) for line in Path("texts.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert [(row["source"], row["reference"]) for row in rows] == [("a", "b\nc"), ("d", "abcdef")]
+    assert run(monkeypatch, "generate", "talk", "a", "d", "--max-new-tokens", 8, "--json") == 0
+    outputs = [row["output"] for row in json.loads(capsys.readouterr().out)]
+    assert [row["output"] for row in rows] == outputs
+    assert score(outputs, [["b\nc"], ["abcdef"]], ["f1"])["f1"] == scores["prefix"]["f1"]
+    assert {row["output without prefix"] for row in rows}.isdisjoint(outputs)
+    monkeypatch.setattr(Generator, "texts", None)  # which the loss does not need
+    assert run(monkeypatch, "evaluate", *pairs, "--metrics", "loss", "--no-frozen", "--json") == 0
+    assert json.loads(capsys.readouterr().out) == {"prefix": {"loss": scores["prefix"]["loss"]}}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--metrics", "bleu,bleurt"), "no metric 'bleurt'; there are bleu, nist, meteor, rougeL, .* exact, f1, loss"),
+        (("--metrics", ""), "no metric ''; there are"),
+        (("--metrics", "loss", "--output", "x.csv"), "--metrics loss writes none: leave one out"),
+        (("--output", "x.txt"), r"must end in \.csv, \.tsv or \.jsonl"),
+        (("--metrics", "bleu"), "the metric bleu needs the package sacrebleu: pip install 'prefix-attn"),
+    ],
+)
+def test_what_cannot_be_evaluated(
+    options: tuple[str, ...],
+    message: str,
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """It is said before data or model are read."""
+    monkeypatch.chdir(folder)
+    if "package" in message:
+        monkeypatch.setattr("prefix_attn.training.metrics.find_spec", lambda package: None)
+    assert run(monkeypatch, "evaluate", "nowhere", "--data", "nothing.csv", *options) == 1
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert re.search(message, line)
 
 
 # Chat -----------------------------------------------------------------------------------------------------------------

@@ -33,6 +33,7 @@ from prefix_attn.cli.shared import (
     ERR,
     Adapter,
     AsJson,
+    BaseModel,
     Delimiter,
     Encoding,
     SkipBadRows,
@@ -65,7 +66,6 @@ Output = Annotated[
 ]
 OutputColumn = Annotated[str, typer.Option(help="With --output: the name of the column that is added.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on with --output where it ends, after a kill.")]
-BaseModel = Annotated[str | None, typer.Option(help="Base model. Default: the one that the adapter names.")]
 
 
 class Inputs(NamedTuple):

@@ -55,6 +55,7 @@ SpecialTokens = Annotated[
 ]
 Beams = Annotated[int, typer.Option(min=1, help="Number of beams. 1 decodes greedily.")]
 NewTokens = Annotated[int, typer.Option(min=1, help="Maximum length of each output.")]
+BaseModel = Annotated[str | None, typer.Option(help="Base model. Default: the one that the adapter names.")]
 BatchSize = Annotated[int, typer.Option(min=1, help="Rows per batch.")]
 
 

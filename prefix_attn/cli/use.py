@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -11,16 +12,16 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
+from prefix_attn.cli.decoding import NumBeams, RowsPerBatch, decoding_option
 from prefix_attn.cli.shared import (
     ERR,
     Adapter,
     AsJson,
+    BaseModel,
     BatchSize,
-    Beams,
     Data,
     Delimiter,
     Encoding,
-    NewTokens,
     SkipBadRows,
     Source,
     System,
@@ -37,6 +38,22 @@ if TYPE_CHECKING:
     from prefix_attn.training.prompts import Prompt
     from prefix_attn.training.tokens import Row
 
+LOSS_ROWS = 16  # per batch
+
+Metrics = Annotated[
+    str | None,
+    typer.Option(
+        help="Those to compute, with commas between: bleu, nist, meteor, rougeL, cider, chrf, ter, loss; also rouge1, "
+        "rouge2, exact, f1. Default: the first eight."
+    ),
+]
+TextFile = Annotated[
+    Path | None, typer.Option(help="Write the texts that are scored to this .csv, .tsv or .jsonl file.", dir_okay=False)
+]
+AsReferences = Annotated[
+    int | None, decoding_option(min=1, help="Maximum length of each output. Default: that of the longest reference.")
+]
+
 
 def evaluate(
     adapter: Adapter,
@@ -50,11 +67,13 @@ def evaluate(
     template: Template = None,
     system: System = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Use only this many inputs.")] = None,
-    model: Annotated[str | None, typer.Option(help="Base model. Default: the one that the adapter names.")] = None,
+    model: BaseModel = None,
     frozen: Annotated[bool, typer.Option(help="Also score the model without its prefix.")] = True,
-    num_beams: Beams = 1,
-    max_new_tokens: NewTokens = 48,
-    batch_size: BatchSize = 16,
+    metrics: Metrics = None,
+    output: TextFile = None,
+    num_beams: NumBeams = 1,
+    max_new_tokens: AsReferences = None,
+    batch_size: RowsPerBatch = None,
     as_json: AsJson = False,
 ) -> None:
     """Score a prefix: BLEU, NIST, METEOR (needs nltk's WordNet), ROUGE-L, CIDEr, chrF++, TER, and the target loss.
@@ -63,38 +82,95 @@ def evaluate(
     scored is its last.
 
     [bold]prefix-attn evaluate runs/e2e --data testset_w_refs.csv --num-beams 5[/bold]
+
+    [bold]prefix-attn evaluate runs/tickets --data test.csv --metrics rougeL,exact,f1 --output texts.csv[/bold]
     """
-    from contextlib import nullcontext
-
     from prefix_attn.training.data import Examples
-    from prefix_attn.training.evaluate import validation_loss
     from prefix_attn.training.examples import group
-    from prefix_attn.training.generate import generate_text
-    from prefix_attn.training.metrics import score
-    from prefix_attn.training.tokens import batches
+    from prefix_attn.training.metrics import choose
+    from prefix_attn.training.outputs import check
 
+    names = choose(metrics.replace(" ", "").split(",") if metrics is not None else None, besides=("loss",))
+    texts_wanted = names != ["loss"]
+    if output is not None:
+        if not texts_wanted:
+            raise ValueError("--output holds the texts, and --metrics loss writes none: leave one out")
+        check(output)
     reading = {"source_column": source_column, "target_column": target_column, "delimiter": delimiter}
     read = Examples(data, split=split, encoding=encoding, skip_bad_rows=skip_bad_rows, **reading)
     prompt = prompt_of(adapter, template, system)
     prompt = replace(prompt, one_line=prompt.one_line or read.one_line)
     examples = group(read.checked())[:limit]
     prefixed, tokenizer = prefixed_model(adapter, model)
-    loss_batches = batches(_rows(prefixed, tokenizer, examples, prompt), batch_size, tokenizer.pad_token_id)
-    results: dict[str, dict[str, float]] = {}
+    limits = {"num_beams": num_beams, "batch_size": batch_size}
+    limits["max_new_tokens"] = max_new_tokens or _longest(prefixed, tokenizer, examples)
+    scored, texts = dict[str, dict[str, float]](), dict[str, list[str]]()
     for name in ("frozen", "prefix") if frozen else ("prefix",):
-        with (
-            prefixed.disable_prefix() if name == "frozen" else nullcontext(),
-            progress(name, len(examples)) as advance,
-        ):
-            options = {"num_beams": num_beams, "max_new_tokens": max_new_tokens, "batch_size": batch_size}
-            asked = [example.prompt for example in examples]
-            texts = generate_text(prefixed, tokenizer, asked, prompt=prompt, progress=advance, **options)
-            results[name] = score(texts, [e.references for e in examples])
-            results[name]["loss"] = validation_loss(prefixed, loss_batches)
-    table = Table("", *next(iter(results.values())), title=Text(f"{adapter} on {data}, {len(examples)} inputs"))
-    for name, metrics in results.items():
-        table.add_row(name, *(f"{value:.2f}" for value in metrics.values()))
-    show(results, as_json, table)
+        with prefixed.disable_prefix() if name == "frozen" else nullcontext():
+            if texts_wanted:
+                texts[name] = _texts(name, prefixed, tokenizer, examples, prompt=prompt, **limits)
+            scored[name] = _scores(names, prefixed, tokenizer, examples, prompt, texts.get(name), batch_size)
+    if output is not None:
+        _write_texts(output, examples, texts)
+    table = Table("", *names, title=Text(f"{adapter} on {data}, {len(examples)} inputs"))
+    for name, values in scored.items():
+        table.add_row(name, *(f"{value:.2f}" for value in values.values()))
+    show(scored, as_json, table)
+
+
+def _longest(model: Any, tokenizer: Any, examples: list[Example]) -> int:
+    """Room for the longest reference and its end, as far as the model has positions."""
+    from prefix_attn.training.generate import default_new_tokens
+
+    longest = max(len(tokenizer(text, verbose=False)["input_ids"]) for one in examples for text in one.references)
+    return default_new_tokens(model, longest + 2)  # its end, and a token that a leading space may take
+
+
+def _texts(name: str, model: Any, tokenizer: Any, examples: list[Example], **options: Any) -> list[str]:
+    from prefix_attn.training.generate import Generator
+
+    generator = Generator(model, tokenizer, **options)
+    with progress(name, len(examples)) as advance:
+        texts = generator.texts([example.prompt for example in examples], advance)
+    generator.warn_of_cuts()
+    return texts
+
+
+def _scores(
+    names: list[str],
+    model: Any,
+    tokenizer: Any,
+    examples: list[Example],
+    prompt: Prompt,
+    texts: list[str] | None,
+    batch_size: int | None,
+) -> dict[str, float]:
+    from prefix_attn.training.evaluate import validation_loss
+    from prefix_attn.training.metrics import score
+    from prefix_attn.training.tokens import batches
+
+    found: dict[str, float] = {}
+    if texts is not None:
+        found = score(texts, [example.references for example in examples], [name for name in names if name != "loss"])
+    if "loss" in names:
+        rows = _rows(model, tokenizer, examples, prompt)
+        found["loss"] = validation_loss(model, batches(rows, batch_size or LOSS_ROWS, tokenizer.pad_token_id))
+    return {name: found[name] for name in names}
+
+
+def _write_texts(path: Path, examples: list[Example], texts: dict[str, list[str]]) -> None:
+    from prefix_attn.training.outputs import OutputFile
+
+    columns = {"prefix": "output", "frozen": "output without prefix"}
+    rows = [
+        {
+            "source": example.prompt,
+            "reference": example.references[0] if len(example.references) == 1 else example.references,
+            **{columns[name]: texts[name][i] for name in columns if name in texts},
+        }
+        for i, example in enumerate(examples)
+    ]
+    OutputFile(path, list(rows[0])).write(rows)
 
 
 def _rows(model: Any, tokenizer: Any, examples: list[Example], prompt: Prompt) -> list[Row]:

@@ -8,7 +8,7 @@ import math
 import pytest
 
 from prefix_attn.training import metrics
-from prefix_attn.training.metrics import METRICS, SCORED, score
+from prefix_attn.training.metrics import METRICS, SCORED, choose, score
 from tests.numerics import DOUBLE, close
 
 
@@ -39,6 +39,33 @@ def test_rouge_and_ter_by_hand() -> None:
     found = score(["the cat sat", "a dog"], [["the cat ran", "birds"], ["a dog"]])
     assert found["rougeL"] == pytest.approx(100 * (2 / 3 + 1) / 2)
     assert found["ter"] == pytest.approx(100 / (2 + 2))  # one edit; references have 3 and 1 words, 2 on average, and 2
+
+
+def test_exact_f1_and_rouge_by_hand() -> None:
+    asked = ("exact", "f1", "rouge1", "rouge2")
+    found = score(["The cat, sat", "a dog\n", ""], [["birds", "the cat sat down"], ["a dog"], [" "]], asked)
+    assert tuple(found) == asked
+    assert found["exact"] == pytest.approx(100 * (0 + 1 + 1) / 3)
+    assert found["f1"] == pytest.approx(100 * (2 * 3 / (4 + 4) + 1 + 1) / 3)  # the comma is in none
+    assert found["rouge1"] == pytest.approx(100 * (2 * 3 / (3 + 4) + 1 + 0) / 3)
+    assert found["rouge2"] == pytest.approx(100 * (2 * 2 / (2 + 3) + 1 + 0) / 3)
+
+
+def test_the_metrics_that_are_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By any case, and those alone. What is missing is named before anything is scored."""
+    assert choose(["rougel", "BLEU", "bleu", "Loss"], besides=("loss",)) == ["rougeL", "bleu", "loss"]
+    everything = score(["the cat"], [["a cat"]])
+    assert score(["the cat"], [["a cat"]], ["rougel", "nist"]) == {
+        name: everything[name] for name in ("rougeL", "nist")
+    }
+    with pytest.raises(ValueError, match=r"no metric 'bleurt'; there are bleu, nist, .*, exact, f1, loss"):
+        choose(["bleu", "bleurt"], besides=("loss",))
+    with pytest.raises(ValueError, match="no METEOR: nltk's WordNet is missing"):
+        choose(["meteor"])
+    monkeypatch.setattr(metrics, "find_spec", lambda package: None if package == "rouge_score" else package)
+    with pytest.raises(ModuleNotFoundError, match="the metric rougeL needs the package rouge_score"):
+        choose()
+    assert choose(["bleu"]) == ["bleu"]
 
 
 def test_numbers_of_references_may_differ() -> None:
