@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import shlex
+import shutil
+import signal
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+import typer
 
 from prefix_attn.cli.shared import (
     AsJson,
@@ -59,6 +65,8 @@ from prefix_attn.cli.train_options import (
     VirtualTokens,
 )
 from prefix_attn.hf.config import PrefixConfig
+from prefix_attn.training.interrupt import Interrupted
+from prefix_attn.training.resume import facts_of_settings, find_checkpoint, last_checkpoint
 from prefix_attn.training.settings import TrainingSettings
 
 Options = Mapping[str, Any]  # the arguments of ``train`` by name
@@ -128,8 +136,28 @@ def train(
     options = dict(locals())
     _check(options)
     config, settings = _prefix(options), TrainingSettings(**_fields_of(TrainingSettings, options))
-    metrics = _distill(config, settings, options) if distill_from else _train(config, settings, options)
+    find_checkpoint(settings, facts_of_settings(settings, config))
+    try:
+        metrics = _distill(config, settings, options) if distill_from else _train(config, settings, options)
+    except Interrupted as stop:
+        show(stop.metrics, as_json, _summary(stop.metrics, output))
+        typer.echo(f"{stop}. To go on: {_resume_command()}", err=True)
+        raise typer.Exit(128 + stop.signal) from None
+    except KeyboardInterrupt:
+        left = last_checkpoint(output)
+        found = f"the last checkpoint is {left}" if left else "there is no checkpoint yet"
+        typer.echo(f"stopped at once; {found}. To go on: {_resume_command()}", err=True)
+        raise typer.Exit(128 + signal.SIGINT) from None
     show(metrics, as_json, _summary(metrics, output))
+
+
+def _resume_command() -> str:
+    """The command that was typed, with ``--resume``."""
+    script, *arguments = sys.argv
+    program = ["prefix-attn"] if shutil.which("prefix-attn") == script else [script]
+    if Path(script).name == "__main__.py":
+        program = [sys.executable, "-m", "prefix_attn.cli"]
+    return shlex.join([*program, *arguments, *(() if "--resume" in arguments else ("--resume",))])
 
 
 def _fields_of(kind: Any, options: Options) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from prefix_attn.hf.attach.wrapper import evaluating
 from prefix_attn.hf.config import PrefixConfig
 from prefix_attn.hf.model import PrefixModel, get_prefix_model
 from prefix_attn.training.head import sum_over
+from prefix_attn.training.row_file import digest
 from prefix_attn.training.settings import TrainingSettings
 from prefix_attn.training.tokens import Batch, Row, batches
 from prefix_attn.training.train import VALIDATION_BATCH, fit
@@ -79,6 +80,8 @@ def distill(
         pad_id,
         (lambda: mean_divergence(model, teacher, held_out_batches)) if held_out_batches else None,
         settings,
+        held_out=held_out[:VALIDATION_ROWS],
+        task={"document": digest([{"input_ids": ids}]), "top_k": top_k},
         objective=lambda student, batch: divergence(student, teacher(batch), batch),
         extra={"document_tokens": len(ids), "rows": len(rows)},
     )

@@ -38,7 +38,8 @@ class TrainingSettings:
     The length is ``steps``, or ``epochs`` passes over the rows; with neither it is ``STEPS`` steps. A step takes
     ``gradient_accumulation_steps`` batches of ``batch_size`` rows. ``learning_rate`` defaults to
     ``default_learning_rate``. Every ``validate_every`` steps the validation loss is measured and a checkpoint is
-    written. ``resume`` continues, bit for bit, from the last complete checkpoint in ``output``. ``packing`` puts the
+    written. ``resume`` continues, bit for bit, from the last complete checkpoint in ``output``, or begins from the
+    start where there is none. ``packing`` puts the
     rows of a batch one behind the other instead of padding them: the same loss in less time. It takes a causal model
     and ``mode="kv"``.
 

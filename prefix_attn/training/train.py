@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import signal
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -14,17 +15,19 @@ from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer_callback import TrainerState
 
 from prefix_attn.hf.attach.gradient_checkpointing import set_checkpointing
+from prefix_attn.hf.config import PrefixConfig
 from prefix_attn.hf.io.writing import replace
 from prefix_attn.hf.model import PrefixModel
 from prefix_attn.training.evaluate import validation_loss
 from prefix_attn.training.examples import Example
+from prefix_attn.training.interrupt import Interrupted, signals_noted
 from prefix_attn.training.packing import check_packing, pack
-from prefix_attn.training.prompts import FILE, Prompt
-from prefix_attn.training.resume import last_checkpoint
+from prefix_attn.training.prompts import Prompt
+from prefix_attn.training.resume import facts_of_settings, facts_of_training, find_checkpoint, keep
 from prefix_attn.training.row_file import RowFile
-from prefix_attn.training.settings import TrainingSettings, default_learning_rate
+from prefix_attn.training.settings import TrainingSettings
 from prefix_attn.training.tokens import DEFAULT, Collator, Encoder, Row, batches, encode
-from prefix_attn.training.trainer import EarlyStopping, Intervals, Objective, PrefixTrainer
+from prefix_attn.training.trainer import EarlyStopping, Intervals, Objective, PrefixTrainer, StopWhenTold
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -57,11 +60,13 @@ def train(
 
     Raises:
         ValueError: there are no examples, or none to validate on where the best prefix is to be kept; a target does not
-            fit into ``max_length``; there is nothing to resume from, or ``settings.output`` holds checkpoints of
-            another training.
+            fit into ``max_length``; ``settings.output`` holds checkpoints of another training, or of one with other
+            settings or data.
         FloatingPointError: a loss, a gradient or the prefix is not finite. What was saved before is left as it is.
         OSError: a checkpoint cannot be written.
+        Interrupted: SIGINT or SIGTERM came. The step was finished, and a checkpoint and the prefix were saved.
     """
+    find_checkpoint(settings, facts_of_settings(settings, _config(model)))  # early: what follows takes time
     longest, options = settings.max_length, {"prompt": prompt, "encoder_decoder": model.config.is_encoder_decoder}
     encoder = Encoder(tokenizer, longest, **options)
     rows = RowFile(encoder.rows(examples, skip_bad_rows=skip_bad_rows), settings.output)
@@ -74,7 +79,7 @@ def train(
         check_packing(model, rows)
     pad_id = tokenizer.pad_token_id
     measure = partial(validation_loss, model, batches(held_out, VALIDATION_BATCH, pad_id)) if held_out else None
-    return fit(model, rows, pad_id, measure, settings, prompt=prompt, extra={"cut": cut})
+    return fit(model, rows, pad_id, measure, settings, held_out=held_out, prompt=prompt, extra={"cut": cut})
 
 
 def fit(
@@ -84,6 +89,8 @@ def fit(
     measure: Callable[[], float] | None,
     settings: TrainingSettings,
     *,
+    held_out: Sequence[Row] = (),
+    task: Mapping[str, Any] | None = None,
     objective: Objective | None = None,
     prompt: Prompt | None = None,
     extra: Mapping[str, Any],
@@ -96,6 +103,8 @@ def fit(
         pad_id: token that pads the rows of a batch.
         measure: returns the current validation loss. None: there is nothing to measure it on.
         settings: how to train.
+        held_out: what ``measure`` looks at. A resumed training must have the same.
+        task: what else it must have.
         objective: the loss of the model on a batch. Default: ``target_loss``.
         prompt: what stands around the inputs in ``rows``. It is saved beside the prefix.
         extra: added to the metrics.
@@ -103,18 +112,26 @@ def fit(
     if settings.keeps_best and measure is None:
         name = "early_stopping" if settings.early_stopping else "load_best_model_at_end"
         raise ValueError(f"{name} needs rows to validate on, and there are none")
-    checkpoint = _checkpoint(settings)
+    facts = facts_of_training(settings, _config(model), rows, held_out, prompt) | dict(task or {})
+    checkpoint = find_checkpoint(settings, facts)
+    if checkpoint is None and settings.resume:
+        _log.warning("%s: no checkpoint to resume from: training begins from the start", settings.output)
+    keep(settings.output, facts)
     if prompt is not None:
-        _keep(prompt, settings)
+        prompt.save(settings.output)
     if settings.gradient_checkpointing:
         set_checkpointing(model, use_reentrant=False)
-    trainer = _trainer(model, rows, pad_id, measure, settings, objective)
-    trainer.args.eval_on_start = measure is not None and checkpoint is None
-    _run(trainer, settings, checkpoint)
-    metrics = {**_metrics(trainer, model, settings), **extra}
-    model.save_pretrained(settings.output)
-    replace(settings.output / "metrics.json", json.dumps(metrics, indent=2).encode())
-    plot(metrics, settings.output / "loss.png")
+    with signals_noted() as noted:
+        trainer = _trainer(model, rows, pad_id, measure, settings, objective, noted)
+        trainer.args.eval_on_start = measure is not None and checkpoint is None
+        finished = _run(trainer, settings, checkpoint)
+        stopped = signal.Signals(noted[0]).name if noted and not finished else None
+        metrics = {**_metrics(trainer, model, settings), "interrupted": stopped, **extra}
+        model.save_pretrained(settings.output)
+        replace(settings.output / "metrics.json", json.dumps(metrics, indent=2).encode())
+        plot(metrics, settings.output / "loss.png")
+    if stopped is not None:
+        raise Interrupted(noted[0], metrics)
     return metrics
 
 
@@ -125,8 +142,9 @@ def _trainer(
     measure: Callable[[], float] | None,
     settings: TrainingSettings,
     objective: Objective | None,
+    noted: Sequence[int],
 ) -> PrefixTrainer:
-    callbacks: list[TrainerCallback] = [Intervals()]
+    callbacks: list[TrainerCallback] = [Intervals(), StopWhenTold(noted)]
     if settings.early_stopping is not None:
         callbacks.append(EarlyStopping(settings.early_stopping))
     trainer = PrefixTrainer(
@@ -144,20 +162,32 @@ def _trainer(
     return trainer
 
 
-def _run(trainer: PrefixTrainer, settings: TrainingSettings, checkpoint: Path | None) -> None:
-    """Train, from ``checkpoint`` on if there is one."""
+def _run(trainer: PrefixTrainer, settings: TrainingSettings, checkpoint: Path | None) -> bool:
+    """Train, from ``checkpoint`` on if there is one. Return whether it came to its end."""
+    steps = trainer.state.max_steps
     if checkpoint is None:
         trainer.train()
-        return
+        return _is_over(trainer.state, steps, settings)
     state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
-    stopped = settings.early_stopping is not None and EarlyStopping(settings.early_stopping).is_over(state)
-    if state.global_step < trainer.state.max_steps and not stopped:
+    if state.global_step > steps:
+        raise ValueError(f"{settings.output}: {state.global_step} steps are done, and {steps} are asked for: take more")
+    if not _is_over(state, steps, settings):
         trainer.train(resume_from_checkpoint=str(checkpoint))
-        return
+        return _is_over(trainer.state, steps, settings)
     # It was killed after its last step. The Trainer would do one more step before it notices.
     trainer.state = state
     best = settings.output / f"checkpoint-{state.best_global_step}"
     trainer._load_from_checkpoint(str(best if settings.keeps_best and best.is_dir() else checkpoint))
+    return True
+
+
+def _is_over(state: TrainerState, steps: int, settings: TrainingSettings) -> bool:
+    patience = settings.early_stopping
+    return state.global_step >= steps or (patience is not None and EarlyStopping(patience).is_over(state))
+
+
+def _config(model: PrefixModel) -> PrefixConfig:
+    return model.prefix_configs[model.active_prefix or "default"]
 
 
 def _metrics(trainer: PrefixTrainer, model: PrefixModel, settings: TrainingSettings) -> dict[str, Any]:
@@ -175,15 +205,14 @@ def _metrics(trainer: PrefixTrainer, model: PrefixModel, settings: TrainingSetti
 
 
 def _arguments(model: PrefixModel, settings: TrainingSettings, *, validates: bool) -> TrainingArguments:
-    config = model.prefix_configs[model.active_prefix or "default"]
-    rate = settings.learning_rate
+    rate = facts_of_settings(settings, _config(model))["learning_rate"]
     return TrainingArguments(
         output_dir=str(settings.output),
         max_steps=settings.steps or -1,
         num_train_epochs=settings.epochs or 1,
         per_device_train_batch_size=settings.batch_size,
         gradient_accumulation_steps=settings.gradient_accumulation_steps,
-        learning_rate=default_learning_rate(config) if rate is None else rate,
+        learning_rate=rate,
         weight_decay=0.0,
         lr_scheduler_type="linear",
         logging_steps=1,
@@ -209,25 +238,6 @@ def has_bfloat16(device: torch.device) -> bool:
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
-
-
-def _checkpoint(settings: TrainingSettings) -> Path | None:
-    """The checkpoint to resume from. None for a new training."""
-    found = last_checkpoint(settings.output)
-    if settings.resume and found is None:
-        raise ValueError(f"{settings.output}: no checkpoint to resume from")
-    if found is not None and not settings.resume:
-        # They would stay among those of the new training, and a later resume could pick one of them.
-        raise ValueError(f"{settings.output}: holds checkpoints of another training; resume it, or take another folder")
-    return found
-
-
-def _keep(prompt: Prompt, settings: TrainingSettings) -> None:
-    """Save ``prompt`` before the first checkpoint, with which it is used too. A resumed training has what it had."""
-    before = Prompt.load(settings.output) if (settings.output / FILE).exists() else prompt
-    if settings.resume and before != prompt:
-        raise ValueError(f"{settings.output}: was trained with {before}, and cannot go on with {prompt}")
-    prompt.save(settings.output)
 
 
 def plot(metrics: dict[str, Any], path: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -160,6 +160,19 @@ class EarlyStopping(TrainerCallback):
         """Checkpoints follow validations."""
         if self.is_over(state):
             control.should_training_stop = True
+
+
+class StopWhenTold(TrainerCallback):
+    """Saves a checkpoint after the step in which a signal came, and ends the training."""
+
+    def __init__(self, noted: Sequence[int]) -> None:
+        """``noted`` are the signals that came."""
+        self.noted = noted
+
+    def on_step_end(self, args: Any, state: TrainerState, control: Any, **_: Any) -> None:
+        """After each step."""
+        if self.noted:
+            control.should_save = control.should_training_stop = True
 
 
 class Intervals(TrainerCallback):
