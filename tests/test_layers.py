@@ -39,6 +39,7 @@ ORDER = (
     ("prefix_attn.serve",),
     ("prefix_attn.experiments",),
     ("prefix_attn.cli",),
+    ("prefix_attn.__main__",),
 )
 LEVELS = {name: height for height, names in enumerate(ORDER) for name in names}
 FOLDERS = ("hf.attach", "hf.io", "training", "serve", "experiments", "cli")

@@ -3,45 +3,98 @@
 from __future__ import annotations
 
 import sys
-from typing import Annotated
+from typing import Annotated, Any, NoReturn
 
 import typer
 from rich.markup import escape
+from typer.core import TyperCommand
 
+from prefix_attn import __version__
 from prefix_attn.cli import experiments, generate, serve, tools, train, use
 from prefix_attn.cli.shared import ERR
 
+NAME = "prefix-attn"
+
+
+class Command(TyperCommand):
+    """A command whose help has <int> where typer has <int range>: so names fit into 80 columns."""
+
+    def get_params(self, ctx: Any) -> list[Any]:
+        """The parameters, as typer has them."""
+        params: list[Any] = super().get_params(ctx)
+        for param in params:
+            if param.type_descriptor.is_ranged:
+                param.metavar = f"<{param.type_descriptor.ranged_type_name}>"
+        return params
+
+
 app = typer.Typer(
-    name="prefix-attn",
+    name=NAME,
     help="Prefix tuning: train a small prefix for a frozen language model, and use it.",
-    no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
 
 
-@app.callback()
-def _main(debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False) -> None:
-    pass
+def _show_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"{NAME} {__version__}")
+        raise typer.Exit
+
+
+@app.callback(invoke_without_command=True)
+def _main(
+    context: typer.Context,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    version: Annotated[
+        bool,
+        typer.Option("--version", help="Show the version.", is_eager=True, callback=_show_version),
+    ] = False,
+) -> None:
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help())
+        raise typer.Exit(2)
 
 
 for _command in (train.train, generate.generate, generate.chat, use.evaluate, use.inspect, tools.convert, tools.check):
-    app.command()(_command)
-app.command()(serve.serve)
+    app.command(cls=Command)(_command)
+app.command(cls=Command)(serve.serve)
 for _command in (experiments.reproduce, experiments.ablate, experiments.pretrain, experiments.report):
-    app.command()(_command)
+    app.command(cls=Command)(_command)
 
 
 def run() -> None:
-    """Run a command. An error is one line on stderr and exit status 1, or a traceback with ``--debug``."""
+    """Run a command. An error is one line on stderr and status 1 or 2, or with --debug a traceback."""
     try:
-        app(standalone_mode=True)
+        status = app(prog_name=NAME, standalone_mode=False)
     except ModuleNotFoundError:
         raise  # to main, which knows the extras
+    except typer.TyperException as error:
+        _fail(_usage(error), error.exit_code)
+    except typer.Abort:
+        _fail("aborted", 1)
     except (ValueError, NotImplementedError, OSError, ImportError, RuntimeError, ArithmeticError) as error:
         if "--debug" in sys.argv:
             raise
-        message = " ".join(str(error).split())
-        ERR.print(f"[bold red]error:[/] {escape(message)}", highlight=False, soft_wrap=True)
-        raise SystemExit(1) from None
+        _fail(str(error), 1)
+    raise SystemExit(status if isinstance(status, int) else 0)
+
+
+def _usage(error: Any) -> str:
+    """What is wrong with the arguments, what was given, and where help is."""
+    message = error.format_message().replace("Value error, ", "").rstrip(".")
+    if isinstance(error, typer.BadParameter):
+        cause: Any = error.__cause__
+        if cause is not None:  # pydantic's, which knows the value
+            given = repr(cause.errors()[0]["input"])
+            message += "" if given in message else f", got {given}"
+        elif not error.message and getattr(error.param, "help", None):  # it is missing
+            message += f": {error.param.help.rstrip('.')}"
+    context = getattr(error, "ctx", None)
+    return f"{message} (see {context.command_path} --help)" if context else message
+
+
+def _fail(message: str, status: int) -> NoReturn:
+    line = escape(" ".join(message.split()))
+    ERR.print(f"[bold red]error:[/] {line}", highlight=False, soft_wrap=True)
+    raise SystemExit(status)

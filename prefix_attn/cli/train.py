@@ -32,6 +32,7 @@ from prefix_attn.cli.shared import (
 from prefix_attn.cli.train_options import (
     Accumulation,
     Checkpointing,
+    Config,
     DistillFrom,
     Dropout,
     EarlyStopping,
@@ -75,6 +76,7 @@ READING = ("source_column", "target_column", "delimiter", "encoding", "skip_bad_
 
 def train(
     output: Output,
+    config: Config = None,
     model: Model = "smollm2",
     data: TrainingData = None,
     distill_from: DistillFrom = None,
@@ -131,14 +133,17 @@ def train(
 
     [bold]prefix-attn train --distill-from manual.txt --virtual-tokens 64 --output runs/manual[/bold]
 
-    The last one learns to do with 64 tokens what the whole text in front would do. It starts from pieces of the text.
+    [bold]prefix-attn train --config runs/e2e/run.yaml --seed 1 --output runs/e2e-1[/bold]
+
+    The one with --distill-from learns to do with 64 tokens what the whole text in front would do. It starts from pieces
+    of the text. The last one repeats a run with another seed.
     """
     options = dict(locals())
     _check(options)
-    config, settings = _prefix(options), TrainingSettings(**_fields_of(TrainingSettings, options))
-    find_checkpoint(settings, facts_of_settings(settings, config))
+    prefix, settings = _prefix(options), TrainingSettings(**_fields_of(TrainingSettings, options))
+    find_checkpoint(settings, facts_of_settings(settings, prefix))
     try:
-        metrics = _distill(config, settings, options) if distill_from else _train(config, settings, options)
+        metrics = _distill(prefix, settings, options) if distill_from else _train(prefix, settings, options)
     except Interrupted as stop:
         show(stop.metrics, as_json, _summary(stop.metrics, output))
         typer.echo(f"{stop}. To go on: {_resume_command()}", err=True)
@@ -261,19 +266,27 @@ def _train(config: PrefixConfig, settings: TrainingSettings, options: Options) -
     elif validation or data in AWS_TASKS:
         held_out = read_examples(validation or data, split="dev", **reading)[:rows]
     model, tokenizer = _prefixed(config, settings.seed)
+    kept = _kept(options, template=prompt.template)
     skip = options["skip_bad_rows"]
-    return run(model, tokenizer, trained, held_out, settings, prompt=prompt, skip_bad_rows=skip)
+    return run(model, tokenizer, trained, held_out, settings, prompt=prompt, skip_bad_rows=skip, options=kept)
 
 
 def _distill(config: PrefixConfig, settings: TrainingSettings, options: Options) -> dict[str, Any]:
     from prefix_attn.training.distill import TOP_K, distill
     from prefix_attn.training.tables import read_text
 
-    validation = options["validation"]
+    validation, top_k = options["validation"], options["top_k"] or TOP_K
     document = read_text(options["distill_from"])
     other = read_text(Path(validation)) if validation else None
     model, tokenizer = _prefixed(config, settings.seed)
-    return distill(model, tokenizer, document, settings, validation=other, top_k=options["top_k"] or TOP_K)
+    kept = _kept(options, top_k=top_k)
+    return distill(model, tokenizer, document, settings, validation=other, top_k=top_k, options=kept)
+
+
+def _kept(options: Options, **found: Any) -> dict[str, Any]:
+    """What run.yaml says: ``options`` by their names on the command line, those not given with what was ``found``."""
+    names = {name: "json" if name == "as_json" else name for name in options if name != "config"}
+    return {name: found.get(key, options[key]) for key, name in names.items()}
 
 
 def _prefixed(config: PrefixConfig, seed: int) -> tuple[Any, Any]:

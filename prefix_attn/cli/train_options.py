@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
+from prefix_attn.cli.config import read_config
 from prefix_attn.cli.shared import DATA, data_option
 from prefix_attn.training.settings import LEARNING_RATES, STEPS
 
@@ -16,6 +17,17 @@ prefix_option: Callable[..., Any] = partial(typer.Option, rich_help_panel="The p
 start_option: Callable[..., Any] = partial(typer.Option, rich_help_panel="Where it starts")
 
 Output = Annotated[Path, typer.Option(help="Folder for the adapter, its checkpoints, metrics.json and loss.png.")]
+Config = Annotated[
+    Path | None,
+    typer.Option(
+        help="Take options from this YAML file, such as the run.yaml beside an adapter. Keys are "
+        "names of options. What is given here as well wins. Paths are relative to the current "
+        "folder.",
+        callback=read_config,
+        is_eager=True,
+        dir_okay=False,
+    ),
+]
 TrainingData = Annotated[str | None, data_option(help=f"{DATA} Default: 'aws'.")]
 DistillFrom = Annotated[
     Path | None, typer.Option(help="Instead of --data: a text that the prefix learns to replace.", dir_okay=False)

@@ -7,7 +7,7 @@ are computed once, shared by the batch and never trained.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -37,6 +37,7 @@ def distill(
     *,
     validation: str | None = None,
     top_k: int = TOP_K,
+    options: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Train the active prefix of ``model`` to act like ``document`` in front of a text, and save it.
 
@@ -51,6 +52,7 @@ def distill(
         validation: a text; the validation loss is measured on its pieces. Default: pieces of the document that start
             half a piece later than those of the training.
         top_k: how many tokens of each teacher distribution are compared one by one.
+        options: as in ``train.fit``.
 
     Returns:
         What ``train.train`` returns, with ``document_tokens`` and ``rows``. Losses are in nats per token.
@@ -83,6 +85,7 @@ def distill(
         held_out=held_out[:VALIDATION_ROWS],
         task={"document": digest([{"input_ids": ids}]), "top_k": top_k},
         objective=lambda student, batch: divergence(student, teacher(batch), batch),
+        options=options,
         extra={"document_tokens": len(ids), "rows": len(rows)},
     )
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from prefix_attn.hf.config import PrefixConfig
+from prefix_attn.hf.io.files import replace
 
 # The rate with the lowest validation loss on E2E, SmolLM2-135M, seed 0: after 100 steps for "prefix" and "prefix-mlp",
 # after 50 for the others. Where two rates were level, the smaller one. Measured on 2026-11-27 with the experiments'
@@ -22,6 +25,7 @@ LEARNING_RATES = {
     "full": 2e-4,
 }
 STEPS = 200
+RUN_FILE = "run.yaml"  # the command's options, for --config
 
 
 def default_learning_rate(config: PrefixConfig) -> float:
@@ -83,3 +87,14 @@ class TrainingSettings:
     def keeps_best(self) -> bool:
         """Whether the prefix with the lowest validation loss is saved at the end."""
         return self.load_best_model_at_end or self.early_stopping is not None
+
+    def keep(self, options: Mapping[str, Any]) -> None:
+        """Write ``options`` into run.yaml in ``output``, with the values that were found for those not given."""
+        import yaml
+
+        values = {**options, **{name: value for name, value in asdict(self).items() if name in options}}
+        values |= {"resume": False}  # the file is of the whole training
+        plain = {name: str(value) if isinstance(value, Path) else value for name, value in values.items()}
+        text = yaml.safe_dump(plain, sort_keys=False, allow_unicode=True, width=2**16)
+        self.output.mkdir(parents=True, exist_ok=True)
+        replace(self.output / RUN_FILE, text.encode())

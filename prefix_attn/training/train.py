@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import signal
@@ -46,12 +47,13 @@ def train(
     *,
     prompt: Prompt = DEFAULT,
     skip_bad_rows: bool = False,
+    options: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Train the active prefix of ``model`` and save it into ``settings.output``.
 
     It uses AdamW without weight decay, with linear warm-up and decay, and bfloat16 autocast on devices with bfloat16
     units. The folder also gets prompt.json, metrics.json and loss.png. ``skip_bad_rows`` leaves out rows whose target
-    does not fit.
+    does not fit. ``options`` are kept in run.yaml, those of ``settings`` with the values that were used.
 
     Returns:
         ``train_loss`` [[step, loss], ...], ``validation_loss`` in the same form from step 0 on (nats per target token),
@@ -67,19 +69,19 @@ def train(
         Interrupted: SIGINT or SIGTERM came. The step was finished, and a checkpoint and the prefix were saved.
     """
     find_checkpoint(settings, facts_of_settings(settings, _config(model)))  # early: what follows takes time
-    longest, options = settings.max_length, {"prompt": prompt, "encoder_decoder": model.config.is_encoder_decoder}
-    encoder = Encoder(tokenizer, longest, **options)
+    longest, chosen = settings.max_length, {"prompt": prompt, "encoder_decoder": model.config.is_encoder_decoder}
+    encoder = Encoder(tokenizer, longest, **chosen)
     rows = RowFile(encoder.rows(examples, skip_bad_rows=skip_bad_rows), settings.output)
     if not rows:
         raise ValueError("no examples to train on")
     if cut := encoder.cut:
         _log.warning("%d of %d rows have a source longer than max_length=%d: cut", cut, len(rows), longest)
-    held_out = encode(tokenizer, validation, longest, skip_bad_rows=skip_bad_rows, **options)[0]
+    held_out = encode(tokenizer, validation, longest, skip_bad_rows=skip_bad_rows, **chosen)[0]
     if settings.packing:
         check_packing(model, rows)
     pad_id = tokenizer.pad_token_id
     measure = partial(validation_loss, model, batches(held_out, VALIDATION_BATCH, pad_id)) if held_out else None
-    return fit(model, rows, pad_id, measure, settings, held_out=held_out, prompt=prompt, extra={"cut": cut})
+    return fit(model, rows, pad_id, measure, settings, held_out=held_out, prompt=prompt, options=options, extra={"cut": cut})
 
 
 def fit(
@@ -93,6 +95,7 @@ def fit(
     task: Mapping[str, Any] | None = None,
     objective: Objective | None = None,
     prompt: Prompt | None = None,
+    options: Mapping[str, Any] | None = None,
     extra: Mapping[str, Any],
 ) -> dict[str, Any]:
     """Run the Trainer, then save the prefix, metrics and plot. ``train`` and ``distill`` share this.
@@ -107,6 +110,7 @@ def fit(
         task: what else it must have.
         objective: the loss of the model on a batch. Default: ``target_loss``.
         prompt: what stands around the inputs in ``rows``. It is saved beside the prefix.
+        options: of the command line. They are saved beside the prefix, as run.yaml.
         extra: added to the metrics.
     """
     if settings.keeps_best and measure is None:
@@ -119,6 +123,8 @@ def fit(
     keep(settings.output, facts)
     if prompt is not None:
         prompt.save(settings.output)
+    if options is not None:
+        dataclasses.replace(settings, learning_rate=facts["learning_rate"]).keep(options)
     if settings.gradient_checkpointing:
         set_checkpointing(model, use_reentrant=False)
     with signals_noted() as noted:

@@ -1,0 +1,5 @@
+"""``python -m prefix_attn``."""
+
+from prefix_attn.cli import main
+
+main()

@@ -1,0 +1,82 @@
+"""``--config``: the options of a command in a YAML file."""
+
+from __future__ import annotations
+
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+import typer
+
+
+def read_config(context: typer.Context, path: Path | None) -> Path | None:
+    """Let the options in the file ``path`` be the command's defaults. The command line wins.
+
+    Keys are the names of options, with - or _. A value is read as on the command line, and null
+    means that the option is not given.
+
+    Raises:
+        typer.BadParameter: not YAML, a key that is no option, or a value that its option refuses.
+    """
+    if path is None or context.resilient_parsing:
+        return path
+    try:
+        values = _values(context, path)
+    except OSError as error:
+        raise typer.BadParameter(f"{path}: {error.strerror}") from None
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+    context.default_map = {**(context.default_map or {}), **values}
+    return path
+
+
+def _values(context: typer.Context, path: Path) -> dict[str, Any]:
+    """The values in ``path`` by the names of the command's parameters."""
+    parameters: dict[str, Any] = {
+        option.lstrip("-").replace("-", "_"): parameter
+        for parameter in context.command.params
+        for option in parameter.opts
+        if parameter.name not in ("config", "help")
+    }
+    values: dict[str, Any] = {}
+    for line, key, node in _entries(path):
+        place = f"{path}, line {line}"
+        parameter = parameters.get(key.replace("-", "_"))
+        if parameter is None:
+            (nearest,) = get_close_matches(key.replace("-", "_"), parameters, n=1, cutoff=0)
+            raise ValueError(f"{place}: no option is called {key!r}; the nearest is {nearest!r}")
+        if parameter.name in values:
+            raise ValueError(f"{place}: {key!r} is there twice")
+        if not isinstance(node.value, str):
+            raise ValueError(f"{place}: {key!r} takes one value, not a list or a mapping")
+        if node.tag == "tag:yaml.org,2002:null":
+            if parameter.required or parameter.default is not None:
+                raise ValueError(f"{place}: {key!r} needs a value; leave it out for the default")
+            values[parameter.name] = lambda: None  # not the default, should that become another one
+            continue
+        try:
+            parameter.process_value(context, node.value)
+        except typer.BadParameter as error:
+            message = f"{place}: {key!r} cannot be {node.value!r}: {error.message}"
+            raise ValueError(message) from None
+        values[parameter.name] = node.value
+    return values
+
+
+def _entries(path: Path) -> list[tuple[int, str, Any]]:
+    """Line, key and node of each option. Nodes hold texts as they stand there: 1e-3 is what it is in a shell."""
+    import yaml
+
+    try:
+        root = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
+    except UnicodeDecodeError:
+        raise ValueError(f"{path}: not UTF-8 text") from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        place = f"{path}, line {mark.line + 1}" if mark else str(path)
+        raise ValueError(f"{place}: not YAML ({getattr(error, 'problem', None) or error})") from None
+    if root is None:
+        return []
+    if not isinstance(root, yaml.MappingNode):
+        raise ValueError(f"{path}: must be lines of 'option: value', such as 'steps: 500'")
+    return [(key.start_mark.line + 1, str(key.value), node) for key, node in root.value]
