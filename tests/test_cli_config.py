@@ -89,7 +89,7 @@ ERRORS = {
     "range": ("batch-size: 0", "'batch-size' cannot be '0': Input should be greater than or equal to 1"),
     "list": ("sites: [encoder, cross]", "'sites' takes one value, not a list or a mapping"),
     "mapping": ("data:\n  file: x", "'data' takes one value"),
-    "nothing": ("steps:", "'steps' needs a value; leave it out for the default"),
+    "nothing": ("batch-size:", "'batch-size' needs a value; leave it out for the default"),
     "twice": ("mlp-depth: 1\nmlp_depth: 2", "c.yaml, line 2: 'mlp_depth' is there twice"),
     "not a mapping": ("- steps", "c.yaml: must be lines of 'option: value'"),
     "not YAML": ("a: b\nsteps: [", "c.yaml, line 2: not YAML"),
