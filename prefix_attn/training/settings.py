@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from prefix_attn.hf.config import PrefixConfig
-from prefix_attn.hf.io.files import replace
+from prefix_attn.hf.io.writing import replace
 
 # The rate with the lowest validation loss on E2E, SmolLM2-135M, seed 0: after 100 steps for "prefix" and "prefix-mlp",
 # after 50 for the others. Where two rates were level, the smaller one. Measured on 2026-11-27 with the experiments'

@@ -81,7 +81,8 @@ def train(
         check_packing(model, rows)
     pad_id = tokenizer.pad_token_id
     measure = partial(validation_loss, model, batches(held_out, VALIDATION_BATCH, pad_id)) if held_out else None
-    return fit(model, rows, pad_id, measure, settings, held_out=held_out, prompt=prompt, options=options, extra={"cut": cut})
+    kept = {"held_out": held_out, "prompt": prompt, "options": options}
+    return fit(model, rows, pad_id, measure, settings, **kept, extra={"cut": cut})
 
 
 def fit(
