@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from prefix_attn.hf.attach.banks import make_bank, make_rows, row_names
+from prefix_attn.hf.attach.continuous import bank_of, generate_batch
 from prefix_attn.hf.attach.infix import end_of_prompt, start_of_targets
 from prefix_attn.hf.attach.task_heads import copy_task_heads, task_heads_in_place
 from prefix_attn.hf.attach.trained import changes, set_trained
@@ -26,7 +27,7 @@ from prefix_attn.hf.io.writing import locked
 from prefix_attn.hf.peft_words import PeftWords
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 
 def get_prefix_model(
@@ -281,6 +282,44 @@ class PrefixModel(PeftWords):
         with self._own_forward(), self._running(names, partial(end_of_prompt, infix_start, *prompts)):
             return self.base_model.generate(*args, **kwargs)
 
+    def generate_batch(
+        self,
+        inputs: Sequence[Sequence[int]],
+        generation_config: GenerationConfig | None = None,
+        continuous_batching_config: Any = None,
+        *,
+        prefix_names: Sequence[str | None] | None = None,
+        **options: Any,
+    ) -> dict[str, Any]:
+        """The base model's generate_batch: transformers' continuous batching, with a prefix for each request.
+
+        Args:
+            inputs: the tokens of each prompt, without padding.
+            generation_config: default: the model's own.
+            continuous_batching_config: transformers' ContinuousBatchingConfig. The prefixes take none of its pages.
+                Requests share blocks only where all have one prefix.
+            prefix_names: the prefix of each request, None = no prefix. Default: the active one for all.
+            options: max_new_tokens, record_timestamps, and ``progress``, which is called with 1 after each request.
+
+        Returns:
+            Transformers' GenerationOutput of each request, in the order of ``inputs``.
+
+        Raises:
+            NotImplementedError: the installed transformers takes no attention function of others (5.17 does), or a
+                prefix is an infix. RuntimeError: the engine failed. ValueError: unknown names.
+        """
+        names = [self.active_prefix] * len(inputs) if prefix_names is None else list(prefix_names)
+        if len(names) != len(inputs):
+            raise ValueError(f"prefix_names must have a name, or None, for each of {len(inputs)} inputs")
+        if self._disabled:
+            names = [None] * len(inputs)
+        found = {name: self.find_prefix(name) for name in names if name is not None}
+        self.check_together(list(found))
+        layouts = [self.attachment.resolver.layout(config) for _, config in found.values()]
+        bank = bank_of(found, layouts[0], self.device) if found else None
+        given = {"generation_config": generation_config, "continuous_batching_config": continuous_batching_config}
+        return generate_batch(self._base(), bank, inputs, names, **given, **options)
+
     @contextmanager
     def _running(self, names: Sequence[str | None] | None, start: Callable[[], Tensor]) -> Iterator[None]:
         """The context in which the rows of a batch have the prefixes ``names``, or all of them the active one.
@@ -333,16 +372,6 @@ class PrefixModel(PeftWords):
         start = partial(start_of_targets, given.get("infix_start"), given)
         needed = needed and not self._disabled and any(names or [self.active_prefix])
         return self.attachment.runner.on_demand(partial(self._running, names, start), needed=needed)
-
-    def check_together(self, names: Sequence[str]) -> None:
-        """Raise a ValueError if the prefixes ``names`` cannot share a batch."""
-        configs = {name: self.find_prefix(name)[1] for name in names}
-        for field in ("backend", "sites", "layers", "gate"):
-            values = {name: getattr(config, field) for name, config in configs.items()}
-            if any(value != next(iter(values.values())) for value in values.values()):
-                raise ValueError(f"the prefixes of one batch must have one {field}, got {values}")
-        if own := [name for name in configs if len(self.task_heads(name))]:
-            raise ValueError(f"prefixes with task heads cannot share a batch with others, got {own}")
 
     def _read(self, path: str | Path, options: Mapping[str, Any]) -> dict[str, Stored]:
         layers = self.attachment.resolver.decoder_layers

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -122,6 +122,16 @@ class NamedPrefixes(Wrapper):
         task_heads = self.heads[name]
         assert isinstance(task_heads, nn.ModuleDict)
         return task_heads
+
+    def check_together(self, names: Sequence[str]) -> None:
+        """Raise a ValueError if the prefixes ``names`` cannot share a batch."""
+        configs = {name: self.find_prefix(name)[1] for name in names}
+        for field in ("backend", "sites", "layers", "gate"):
+            values = {name: getattr(config, field) for name, config in configs.items()}
+            if any(value != next(iter(values.values())) for value in values.values()):
+                raise ValueError(f"the prefixes of one batch must have one {field}, got {values}")
+        if own := [name for name in configs if len(self.task_heads(name))]:
+            raise ValueError(f"prefixes with task heads cannot share a batch with others, got {own}")
 
     def check_new_name(self, name: str) -> None:
         """Raise a ValueError if a new prefix cannot have this name."""

@@ -1,0 +1,86 @@
+"""generate_batch: transformers' continuous batching writes what ``generate`` writes for each prompt alone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from packaging.version import Version
+
+from prefix_attn.hf.config import PrefixConfig
+from prefix_attn.hf.model import PrefixModel
+from tests.hf.models import spread, tiny
+
+SIZES = {"max_position_embeddings": 128, "eos_token_id": 1}
+# Later ones run continuous batching with their own attention functions alone.
+TAKES_OTHERS = Version(transformers.__version__) < Version("5.18")
+NEW = 12
+
+
+def config(**options: Any) -> Any:
+    return transformers.ContinuousBatchingConfig(block_size=16, num_blocks=32, max_batch_tokens=24, **options)
+
+
+def served(name: str, **prefixes: dict[str, Any]) -> PrefixModel:
+    torch.manual_seed(0)
+    model = PrefixModel(spread(tiny(name, **SIZES)))
+    for prefix, options in prefixes.items():
+        model.add_prefix(prefix, PrefixConfig(**options))
+        for parameter in model.prefixes[prefix].parameters():
+            torch.nn.init.normal_(parameter.data)
+    return model.eval()
+
+
+def alone(model: PrefixModel, prompt: list[int], name: str | None) -> list[int]:
+    out = model.generate(torch.tensor([prompt]), max_new_tokens=NEW, do_sample=False, prefix_names=[name])
+    return out[0, len(prompt) :].tolist()
+
+
+PROMPTS = [[5, 6, 7], [5, 6, 7], list(range(8, 40)), [5, 6, 7], [9], list(range(8, 40)), [30, 31] * 6]
+NAMES = ["a", "b", "a", None, "b", None, "a"]
+
+
+if TAKES_OTHERS:
+
+    @pytest.mark.parametrize("gated", [False, True], ids=["", "gate"])
+    @pytest.mark.parametrize("name", ["llama", "mistral", "gpt2", "gemma2", "gpt_oss"])
+    def test_requests_have_their_prefixes(name: str, gated: bool) -> None:
+        """Chunked prompts, equal prompts with different prefixes, sliding windows, softcap and sinks."""
+        options: dict[str, Any] = {"gate": "zero", "position_mode": "none"} if gated else {}
+        model = served(name, a={"num_virtual_tokens": 3} | options, b={"num_virtual_tokens": 9} | options)
+        expected = [alone(model, prompt, prefix) for prompt, prefix in zip(PROMPTS, NAMES, strict=True)]
+        found = model.generate_batch(PROMPTS, None, config(), prefix_names=NAMES, max_new_tokens=NEW)
+        assert [output.generated_tokens for output in found.values()] == expected
+        assert expected[0] != expected[1] != expected[3]
+        # The model is as before: with its prefix, and without pages.
+        assert alone(model, PROMPTS[0], "a") == expected[0]
+
+    def test_the_active_prefix_shares_blocks_and_none_is_the_base_model() -> None:
+        model = served("llama", a={"num_virtual_tokens": 3}, b={"num_virtual_tokens": 9})
+        prompts = [list(range(8, 60)), list(range(8, 60)), list(range(8, 50))]
+        found = model.generate_batch(prompts, None, config(), max_new_tokens=NEW)
+        assert [output.generated_tokens for output in found.values()] == [alone(model, p, "b") for p in prompts]
+        with model.disable_prefix():
+            found = model.generate_batch(prompts, None, config(), max_new_tokens=NEW)
+        assert [output.generated_tokens for output in found.values()] == [alone(model, p, None) for p in prompts]
+
+    def test_what_no_prefix_would_reach_is_refused() -> None:
+        model = served("llama", a={"num_virtual_tokens": 3}, infix={"num_virtual_tokens": 3, "mode": "infix"})
+        with pytest.raises(NotImplementedError, match="infix is an infix, which generate_batch does not take"):
+            model.generate_batch([[5, 6]], None, config(), max_new_tokens=2)
+        with pytest.raises(ValueError, match="for each of 1 inputs"):
+            model.generate_batch([[5, 6]], None, config(), prefix_names=["a", "a"])
+        with pytest.raises(NotImplementedError, match="use_cuda_graph: which prefixes"):
+            model.generate_batch([[5, 6]], None, config(use_cuda_graph=True), prefix_names=["a"], max_new_tokens=2)
+        model.set_attn_implementation("sdpa")
+        with pytest.raises(RuntimeError, match="the attention function is 'sdpa'"):
+            model.generate_batch([[5, 6]], None, config(), prefix_names=["a"], max_new_tokens=2)
+
+else:
+
+    def test_a_transformers_that_takes_no_prefix_is_refused_by_version() -> None:
+        model = served("llama", a={"num_virtual_tokens": 3})
+        with pytest.raises(NotImplementedError, match=rf"transformers {transformers.__version__} .* 5.17 takes others"):
+            model.generate_batch([[5, 6]], prefix_names=["a"], max_new_tokens=2)
