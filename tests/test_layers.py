@@ -58,6 +58,7 @@ HEAVY = {
         "prefix_attn.training.trainer",
         "prefix_attn.training.chat",
         "prefix_attn.serve",
+        "prefix_attn.experiments.loop",
         "prefix_attn.experiments.pretrain",
     ),
     "triton": ("prefix_attn.backends.triton",),

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from prefix_attn.experiments.plan import Run
-from prefix_attn.experiments.runner import TENTH, endless_batches, hold_out, train
+from prefix_attn.experiments.loop import train
+from prefix_attn.experiments.runner import TENTH, hold_out
 from prefix_attn.training.examples import Example
 from prefix_attn.training.prompts import Prompt
 from prefix_attn.training.tokens import batches, encode, source_ids
@@ -52,7 +52,7 @@ def pretrain(
         device: default: the GPU if there is one.
 
     Returns:
-        ``parameters``, and what ``runner.train`` returns: ``train_loss`` of each step, ``validation`` before and after.
+        ``parameters``, and what ``loop.train`` returns: ``train_loss`` of each step, ``validation`` before and after.
 
     Raises:
         ValueError: there are too few examples to hold some out, or ``output`` is not empty.
@@ -70,11 +70,19 @@ def pretrain(
     texts = [text for text in texts if len(source_ids(tokenizer, text)) <= max_length]
     masked, with_masks = _denoising(texts, len(rows), seed), Prompt(special_tokens=True)
     denoised, _ = encode(tokenizer, masked, max_length, encoder_decoder=True, prompt=with_masks)
-    data = endless_batches(rows + denoised, batch_size, seed, pad_id)
     held_rows, _ = encode(tokenizer, held_out, max_length, encoder_decoder=True)
     validation = batches(held_rows, batch_size, pad_id)
-    settings = {"steps": steps, "batch_size": batch_size, "learning_rate": learning_rate, "validate_every": steps}
-    found = train(model, data, validation, Run("pretrain", "full", "", seed=seed, **settings))
+    found = train(
+        model,
+        rows + denoised,
+        pad_id,
+        validation,
+        steps=steps,
+        batch_size=batch_size,
+        learning_rate=learning_rate,
+        validate_every=steps,
+        seed=seed,
+    )
     model.eval()
     tokenizer.save_pretrained(output)
     model.save_pretrained(output)

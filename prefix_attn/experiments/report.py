@@ -51,6 +51,9 @@ def _groups(results: Sequence[Result]) -> dict[tuple[str, str], list[Result]]:
     """
     hidden = {"task", "method", "seed", "subset"}
     settings = [{name: _text(value) for name, value in r["run"].items() if name not in hidden} for r in results]
+    for result, found in zip(results, settings):
+        if "train_loss" in result:  # what does not name its loop was trained before all methods had the Trainer's
+            found["loop"] = result.get("loop", "before the Trainer")
     names = list(dict.fromkeys(name for found in settings for name in found))
     values = {name: {found[name] for found in settings if name in found} for name in names}
     lacking = {

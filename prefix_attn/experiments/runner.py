@@ -6,28 +6,28 @@ import platform
 import random
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from torch import Tensor
 
+from prefix_attn.experiments.loop import train
 from prefix_attn.experiments.methods import sizes, wrap
 from prefix_attn.experiments.plan import Run
 from prefix_attn.experiments.results import Result
 from prefix_attn.hf.load import load_base
 from prefix_attn.training.aws import AWS_TASKS
 from prefix_attn.training.data import is_held_out, read_examples
-from prefix_attn.training.evaluate import target_loss, validation_loss
+from prefix_attn.training.evaluate import validation_loss
 from prefix_attn.training.examples import Example
 from prefix_attn.training.generate import generate_text
 from prefix_attn.training.metrics import score
 from prefix_attn.training.prompts import Prompt
-from prefix_attn.training.tokens import Batch, Row, batches, collate, encode
-from prefix_attn.training.train import VALIDATION_BATCH, WARMUP, has_bfloat16
+from prefix_attn.training.tokens import Row, batches, encode
+from prefix_attn.training.train import VALIDATION_BATCH, has_bfloat16
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -35,10 +35,6 @@ if TYPE_CHECKING:
 TENTH, FIFTH = 26, 51  # of 256
 HELD_OUT_ROWS = 160
 LOW_DATA_HELD_OUT = 0.3  # rows for stopping early, as a share of the training rows
-PATIENCE = 60  # steps without a lower loss on these rows
-# How many batches are sorted by length together. Rows of E2E have 65 tokens on average, and this pads them to 66
-# instead of 84. With few rows at most a quarter of them, or the same rows would share a batch in every epoch.
-WINDOW = 16
 GENERATION_BATCH = 64
 SAMPLES = 5
 PACKAGES = ("torch", "transformers", "peft", "prefix-attn", "sacrebleu")
@@ -75,41 +71,38 @@ def execute(run: Run, folders: Mapping[str, Path], device: str | None = None) ->
         weights_to_bfloat16(base)  # they are frozen, and autocast would cast them in every step
     torch.manual_seed(run.seed)
     model = wrap(base, tokenizer, run)
-    with autocast(base.device) as casting:
-        validation, stop_by = (
-            batches(rows, VALIDATION_BATCH, tokenizer.pad_token_id) for rows in (data.validation, data.stop_by)
-        )
-        result: Result = {
-            "run": run.to_dict(),
-            "versions": _versions(),
-            "device": _device_name(base.device),
-            "threads": torch.get_num_threads(),
-            "precision": "float32" if casting is None else "bfloat16 autocast",
-            "train_rows": len(data.train),
-            "train_rows_cut": data.cut,
-            "validation_rows": len(data.validation),
-            **sizes(model, run, total),
-        }
-        if run.is_trained:
-            order = endless_batches(data.train, run.batch_size or 1, run.seed, tokenizer.pad_token_id)
-            result |= train(model, order, stop_by or validation, run)
-            if stop_by:
-                result["held_out_loss"] = validation_loss(model, validation)
-        else:
-            result["validation"] = [[0, validation_loss(model, validation)]]
+    validation, stop_by = (
+        batches(rows, VALIDATION_BATCH, tokenizer.pad_token_id) for rows in (data.validation, data.stop_by)
+    )
+    half = has_bfloat16(base.device)
+    result: Result = {
+        "run": run.to_dict(),
+        "versions": _versions(),
+        "device": _device_name(base.device),
+        "threads": torch.get_num_threads(),
+        "precision": "bfloat16 autocast" if half else "float32",
+        "train_rows": len(data.train),
+        "train_rows_cut": data.cut,
+        "validation_rows": len(data.validation),
+        **sizes(model, run, total),
+    }
+    if run.is_trained:
+        names = ("steps", "batch_size", "learning_rate", "validate_every", "seed")
+        options = {name: getattr(run, name) for name in names}
+        best = {"keeps_best": bool(stop_by)}
+        result |= train(model, data.train, tokenizer.pad_token_id, stop_by or validation, **options, **best)
+    if stop_by or not run.is_trained:
+        with autocast(base.device):
+            loss = validation_loss(model, validation)
+        result |= {"held_out_loss": loss} if stop_by else {"validation": [[0, loss]]}
     if data.test:
         result |= _generate(model, tokenizer, data, run)
     return result | {"wall_seconds": time.perf_counter() - start}
 
 
 def autocast(device: torch.device) -> AbstractContextManager[Any]:
-    """Compute products in bfloat16 where the device can. Trained parameters stay float32.
-
-    The cache of autocast is off. It keeps cast weights until the context ends, so every step would see the first ones.
-    """
-    if not has_bfloat16(device):
-        return nullcontext()
-    return torch.autocast(device.type, torch.bfloat16, cache_enabled=False)
+    """Compute products in bfloat16 where the device can, as the Trainer does. Trained parameters stay float32."""
+    return torch.autocast(device.type, torch.bfloat16) if has_bfloat16(device) else nullcontext()
 
 
 def weights_to_bfloat16(model: torch.nn.Module) -> None:
@@ -175,99 +168,6 @@ def _drawn(rows: list[Row], count: int, subset: int) -> list[Row]:
     if len(rows) < count:
         raise ValueError(f"few examples: {count} rows are to be drawn, there are {len(rows)}")
     return random.Random(subset).sample(rows, len(rows))[:count]
-
-
-def endless_batches(rows: Sequence[Row], size: int, seed: int, pad_id: int) -> Iterator[Batch]:
-    """Yield batches of rows of similar length without end. Their order depends only on ``seed``."""
-    shuffle = random.Random(seed).shuffle
-    size = min(size, len(rows))
-    while True:
-        order = list(rows)
-        shuffle(order)
-        del order[len(order) // size * size :]
-        for window in _chunks(order, size * min(WINDOW, max(1, len(rows) // (4 * size)))):
-            window.sort(key=lambda row: len(row["input_ids"]))
-            together = _chunks(window, size)
-            shuffle(together)
-            yield from (collate(some, pad_id) for some in together)
-
-
-def _chunks(items: list[Any], size: int) -> list[list[Any]]:
-    """Split ``items`` into lists of ``size``."""
-    return [items[i : i + size] for i in range(0, len(items), size)]
-
-
-# Training -------------------------------------------------------------------------------------------------------------
-
-
-def train(model: Any, data: Iterator[Batch], validation: Sequence[Batch], run: Run) -> Result:
-    """Train for ``run.steps`` steps. With few examples stop early and restore the step with the lowest loss.
-
-    Returns:
-        Losses, and the time per step without validation.
-    """
-    from tqdm import tqdm
-
-    assert run.steps is not None and run.learning_rate is not None and run.validate_every is not None
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    device = parameters[0].device
-    optimizer = torch.optim.AdamW(parameters, lr=run.learning_rate, weight_decay=0.0, fused=True)
-    steps = run.steps
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate_factor(step, steps))
-    losses: list[float] = []
-    curve: list[list[float]] = [[0, validation_loss(model, validation)]]
-    best = _Best(parameters, curve[0][1]) if run.examples is not None else None
-    seconds = 0.0
-    model.train()
-    with tqdm(total=steps, desc=f"{run.method}, seed {run.seed}", file=sys.stderr, leave=False) as bar:
-        for step in range(1, steps + 1):
-            batch = {name: tensor.to(device) for name, tensor in next(data).items()}
-            start = time.perf_counter()
-            loss = target_loss(model, batch)
-            loss.backward()
-            optimizer.step()
-            schedule.step()
-            optimizer.zero_grad()
-            losses.append(float(loss.detach()))  # waits for the device, so it must be timed
-            seconds += time.perf_counter() - start
-            if step % run.validate_every == 0 or step == steps:
-                curve.append([step, validation_loss(model, validation)])
-                if best is not None:
-                    best.see(step, curve[-1][1])
-            if best is not None and step - best.step >= PATIENCE:
-                break
-            bar.update()
-            bar.set_postfix(train=f"{losses[-1]:.3f}", validation=f"{curve[-1][1]:.3f}")
-    found = {"train_loss": losses, "validation": curve, "seconds_per_step": seconds / len(losses)}
-    if best is not None:
-        best.restore()
-        found["best_step"] = best.step
-    return found
-
-
-class _Best:
-    """A copy of the parameters with the lowest validation loss so far."""
-
-    def __init__(self, parameters: list[Tensor], loss: float) -> None:
-        self.parameters, self.loss, self.step = parameters, loss, 0
-        self.saved = [p.detach().clone() for p in parameters]
-
-    @torch.no_grad()
-    def see(self, step: int, loss: float) -> None:
-        if loss < self.loss:
-            self.loss, self.step = loss, step
-            for saved, parameter in zip(self.saved, self.parameters):
-                saved.copy_(parameter)
-
-    @torch.no_grad()
-    def restore(self) -> None:
-        for saved, parameter in zip(self.saved, self.parameters):
-            parameter.copy_(saved)
-
-
-def learning_rate_factor(step: int, steps: int) -> float:
-    """Factor of a linear warm-up, then a linear decay to zero."""
-    return min((step + 1) / WARMUP, max(steps - step, 0) / max(steps - WARMUP, 1))
 
 
 # Generation -----------------------------------------------------------------------------------------------------------

@@ -10,10 +10,11 @@ from typing import Any
 from prefix_attn.hf.config import PrefixConfig
 from prefix_attn.hf.io.writing import replace
 
-# The rate with the lowest validation loss on E2E, SmolLM2-135M, seed 0: after 100 steps for "prefix" and "prefix-mlp",
-# after 50 for the others. Where two rates were level, the smaller one. Measured on 2026-11-27 with the experiments'
-# loop, which does not clip gradients: docs/results/rates.jsonl. With the Trainer, which clips them, 1e-1 for "prefix"
-# ends the demo at the same loss as 3e-2 and at higher scores.
+# For ``train`` and the experiments, which run the same loop. The rate with the lowest validation loss on E2E,
+# SmolLM2-135M, seed 0: after 100 steps for "prefix" and "prefix-mlp", after 50 for the others. Where two rates were
+# level, the smaller one. Measured on 2026-11-27 with an older loop, which did not clip gradients:
+# docs/results/rates.jsonl. With gradients clipped, 1e-1 for "prefix" ends the demo at the same loss as 3e-2 and at
+# higher scores.
 LEARNING_RATES = {
     "prefix": 1e-1,
     "prefix-mlp": 1e-3,

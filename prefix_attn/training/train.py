@@ -26,7 +26,7 @@ from prefix_attn.training.packing import check_packing, pack
 from prefix_attn.training.prompts import Prompt
 from prefix_attn.training.resume import facts_of_settings, facts_of_training, find_checkpoint, keep
 from prefix_attn.training.row_file import RowFile
-from prefix_attn.training.settings import TrainingSettings
+from prefix_attn.training.settings import TrainingSettings, default_learning_rate
 from prefix_attn.training.tokens import DEFAULT, Collator, Encoder, Row, batches, encode
 from prefix_attn.training.trainer import EarlyStopping, Intervals, Objective, PrefixTrainer, StopWhenTold
 
@@ -129,7 +129,7 @@ def fit(
     if settings.gradient_checkpointing:
         set_checkpointing(model, use_reentrant=False)
     with signals_noted() as noted:
-        trainer = _trainer(model, rows, pad_id, measure, settings, objective, noted)
+        trainer = make_trainer(model, rows, pad_id, measure, settings, objective, [StopWhenTold(noted)])
         trainer.args.eval_on_start = measure is not None and checkpoint is None
         finished = _run(trainer, settings, checkpoint)
         stopped = signal.Signals(noted[0]).name if noted and not finished else None
@@ -142,16 +142,17 @@ def fit(
     return metrics
 
 
-def _trainer(
-    model: PrefixModel,
+def make_trainer(
+    model: Any,
     rows: Sequence[Row],
     pad_id: int,
     measure: Callable[[], float] | None,
     settings: TrainingSettings,
-    objective: Objective | None,
-    noted: Sequence[int],
+    objective: Objective | None = None,
+    callbacks: Sequence[TrainerCallback] = (),
 ) -> PrefixTrainer:
-    callbacks: list[TrainerCallback] = [Intervals(), StopWhenTold(noted)]
+    """The Trainer of ``fit``, which the experiments run for every method. Arguments are those of ``fit``."""
+    callbacks = [Intervals(), *callbacks]
     if settings.early_stopping is not None:
         callbacks.append(EarlyStopping(settings.early_stopping))
     trainer = PrefixTrainer(
@@ -211,8 +212,10 @@ def _metrics(trainer: PrefixTrainer, model: PrefixModel, settings: TrainingSetti
     }
 
 
-def _arguments(model: PrefixModel, settings: TrainingSettings, *, validates: bool) -> TrainingArguments:
-    rate = facts_of_settings(settings, _config(model))["learning_rate"]
+def _arguments(model: Any, settings: TrainingSettings, *, validates: bool) -> TrainingArguments:
+    rate = settings.learning_rate
+    if rate is None:
+        rate = default_learning_rate(_config(model))
     return TrainingArguments(
         output_dir=str(settings.output),
         max_steps=settings.steps or -1,

@@ -5,16 +5,20 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from prefix_attn.experiments import plan, pretrain, runner
+from prefix_attn.experiments import loop, plan, pretrain, runner
 from prefix_attn.experiments.methods import wrap
 from prefix_attn.experiments.plan import Run
 from prefix_attn.hf.load import load_base
+from prefix_attn.training import train as trainings
 from prefix_attn.training.data import Example
+from prefix_attn.training.settings import TrainingSettings
+from prefix_attn.training.tokens import Collator, collate
 from tests.hf.models import tiny
 from tests.test_cli import run as prefix_attn
 from tests.tokens import END, byte_tokenizer
@@ -106,7 +110,8 @@ def test_bfloat16_products_are_of_the_weights_of_their_step(
 ) -> None:
     ends = []
     for casts in (False, True):
-        monkeypatch.setattr(runner, "has_bfloat16", lambda device, casts=casts: casts)
+        for module in (runner, trainings):
+            monkeypatch.setattr(module, "has_bfloat16", lambda device, casts=casts: casts)
         run = settings(files, method, steps=20, batch_size=8, learning_rate=rate, validate_every=20)
         (_, first), (_, last) = runner.execute(run, folders(files), "cpu")["validation"]
         ends.append(last)
@@ -136,7 +141,7 @@ def test_few_examples_stop_at_the_best(files: Path, monkeypatch: pytest.MonkeyPa
     curve = dict(result["validation"])
     assert result["train_rows"] == 10
     assert curve[result["best_step"]] == min(curve.values()) < result["validation"][-1][1]
-    monkeypatch.setattr(runner, "PATIENCE", 4)
+    monkeypatch.setattr(loop, "PATIENCE", 4)
     impatient = runner.execute(run, folders(files))
     last = result["best_step"] + 4
     assert last < 12
@@ -149,11 +154,12 @@ def test_few_examples_stop_at_the_best(files: Path, monkeypatch: pytest.MonkeyPa
     model = runner.wrap(base, tokenizer, run)
     data = runner.load(run, folders(files), tokenizer)
     start = [p.detach().clone() for p in model.parameters() if p.requires_grad]
-    best = runner._Best([p for p in model.parameters() if p.requires_grad], 1.0)
-    best.see(1, 2.0)
+    watch = loop.Watch([p for p in model.parameters() if p.requires_grad], patience=4)
+    watch.on_evaluate(None, SimpleNamespace(global_step=0), None, {"eval_loss": 1.0})
     for p in model.parameters():
         p.data.add_(1)
-    best.restore()
+    watch.on_evaluate(None, SimpleNamespace(global_step=2), None, {"eval_loss": 2.0})
+    watch.restore()
     assert all(torch.equal(p, old) for p, old in zip((p for p in model.parameters() if p.requires_grad), start))
     assert len(data.train) == 10
 
@@ -232,30 +238,26 @@ def test_an_instruction_is_a_line_of_its_own(files: Path) -> None:
     assert model.prefix_configs["default"].num_virtual_tokens == len("Say it.\n")
 
 
-def test_data_order_depends_on_the_seed_alone() -> None:
-    rows = [{"input_ids": [i], "labels": [i]} for i in range(10)]
+def test_data_order_depends_on_the_seed_alone(files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All methods see the same rows in the same order, and each row once in an epoch."""
+    seen: list[list[str]] = []
 
-    def first(seed: int) -> list[list[int]]:
-        batches = runner.endless_batches(rows, 4, seed, END)
-        return [next(batches)["input_ids"][:, 0].tolist() for _ in range(4)]
+    def collated(self: Collator, rows: list[dict[str, list[int]]]) -> Any:
+        seen[-1] += [byte_tokenizer().decode(row["input_ids"]) for row in rows]
+        return collate(rows, self.pad_id)
 
-    assert first(0) == first(0) != first(1)
-    assert len(set(first(0)[0] + first(0)[1])) == 8  # an epoch has no repetitions
-    assert len(next(runner.endless_batches(rows, 16, 0, END))["input_ids"]) == 10
+    monkeypatch.setattr(Collator, "__call__", collated)
 
+    def order(method: str, seed: int) -> list[str]:
+        seen.append([])
+        result = runner.execute(settings(files, method, seed=seed, steps=10), folders(files))
+        assert result["loop"] == "Trainer"
+        return seen[-1][:40]
 
-def test_batches_have_rows_of_similar_length() -> None:
-    """There is little padding, and with few rows the same ones do not share a batch in every epoch."""
-
-    def epochs(count: int, size: int, rows: int) -> list[list[int]]:
-        ids = [[1] * n for n in range(1, rows + 1)]
-        data = runner.endless_batches([{"input_ids": row, "labels": row} for row in ids], size, 0, END)
-        return [next(data)["attention_mask"].sum(-1).tolist() for _ in range(count * rows // size)]
-
-    once = epochs(1, 8, 1024)
-    assert sorted(n for batch in once for n in batch) == list(range(1, 1025))
-    assert sum(max(batch) - min(batch) for batch in once) / len(once) < 100
-    assert len({tuple(sorted(batch)) for batch in epochs(10, 8, 96)}) > 110
+    first = order("prefix", 0)
+    assert first == order("embedding", 0) != order("prefix", 1)
+    epoch = first[: runner.execute(settings(files, "frozen"), folders(files))["train_rows"]]
+    assert len(set(epoch)) == len(epoch)
 
 
 def test_held_out_is_a_share_and_a_property_of_the_input() -> None:
@@ -266,12 +268,23 @@ def test_held_out_is_a_share_and_a_property_of_the_input() -> None:
     assert runner.hold_out(examples[::-1], 0, 26)[1] == held_out[::-1]
 
 
-def test_learning_rate_warms_up_and_decays() -> None:
-    factors = [runner.learning_rate_factor(step, 100) for step in range(101)]
-    assert factors[0] == pytest.approx(1 / 20)
-    assert factors[19] == factors[20] == 1
-    assert factors[60] == pytest.approx(0.5)
-    assert factors[100] == 0
+def test_learning_rate_warms_up_and_decays(tmp_path: Path) -> None:
+    """It is that of ``prefix-attn train``: the trainer is the same."""
+    model = tiny("llama")
+    rows = [{"input_ids": [1, 2, 3], "labels": [1, 2, 3]}]
+    settings = TrainingSettings(tmp_path, steps=100, learning_rate=2.0)
+    trainer = trainings.make_trainer(model, rows, END, None, settings)
+    trainer.create_optimizer_and_scheduler(100)
+    rates = []
+    for _ in range(101):
+        rates.append(trainer.lr_scheduler.get_last_lr()[0] / 2)
+        trainer.optimizer.step()
+        trainer.lr_scheduler.step()
+    assert rates[0] == 0
+    assert rates[10] == pytest.approx(1 / 2)
+    assert rates[20] == max(rates) == 1
+    assert rates[60] == pytest.approx(0.5)
+    assert rates[100] == 0
 
 
 ERRORS = {
