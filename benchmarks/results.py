@@ -9,6 +9,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+from prefix_attn.hf.io.files import opened
+from prefix_attn.quoting import shortened
+
 Record = dict[str, Any]
 Case = dict[str, Any]
 Plan = list[tuple[Case, str]]  # cases, and what is done with each
@@ -57,10 +60,12 @@ def read(path: Path) -> dict[str, Any]:
     Raises:
         ValueError: the file is no such document.
     """
+    with opened(path) as file:
+        content = file.read()
     try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}: not JSON ({error.msg}, line {error.lineno})") from None
+        document = json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: not JSON ({shortened(error)})") from None
     if not isinstance(document, dict) or not {"suite", "records"} <= document.keys():
         raise ValueError(f"{path}: not a file of 'python -m benchmarks run'")
     return document

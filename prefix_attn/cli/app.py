@@ -12,6 +12,7 @@ from typer.core import TyperCommand
 from prefix_attn import __version__
 from prefix_attn.cli import experiments, generate, serve, tools, train, use
 from prefix_attn.cli.shared import ERR
+from prefix_attn.quoting import shortened
 
 NAME = "prefix-attn"
 
@@ -73,10 +74,10 @@ def run() -> None:
         _fail(_usage(error), error.exit_code)
     except typer.Abort:
         _fail("aborted", 1)
-    except (ValueError, NotImplementedError, OSError, ImportError, RuntimeError, ArithmeticError) as error:
+    except (ValueError, NotImplementedError, OSError, ImportError, RuntimeError, ArithmeticError, MemoryError) as error:
         if "--debug" in sys.argv:
             raise
-        _fail(str(error), 1)
+        _fail(str(error) or ("not enough memory" if isinstance(error, MemoryError) else type(error).__name__), 1)
     raise SystemExit(status if isinstance(status, int) else 0)
 
 
@@ -95,6 +96,6 @@ def _usage(error: Any) -> str:
 
 
 def _fail(message: str, status: int) -> NoReturn:
-    line = escape(" ".join(message.split()))
+    line = escape(shortened(" ".join(message.split()), 4000))
     ERR.print(f"[bold red]error:[/] {line}", highlight=False, soft_wrap=True)
     raise SystemExit(status)

@@ -8,6 +8,8 @@ from typing import Any
 
 import typer
 
+from prefix_attn.quoting import quoted, shortened
+
 
 def read_config(context: typer.Context, path: Path | None) -> Path | None:
     """Let the options in the file ``path`` be the command's defaults. The command line wins.
@@ -43,8 +45,8 @@ def _values(context: typer.Context, path: Path) -> dict[str, Any]:
         place = f"{path}, line {line}"
         parameter = parameters.get(key.replace("-", "_"))
         if parameter is None:
-            (nearest,) = get_close_matches(key.replace("-", "_"), parameters, n=1, cutoff=0)
-            raise ValueError(f"{place}: no option is called {key!r}; the nearest is {nearest!r}")
+            (nearest,) = get_close_matches(key.replace("-", "_")[:100], parameters, n=1, cutoff=0)
+            raise ValueError(f"{place}: no option is called {quoted(key)}; the nearest is {nearest!r}")
         if parameter.name in values:
             raise ValueError(f"{place}: {key!r} is there twice")
         if not isinstance(node.value, str):
@@ -57,7 +59,7 @@ def _values(context: typer.Context, path: Path) -> dict[str, Any]:
         try:
             parameter.process_value(context, node.value)
         except typer.BadParameter as error:
-            message = f"{place}: {key!r} cannot be {node.value!r}: {error.message}"
+            message = f"{place}: {key!r} cannot be {quoted(node.value)}: {shortened(error.message)}"
             raise ValueError(message) from None
         values[parameter.name] = node.value
     return values
@@ -67,14 +69,19 @@ def _entries(path: Path) -> list[tuple[int, str, Any]]:
     """Line, key and node of each option. Nodes hold texts as they stand there: 1e-3 is what it is in a shell."""
     import yaml
 
+    from prefix_attn.hf.io.files import opened
+
     try:
-        root = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
+        with opened(path) as file:
+            root = yaml.compose(file.read().decode(), Loader=yaml.SafeLoader)
     except UnicodeDecodeError:
         raise ValueError(f"{path}: not UTF-8 text") from None
+    except RecursionError:
+        raise ValueError(f"{path}: not YAML (nested too deep)") from None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         place = f"{path}, line {mark.line + 1}" if mark else str(path)
-        raise ValueError(f"{place}: not YAML ({getattr(error, 'problem', None) or error})") from None
+        raise ValueError(f"{place}: not YAML ({shortened(getattr(error, 'problem', None) or error)})") from None
     if root is None:
         return []
     if not isinstance(root, yaml.MappingNode):

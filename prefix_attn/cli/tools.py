@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from prefix_attn.cli.shared import ERR, AsJson, Model, show
+from prefix_attn.quoting import shortened
 
 
 def convert(
@@ -53,7 +54,7 @@ def convert(
     table = Table(title=Text(f"{report['format']} -> {target}"), show_header=False)
     for name, value in report.items():
         if name != "notes" and value not in (None, []):
-            table.add_row(name, f"{value:,}" if isinstance(value, int) else Text(str(value)))
+            table.add_row(name, f"{value:,}" if isinstance(value, int) else Text(shortened(value, 1000)))
     show(report, as_json, table)
     for note in () if as_json else report["notes"]:
         ERR.print(f"[bold]note:[/] {escape(note)}", highlight=False, soft_wrap=True)

@@ -32,6 +32,7 @@ from prefix_attn.cli.shared import (
     prompt_of,
     show,
 )
+from prefix_attn.quoting import shortened
 
 if TYPE_CHECKING:
     from prefix_attn.training.examples import Example
@@ -216,7 +217,7 @@ def inspect(
     found = describe(adapter)
     table = Table(title=Text(str(adapter)), show_header=False)
     for name, value in found.items():
-        table.add_row(name, f"{value:,}" if isinstance(value, int) else Text(str(value)))
+        table.add_row(name, f"{value:,}" if isinstance(value, int) else Text(shortened(value, 1000)))
     if mass is None:
         show(found, as_json, table)
         return

@@ -9,6 +9,7 @@ from itertools import combinations, product
 from typing import Any
 
 from prefix_attn.hf.config import SITES
+from prefix_attn.quoting import quoted
 from prefix_attn.training.settings import LEARNING_RATES
 
 # The hard prompt of the method "discrete", and a text that a prefix can start from.
@@ -86,7 +87,7 @@ class Run:
     def __post_init__(self) -> None:
         """Validate the method, drop settings that it does not use, and fill in its defaults."""
         if self.method not in FIELDS:
-            raise ValueError(f"method must be one of {METHODS}, got {self.method!r}")
+            raise ValueError(f"method must be one of {METHODS}, got {quoted(self.method)}")
         object.__setattr__(self, "unseen", tuple(self.unseen))
         object.__setattr__(self, "sites", self.sites and tuple(self.sites))
         optional = {name for names in FIELDS.values() for name in names}
@@ -118,11 +119,18 @@ class Run:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Run:
-        """The inverse of ``to_dict``. An unknown field is an error."""
+        """The inverse of ``to_dict``. An unknown field, and one of another type, is an error."""
+        if not isinstance(values, dict):
+            raise ValueError(f"a run must be an object of settings, got {quoted(values)}")
         unknown = sorted(values.keys() - {field.name for field in dataclasses.fields(cls)})
         if unknown:
-            raise ValueError(f"unknown settings {unknown}")
-        return cls(**values)
+            raise ValueError(f"unknown settings {quoted(unknown)}")
+        try:
+            run = cls(**values)
+            hash(run)
+        except TypeError as error:
+            raise ValueError(f"no run has the settings {quoted(values)} ({error})") from None
+        return run
 
 
 def reproduce(

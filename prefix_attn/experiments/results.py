@@ -7,6 +7,9 @@ import os
 from pathlib import Path
 from typing import Any
 
+from prefix_attn.hf.io.files import opened
+from prefix_attn.quoting import shortened
+
 Result = dict[str, Any]
 
 
@@ -19,13 +22,13 @@ def read(path: Path) -> list[Result]:
     if not path.exists():
         return []
     results = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(keepends=True), start=1):
-        if not line.endswith("\n"):
-            break
+    with opened(path) as file:
+        lines = file.read().split(b"\n")[:-1]
+    for number, line in enumerate(lines, start=1):
         try:
-            results.append(json.loads(line))
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}, line {number}: not JSON ({error.msg})") from None
+            results.append(json.loads(line.decode()))
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{path}, line {number}: not JSON ({shortened(error)})") from None
         if not isinstance(results[-1], dict) or "run" not in results[-1]:
             raise ValueError(f"{path}, line {number}: not a result, which is an object with 'run'")
     return results

@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from prefix_attn.quoting import shortened
 from prefix_attn.training.examples import Example, Message
 from prefix_attn.training.prompts import Prompt, held_tokens, hold, literal_ids, special_names
 
@@ -147,7 +148,7 @@ class Chat:
         try:
             return self.tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=asks)
         except TemplateError as error:
-            raise ValueError(f"the chat template refuses the messages: {error}") from None
+            raise ValueError(f"the chat template refuses the messages: {shortened(error)}") from None
 
     def _marked(self, messages: Sequence[Message], *, asks: bool) -> list[tuple[int, int]]:
         """Where text between {% generation %} and {% endgeneration %} is, as return_assistant_tokens_mask finds it."""

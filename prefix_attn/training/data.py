@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from prefix_attn.quoting import quoted
 from prefix_attn.training.aws import AWS_TASKS, aws_records
 from prefix_attn.training.examples import BadRows, Example, as_conversation, as_text, group
 from prefix_attn.training.tables import (
@@ -155,7 +156,7 @@ class Examples:
         if self.kind == "jsonl":
             return jsonl_records(self._path, self._encoding, bad)
         if self.kind == "parquet":
-            return parquet_records(self._path)
+            return parquet_records(self._path, {*self.columns, MESSAGES})
         if self.kind == "json":
             return enumerate(self._entries or [])
         return csv_records(self._path, self._encoding, self._header, bad)
@@ -168,7 +169,7 @@ class Examples:
             return as_conversation(row[MESSAGES], answered=target_column is not None)
         for column in self._wanted:
             if column not in row:
-                raise ValueError(f"no key {column!r}; there are {sorted(row)}")
+                raise ValueError(f"no key {column!r}; there are {quoted(sorted(row))}")
         fold = self.kind == "e2e"
         source = as_text(row[source_column], source_column, fold=fold)
         if target_column is None:
@@ -198,8 +199,9 @@ class Examples:
             self.kind, self.columns = "e2e", (lower["mr"], lower["ref"] if self.columns[1] is not None else None)
         for column in self._wanted if columns else ():
             if column not in columns:
+                found = f"{quoted(columns)}, with {self._header.delimiter!r}"
                 raise ValueError(
-                    f"{self._path}, line 1: no column {column!r}; there are {columns}, with {self._header.delimiter!r} "
+                    f"{self._path}, line 1: no column {column!r}; there are {found} "
                     "between cells; --source-column, --target-column and --delimiter say otherwise"
                 )
 
@@ -211,6 +213,8 @@ class Examples:
         except UnicodeDecodeError as error:
             place = f"{error.reason} at byte {error.start}"
             raise ValueError(f"{self._path}: not {error.encoding} text ({place}); --encoding says otherwise") from None
+        except MemoryError:
+            raise ValueError(f"{self._path}: does not fit into memory; more and smaller files do") from None
 
 
 def _kind_of(spec: str, path: Path) -> str:

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from prefix_attn.quoting import quoted
+
 Message = Mapping[str, Any]  # "role" and "content", as chat templates take them
 
 SHOWN_LINES, SHOWN_REASONS = 3, 5
@@ -64,11 +66,12 @@ def as_text(value: Any, column: str, *, fold: bool = False) -> str:
         raise ValueError(f"{column!r} must be text, got {type(value).__name__}")
     if not value or value.isspace():
         raise ValueError(f"{column!r} is empty")
-    _check_unicode(value, column)
+    check_unicode(value, column)
     return " ".join(value.split()) if fold else value
 
 
-def _check_unicode(text: str, column: str) -> None:
+def check_unicode(text: str, column: str) -> None:
+    """Refuse halves of characters, which JSON can hold and no tokenizer reads."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -85,23 +88,23 @@ def as_conversation(value: Any, column: str = "messages", *, answered: bool = Tr
         ValueError: it is no list of messages with a role and a text, or the assistant says nothing.
     """
     if not isinstance(value, list | tuple) or not value:
-        raise ValueError(f"{column!r} must be a list of messages, got {value!r:.40}")
+        raise ValueError(f"{column!r} must be a list of messages, got {quoted(value):.60}")
     messages = []
     for message in value:
         if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
-            raise ValueError(f"{column!r} needs messages with 'role' and 'content', got {message!r:.60}")
+            raise ValueError(f"{column!r} needs messages with 'role' and 'content', got {quoted(message):.60}")
         kept = {name: part for name, part in message.items() if part is not None or name == "content"}
         if not isinstance(kept.get("content"), str) and "tool_calls" not in kept:
             kind = type(message.get("content")).__name__
-            raise ValueError(f"{column!r}: the content of {message['role']!r} must be text, got {kind}")
-        _check_unicode(str(kept.get("content")), column)
+            raise ValueError(f"{column!r}: the content of {quoted(message['role'])} must be text, got {kind}")
+        check_unicode(json.dumps(kept, ensure_ascii=False, default=str), column)
         messages.append(kept)
     if not answered:
         return _asking(messages[:-1] if messages[-1]["role"] == "assistant" else messages, column)
     answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
     if not answers:
         roles = list(dict.fromkeys(message["role"] for message in messages))
-        raise ValueError(f"{column!r} has no message of the role 'assistant'; its roles are {roles}")
+        raise ValueError(f"{column!r} has no message of the role 'assistant'; its roles are {quoted(roles)}")
     if answers[-1] == 0:
         raise ValueError(f"{column!r} begins with its only answer: there is nothing to answer")
     answer = as_text(messages[answers[-1]].get("content"), f"the last answer of {column}")

@@ -11,8 +11,9 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from prefix_attn.hf.io.files import read_json
+from prefix_attn.hf.io.files import opened, read_json
 from prefix_attn.hf.io.writing import replace
+from prefix_attn.quoting import quoted, shortened
 
 DELIMITERS = {".csv": ",", ".tsv": "\t"}
 
@@ -93,8 +94,8 @@ class OutputFile:
             was, now = before.get(name), self._settings.get(name)
             if was != now:
                 raise ValueError(
-                    f"{self.path}: was begun with {name} {was!r:.60}, now it is {now!r:.60}; give the same, or take "
-                    "another --output"
+                    f"{self.path}: was begun with {shortened(name)} {quoted(was):.60}, now it is {quoted(now):.60}; "
+                    "give the same, or take another --output"
                 )
 
     def _whole_rows(self) -> tuple[int, int]:
@@ -103,7 +104,7 @@ class OutputFile:
 
         def lines() -> Iterator[str]:
             nonlocal at
-            with self.path.open("rb") as file:
+            with opened(self.path) as file:
                 for line in file:
                     if not line.endswith(b"\n"):
                         return  # cut within a row

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 
 from prefix_attn.hf.io.files import read_json
 from prefix_attn.hf.io.writing import replace
-from prefix_attn.training.examples import Example
+from prefix_attn.quoting import quoted
+from prefix_attn.training.examples import Example, check_unicode
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -44,25 +45,33 @@ class Prompt:
 
     def __post_init__(self) -> None:
         """Raise a ValueError for a template that cannot be filled."""
+        for name, kind in {"template": str, "system": str | None, "one_line": bool, "special_tokens": bool}.items():
+            if not isinstance(value := getattr(self, name), kind):
+                raise ValueError(f"{name!r} must be {getattr(kind, '__name__', kind)}, got {quoted(value)}")
+            if isinstance(value, str) and not value.isascii():
+                check_unicode(value, name)
         if self.is_chat:
             return
         try:
-            names = [name for _, name, _, _ in Formatter().parse(self.template) if name is not None]
+            parts = [part[1:] for part in Formatter().parse(self.template) if part[1] is not None]
         except ValueError as error:
             raise ValueError(
-                f"template {self.template!r}: {error}; write {{{{ or }}}} for a brace that stays one"
+                f"template {quoted(self.template)}: {error}; write {{{{ or }}}} for a brace that stays one"
             ) from None
+        names = [str(name) for name, *_ in parts]
+        if any(form or conversion for _, form, conversion in parts):  # {source:>1000000000} takes a gigabyte
+            raise ValueError(f"template {quoted(self.template)}: {{source}} and {{system}} take no format and no !")
         if wrong := set(names) - {"source", "system"}:
             raise ValueError(
-                f"template {self.template!r} may name {{source}} and {{system}}, got {{{min(wrong)}}}; "
-                "the target follows by itself"
+                f"template {quoted(self.template)} may name {{source}} and {{system}}, got {{{min(wrong):.60}}}; the "
+                "target follows by itself"
             )
         if names.count("source") != 1:
-            raise ValueError(f"template must be 'chat' or name {{source}} once, got {self.template!r}")
+            raise ValueError(f"template must be 'chat' or name {{source}} once, got {quoted(self.template)}")
         if ("system" in names) != (self.system is not None):
             raise ValueError(
-                f"template {self.template!r} and system {self.system!r} do not fit: a system text needs 'chat' or a "
-                "template that names {system}, and the other way round"
+                f"template {quoted(self.template)} and system {quoted(self.system)} do not fit: a system text needs "
+                "'chat' or a template that names {system}, and the other way round"
             )
 
     @property
@@ -106,10 +115,13 @@ class Prompt:
             if (path := place / FILE).is_file():
                 content = read_json(path)
                 if unknown := content.keys() - {field.name for field in fields(cls)}:
-                    raise ValueError(f"{path}: unknown entries {sorted(unknown)}; a newer version may have written it")
-                if not isinstance(content.get("template"), str):
-                    raise ValueError(f"{path}: 'template' must be text, got {content.get('template')!r}")
-                return cls(**content)
+                    raise ValueError(
+                        f"{path}: unknown entries {quoted(sorted(unknown))}; a newer version may have written it"
+                    )
+                try:
+                    return cls(**content)
+                except ValueError as error:
+                    raise ValueError(f"{path}: {error}") from None
         return cls()
 
 

@@ -34,9 +34,11 @@ def checkpoints(output: Path) -> dict[int, Path]:
     found = {}
     for path in output.glob("checkpoint-*"):
         try:
-            found[int(json.loads((path / "trainer_state.json").read_text())["global_step"])] = path
+            step = read_json(path / "trainer_state.json").get("global_step")
         except (OSError, ValueError):  # none, or half of it
             continue
+        if isinstance(step, int):
+            found[step] = path
     return found
 
 

@@ -11,10 +11,12 @@ import csv
 import json
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from prefix_attn.hf.io.files import opened, opened_text
+from prefix_attn.quoting import quoted, shortened
 from prefix_attn.training.examples import BadRows
 
 DELIMITERS = (",", ";", "\t", "|")
@@ -51,7 +53,7 @@ def encoding_of(path: Path, given: str | None = None) -> str:
                 f"encoding must be one that Python knows, such as utf-8 or cp1252, got {given!r}"
             ) from None
         return "utf-8-sig" if name == "utf-8" else name
-    with path.open("rb") as file:
+    with opened(path) as file:
         head = file.read(4096)
     for mark, name in _MARKS:
         if head.startswith(mark):
@@ -77,7 +79,7 @@ def encoding_of(path: Path, given: str | None = None) -> str:
 
 def _decoded(path: Path, encoding: str) -> Iterator[str]:
     decoder = codecs.getincrementaldecoder(encoding)()
-    with path.open("rb") as file:
+    with opened(path) as file:
         while chunk := file.read(_CHUNK):
             yield decoder.decode(chunk)
         yield decoder.decode(b"", final=True)
@@ -85,7 +87,7 @@ def _decoded(path: Path, encoding: str) -> Iterator[str]:
 
 def read_text(path: Path, encoding: str | None = None) -> str:
     """A whole text, its line breaks as they are."""
-    with path.open(encoding=encoding_of(path, encoding), newline="") as file:
+    with opened_text(path, encoding_of(path, encoding), "") as file:
         return file.read()
 
 
@@ -115,7 +117,7 @@ def csv_header(path: Path, encoding: str, given: str | None, wanted: Callable[[S
         )
     found = []
     for delimiter in candidates:
-        with path.open(encoding=encoding, newline="") as file:
+        with opened_text(path, encoding, "") as file:
             try:
                 columns = next(_reader(file, delimiter), [])
             except csv.Error as error:
@@ -125,13 +127,13 @@ def csv_header(path: Path, encoding: str, given: str | None, wanted: Callable[[S
         found.append(Header([column.strip() for column in columns], delimiter))
     header = next((some for some in found if wanted(some.columns)), max(found, key=lambda some: len(some.columns)))
     if twice := [name for name, count in Counter(header.columns).items() if name and count > 1]:
-        raise ValueError(f"{path}, line 1: more than one column is named {twice[0]!r}; rename them")
+        raise ValueError(f"{path}, line 1: more than one column is named {quoted(twice[0])}; rename them")
     return header
 
 
 def csv_records(path: Path, encoding: str, header: Header, bad: BadRows) -> Iterator[Record]:
     """The rows below the header. A row is at the line where it begins; empty lines are none."""
-    with path.open(encoding=encoding, newline="") as file:
+    with opened_text(path, encoding, "") as file:
         reader, first = _reader(file, header.delimiter), True
         while True:
             line = reader.line_num + 1
@@ -159,7 +161,7 @@ def _reader(file: Any, delimiter: str) -> Any:
 
 def jsonl_records(path: Path, encoding: str, bad: BadRows) -> Iterator[Record]:
     """One object a line. Empty lines are none."""
-    with path.open(encoding=encoding) as file:
+    with opened_text(path, encoding) as file:
         for number, line in enumerate(file, start=1):
             if not line.strip():
                 continue
@@ -182,27 +184,42 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
         twice = next(name for name, count in Counter(name for name, _ in pairs).items() if count > 1)
-        raise ValueError(f"more than one key is named {twice!r}; rename them")
+        raise ValueError(f"more than one key is named {quoted(twice)}; rename them")
     return found
 
 
-def parquet_records(path: Path) -> Iterator[Record]:
-    """The rows of a Parquet file, a few at a time. Needs pyarrow.
+def parquet_records(path: Path, columns: Collection[str | None]) -> Iterator[Record]:
+    """The rows of a Parquet file, a few at a time, without other columns than those named. Needs pyarrow.
 
     Raises:
-        ValueError: the file is no Parquet, or names a column twice.
+        ValueError: the file is no Parquet, is damaged, names a column twice, or unpacks to far more than it is.
     """
-    from pyarrow import ArrowInvalid, parquet
+    from pyarrow import ArrowException, parquet
 
     try:
-        file = parquet.ParquetFile(path)
-    except ArrowInvalid as error:
-        raise ValueError(f"{path}: not Parquet ({error})") from None
-    with file:
-        if twice := [name for name, count in Counter(file.schema_arrow.names).items() if count > 1]:
-            raise ValueError(f"{path}: more than one column is named {twice[0]!r}; rename them")
-        number = 0
-        for batch in file.iter_batches(batch_size=1024):
-            for row in batch.to_pylist():
-                number += 1
-                yield number, row
+        with opened(path) as stream, parquet.ParquetFile(stream) as file:
+            names = file.schema_arrow.names
+            if twice := [name for name, count in Counter(names).items() if count > 1]:
+                raise ValueError(f"{path}: more than one column is named {quoted(twice[0])}; rename them")
+            # A row says what it lacks by what it has.
+            wanted = [name for name in names if name in columns] if set(columns) & {*names} else names
+            most, unpacked, number = unpacked_at_most(path), 0, 0
+            groups = map(file.metadata.row_group, range(file.num_row_groups))
+            if any(
+                group.column(i).total_uncompressed_size > most for group in groups for i in range(group.num_columns)
+            ):
+                raise ValueError(f"{path}: a column unpacks to more than {most} bytes")
+            for batch in file.iter_batches(batch_size=64, columns=wanted):
+                unpacked += batch.nbytes
+                if unpacked > most:
+                    raise ValueError(f"{path}: unpacks to more than {most} bytes")
+                for row in batch.to_pylist():
+                    number += 1
+                    yield number, row
+    except (ArrowException, OSError, OverflowError) as error:
+        raise ValueError(f"{path}: not Parquet ({shortened(error)})") from None
+
+
+def unpacked_at_most(path: Path) -> int:
+    """Bytes that a compressed file may hold: no text is packed to a thousandth, and a bomb is."""
+    return (1 << 24) + 500 * path.stat().st_size

@@ -5,12 +5,16 @@ from __future__ import annotations
 import gzip
 import json
 import re
+import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 from xml.etree import ElementTree
 
+from prefix_attn.hf.io.files import opened
+from prefix_attn.quoting import shortened
 from prefix_attn.training.examples import BadRows, Example, as_text
+from prefix_attn.training.tables import unpacked_at_most
 
 
 def linearise(mr: str) -> str:
@@ -27,11 +31,29 @@ def linearise_triples(triples: Iterable[Sequence[str]]) -> str:
 def read_json(path: Path, encoding: str = "utf-8-sig") -> list[Any]:
     """The entries of a JSON file, plain or gzipped. An object that is no list is the only entry."""
     try:
-        with gzip.open(path, "rt", encoding=encoding) if path.suffix == ".gz" else path.open(encoding=encoding) as file:
-            entries = json.load(file)
-    except (json.JSONDecodeError, RecursionError, gzip.BadGzipFile, EOFError) as error:
-        raise ValueError(f"{path}: not JSON ({error})") from None
+        with opened(path) as file:
+            content = _unpacked(file, path) if path.suffix == ".gz" else file.read()
+        entries = json.loads(content.decode(encoding))
+    except UnicodeDecodeError:
+        raise
+    except (ValueError, RecursionError, EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise ValueError(f"{path}: not JSON ({shortened(error)})") from None
     return entries if isinstance(entries, list) else [entries]
+
+
+def _unpacked(file: BinaryIO, path: Path) -> bytes:
+    """What a gzip file holds. It is unpacked twice, so that a bomb is never in memory."""
+    most, size = unpacked_at_most(path), 0
+    for keep in (False, True):
+        file.seek(0)
+        with gzip.GzipFile(fileobj=file) as packed:
+            if keep:
+                return packed.read()
+            while chunk := packed.read(1 << 20):
+                size += len(chunk)
+                if size > most:
+                    raise ValueError(f"unpacks to more than {most} bytes")
+    raise AssertionError
 
 
 def dart_examples(entries: Iterable[Any], bad: BadRows) -> Iterator[Example]:
@@ -52,25 +74,29 @@ def _dart_example(entry: Any) -> list[Example]:
             raise ValueError(f"'tripleset' must be a list of triples, got {entry['tripleset']!r:.60}")
         source = linearise_triples(triples)
         return [
-            Example(source, (as_text(annotation["text"], "text", fold=True),), annotation["source"])
+            Example(source, (as_text(annotation["text"], "text", fold=True),), as_text(annotation["source"], "source"))
             for annotation in entry["annotations"]
         ]
     except (KeyError, TypeError) as error:
-        raise ValueError(f"must have 'tripleset' and 'annotations' with 'text', 'source' ({error})") from None
+        raise ValueError(
+            f"must have 'tripleset' and 'annotations' with 'text', 'source' ({shortened(error)})"
+        ) from None
 
 
 def webnlg_examples(path: Path, bad: BadRows) -> Iterator[Example]:
     """WebNLG's XML (Gardent et al. 2017), a file or a folder. Only English texts not marked bad."""
     for file in sorted(path.rglob("*.xml")) if path.is_dir() else [path]:
         try:
-            entries = ElementTree.parse(file).getroot().iter("entry")
-        except ElementTree.ParseError as error:
-            raise ValueError(f"{file}: not XML ({error})") from None
+            with opened(file) as stream:
+                entries = ElementTree.parse(stream).getroot().iter("entry")
+        except (ElementTree.ParseError, LookupError, ValueError) as error:  # of an encoding, say
+            raise ValueError(f"{file}: not XML ({shortened(error)})") from None
         for entry in entries:
             try:
                 yield from _webnlg_examples(entry)
             except ValueError as error:
-                bad.add(f"{entry.get('eid')} of {file.name}" if path.is_dir() else str(entry.get("eid")), str(error))
+                name = shortened(entry.get("eid"))
+                bad.add(f"{name} of {file.name}" if path.is_dir() else name, str(error))
             else:
                 bad.good += 1
 

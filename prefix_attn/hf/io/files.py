@@ -7,6 +7,7 @@ Whatever is wrong with a file raises a ValueError that names it.
 from __future__ import annotations
 
 import errno
+import io
 import json
 import os
 import re
@@ -14,7 +15,7 @@ import stat
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TextIO
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -84,6 +85,11 @@ def opened(path: Path) -> BinaryIO:
         os.close(number)
         raise ValueError(f"{path}: must be a file, and is {_KINDS.get(stat.S_IFMT(mode), 'none')}")
     return os.fdopen(number, "rb")
+
+
+def opened_text(path: Path, encoding: str, newline: str | None = None) -> TextIO:
+    """The same as text."""
+    return io.TextIOWrapper(opened(path), encoding=encoding, newline=newline)
 
 
 def read_json(path: Path) -> dict[str, Any]:
