@@ -53,6 +53,7 @@ from prefix_attn.cli.train_options import (
     Output,
     Packing,
     PositionMode,
+    ReportTo,
     Resume,
     Seed,
     Sites,
@@ -67,6 +68,7 @@ from prefix_attn.cli.train_options import (
 )
 from prefix_attn.hf.config import PrefixConfig
 from prefix_attn.training.interrupt import Interrupted
+from prefix_attn.training.record import curve
 from prefix_attn.training.resume import facts_of_settings, find_checkpoint, last_checkpoint
 from prefix_attn.training.settings import TrainingSettings
 
@@ -119,6 +121,7 @@ def train(
     packing: Packing = False,
     resume: Resume = False,
     seed: Seed = 0,
+    report_to: ReportTo = None,
     as_json: AsJson = False,
 ) -> None:
     """Train a prefix. The model does not change.
@@ -301,13 +304,25 @@ def _prefixed(config: PrefixConfig, seed: int) -> tuple[Any, Any]:
 
 
 def _summary(metrics: dict[str, Any], output: Path) -> str:
+    """What was trained, where it is, and how the losses went."""
     text = (
         f"{metrics['trainable_parameters']:,} parameters ({metrics['trainable_share']:.3%}) trained, saved in {output}"
     )
-    curve, kept = metrics["validation_loss"], metrics["kept_step"]
-    if curve:
-        losses = dict(map(tuple, curve))
-        text += f"; validation loss {curve[0][1]:.3f} -> {losses.get(kept, curve[-1][1]):.3f}"
+    validation, kept = metrics["validation_loss"], metrics["kept_step"]
+    if validation:
+        losses = dict(map(tuple, validation))
+        text += f"; validation loss {validation[0][1]:.3f} -> {losses.get(kept, validation[-1][1]):.3f}"
     if kept != metrics["steps"]:
         text += f", of step {kept}, the best of {metrics['steps']}"
-    return text
+    lines = [text]
+    for name, values in (("training", metrics["train_loss"]), ("validation", validation)):
+        if len(values) > 1:
+            found = [loss for _, loss in values]
+            lines.append(f"{name:<10} {found[0]:7.3f} {curve(found)} {found[-1]:.3f}")
+    if metrics["seconds"]:
+        lines.append(
+            f"{metrics['seconds_per_step']:.3g} s a step, {metrics['tokens_per_second']:,.0f} tokens/s, "
+            f"at most {metrics['peak_memory_bytes'] / 2**30:.2f} GiB"
+        )
+    encoding = sys.stdout.encoding or "utf-8"  # not all can show blocks
+    return "\n".join(lines).encode(encoding, "replace").decode(encoding)

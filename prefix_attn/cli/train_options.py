@@ -11,7 +11,7 @@ import typer
 
 from prefix_attn.cli.config import read_config
 from prefix_attn.cli.shared import DATA, data_option
-from prefix_attn.training.settings import LEARNING_RATES, STEPS
+from prefix_attn.training.settings import LEARNING_RATES, REPORTERS, STEPS
 
 prefix_option: Callable[..., Any] = partial(typer.Option, rich_help_panel="The prefix")
 start_option: Callable[..., Any] = partial(typer.Option, rich_help_panel="Where it starts")
@@ -120,4 +120,7 @@ Packing = Annotated[
     bool, typer.Option("--packing", help="Put the rows of a batch one behind the other instead of padding them.")
 ]
 Resume = Annotated[bool, typer.Option("--resume", help="Continue from the last checkpoint in --output.")]
+ReportTo = Annotated[
+    str | None, typer.Option(help=f"What shows the losses: {', '.join(REPORTERS)}, or several with commas.")
+]
 Seed = Annotated[int, typer.Option(help="Seed of the start and of the order of the data.")]

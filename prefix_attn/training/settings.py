@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ LEARNING_RATES = {
 }
 STEPS = 200
 RUN_FILE = "run.yaml"  # the command's options, for --config
+REPORTERS = {"tensorboard": ("tensorboard", "tensorboardX"), "trackio": ("trackio",), "wandb": ("wandb",)}
 
 
 def default_learning_rate(config: PrefixConfig) -> float:
@@ -50,10 +52,12 @@ class TrainingSettings:
 
     With ``load_best_model_at_end`` the prefix that is saved at the end is that of the validation with the lowest loss,
     otherwise that of the last step. ``early_stopping`` implies it, and ends a run after so many validations in a row
-    without a lower loss. Both need validation rows.
+    without a lower loss. Both need validation rows. ``report_to`` names what shows the log: one of
+    ``REPORTERS``, or several with commas.
 
     Raises:
-        ValueError: a number is out of range, or there are ``steps`` and ``epochs``.
+        ValueError: a number is out of range, there are ``steps`` and ``epochs``, or the package of ``report_to`` is not
+            installed.
     """
 
     output: Path
@@ -70,6 +74,7 @@ class TrainingSettings:
     gradient_accumulation_steps: int = 1
     early_stopping: int | None = None
     load_best_model_at_end: bool = False
+    report_to: str | None = None
 
     def __post_init__(self) -> None:
         """See the class."""
@@ -83,6 +88,16 @@ class TrainingSettings:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
+        for name in self.reporters:
+            if name not in REPORTERS:
+                raise ValueError(f"report_to must be some of {list(REPORTERS)}, got {name!r}")
+            if not any(map(find_spec, REPORTERS[name])):
+                raise ValueError(f"report_to {name!r} needs a package that is not installed: pip install {name}")
+
+    @property
+    def reporters(self) -> list[str]:
+        """The names in ``report_to``."""
+        return self.report_to.split(",") if self.report_to is not None else []
 
     @property
     def keeps_best(self) -> bool:

@@ -24,7 +24,8 @@ from prefix_attn.training.examples import Example
 from prefix_attn.training.interrupt import Interrupted, signals_noted
 from prefix_attn.training.packing import check_packing, pack
 from prefix_attn.training.prompts import Prompt
-from prefix_attn.training.resume import facts_of_settings, facts_of_training, find_checkpoint, keep
+from prefix_attn.training.record import configuration, costs, losses, plot
+from prefix_attn.training.resume import Facts, facts_of_settings, facts_of_training, find_checkpoint, keep
 from prefix_attn.training.row_file import RowFile
 from prefix_attn.training.settings import TrainingSettings, default_learning_rate
 from prefix_attn.training.tokens import DEFAULT, Collator, Encoder, Row, batches, encode
@@ -56,9 +57,10 @@ def train(
     does not fit. ``options`` are kept in run.yaml, those of ``settings`` with the values that were used.
 
     Returns:
-        ``train_loss`` [[step, loss], ...], ``validation_loss`` in the same form from step 0 on (nats per target token),
-        ``cut`` (rows whose source was too long), ``steps``, ``best_step`` (of the lowest validation loss after step 0),
-        ``kept_step`` (that of the saved prefix), ``trainable_parameters`` and their ``trainable_share``.
+        What metrics.json has: ``train_loss`` [[step, loss], ...], ``validation_loss`` in the same form from step 0 on
+        (nats per target token), ``cut`` (rows whose source was too long), ``steps``, ``best_step`` (of the lowest
+        validation loss after step 0), ``kept_step`` (that of the saved prefix), ``trainable_parameters`` and their
+        ``trainable_share``, and what ``record.costs`` and ``record.configuration`` say.
 
     Raises:
         ValueError: there are no examples, or none to validate on where the best prefix is to be kept; a target does not
@@ -68,10 +70,13 @@ def train(
         OSError: a checkpoint cannot be written.
         Interrupted: SIGINT or SIGTERM came. The step was finished, and a checkpoint and the prefix were saved.
     """
+    from tqdm.auto import tqdm
+
     find_checkpoint(settings, facts_of_settings(settings, _config(model)))  # early: what follows takes time
     longest, chosen = settings.max_length, {"prompt": prompt, "encoder_decoder": model.config.is_encoder_decoder}
     encoder = Encoder(tokenizer, longest, **chosen)
-    rows = RowFile(encoder.rows(examples, skip_bad_rows=skip_bad_rows), settings.output)
+    shown = tqdm(examples, desc="reading and tokenising", unit=" rows", leave=False)
+    rows = RowFile(encoder.rows(shown, skip_bad_rows=skip_bad_rows), settings.output)
     if not rows:
         raise ValueError("no examples to train on")
     if cut := encoder.cut:
@@ -133,7 +138,7 @@ def fit(
         trainer.args.eval_on_start = measure is not None and checkpoint is None
         finished = _run(trainer, settings, checkpoint)
         stopped = signal.Signals(noted[0]).name if noted and not finished else None
-        metrics = {**_metrics(trainer, model, settings), "interrupted": stopped, **extra}
+        metrics = {**_metrics(trainer, model, settings, facts), "interrupted": stopped, **extra}
         model.save_pretrained(settings.output)
         replace(settings.output / "metrics.json", json.dumps(metrics, indent=2).encode())
         plot(metrics, settings.output / "loss.png")
@@ -198,17 +203,19 @@ def _config(model: PrefixModel) -> PrefixConfig:
     return model.prefix_configs[model.active_prefix or "default"]
 
 
-def _metrics(trainer: PrefixTrainer, model: PrefixModel, settings: TrainingSettings) -> dict[str, Any]:
+def _metrics(trainer: PrefixTrainer, model: PrefixModel, settings: TrainingSettings, facts: Facts) -> dict[str, Any]:
     trainable, total = model.get_nb_trainable_parameters()
     state = trainer.state
     return {
         "steps": state.global_step,
         "best_step": state.best_global_step,
         "kept_step": state.best_global_step if settings.keeps_best else state.global_step,
-        "train_loss": [[entry["step"], entry["loss"]] for entry in state.log_history if "loss" in entry],
-        "validation_loss": [[entry["step"], entry["eval_loss"]] for entry in state.log_history if "eval_loss" in entry],
+        **losses(state.log_history),
+        **costs(state.log_history),
         "trainable_parameters": trainable,
         "trainable_share": trainable / total,
+        "device": str(model.device),
+        **configuration(settings, _config(model), facts),
     }
 
 
@@ -226,6 +233,7 @@ def _arguments(model: Any, settings: TrainingSettings, *, validates: bool) -> Tr
         weight_decay=0.0,
         lr_scheduler_type="linear",
         logging_steps=1,
+        include_num_input_tokens_seen="all" if settings.packing else "non_padding",  # packed rows have no padding
         logging_nan_inf_filter=False,  # it would hide them from the log
         eval_strategy="steps" if validates else "no",
         eval_steps=settings.validate_every,
@@ -239,7 +247,7 @@ def _arguments(model: Any, settings: TrainingSettings, *, validates: bool) -> Tr
         use_cpu=model.device.type == "cpu",
         remove_unused_columns=False,
         dataloader_pin_memory=model.device.type == "cuda",
-        report_to="none",
+        report_to=settings.reporters or "none",
     )
 
 
@@ -248,22 +256,3 @@ def has_bfloat16(device: torch.device) -> bool:
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
-
-
-def plot(metrics: dict[str, Any], path: Path) -> None:
-    """Plot training and validation loss against steps into a PNG."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(6, 4), layout="constrained")
-    if metrics["train_loss"]:
-        axes.plot(*zip(*metrics["train_loss"], strict=True), label="training", alpha=0.6)
-    if metrics["validation_loss"]:
-        axes.plot(*zip(*metrics["validation_loss"], strict=True), label="validation", marker="o")
-    axes.set(xlabel="step", ylabel="loss (nats per target token)")
-    axes.grid(alpha=0.3)
-    axes.legend()
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback, TrainerState
 
 from prefix_attn.training.evaluate import target_loss
+from prefix_attn.training.record import peak_memory
 from prefix_attn.training.resume import last_checkpoint
 from prefix_attn.training.tokens import IGNORED, Batch
 
@@ -45,6 +48,7 @@ class PrefixTrainer(Trainer):
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """As Trainer has it. The bar is closed whatever happens, so that an error has a line of its own."""
+        self._since = time.perf_counter()
         try:
             return super().train(*args, **kwargs)
         finally:
@@ -94,9 +98,18 @@ class PrefixTrainer(Trainer):
         if not_finite_parameters(self.model):
             raise not_finite(self, step, "the prefix is not finite")
         try:
-            super()._save_checkpoint(*args, **kwargs)
+            with self.bar.showing("saving"):
+                super()._save_checkpoint(*args, **kwargs)
         except (OSError, SafetensorError) as error:
             raise OSError(f"{folder}: the checkpoint of step {step} cannot be written ({error})") from error
+        self._since = time.perf_counter()
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add the costs of a step to its loss. Each step has an entry."""
+        if "loss" in logs:
+            seconds, self._since = time.perf_counter() - self._since, time.perf_counter()
+            logs |= {"seconds": seconds, "peak_memory_bytes": peak_memory(self.args.device)}
+        super().log(logs, start_time)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """The validation loss, in the Trainer's log. Checkpoints contain the log, so a resumed run has the curve.
@@ -105,11 +118,13 @@ class PrefixTrainer(Trainer):
             FloatingPointError: it is not finite.
         """
         assert self.measure is not None
-        metrics = {"eval_loss": self.measure()}
+        with self.bar.showing("validating"):
+            metrics = {"eval_loss": self.measure()}
         if not math.isfinite(metrics["eval_loss"]):
             raise not_finite(self, self.state.global_step, f"the validation loss is {metrics['eval_loss']}, not finite")
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        self._since = time.perf_counter()
         return metrics
 
     def _targets(self, batch: Batch) -> Tensor:
@@ -184,26 +199,41 @@ class Intervals(TrainerCallback):
 
 
 class Bar(TrainerCallback):
-    """A progress bar that shows the loss of the last step."""
+    """A progress bar with step, time left, losses and tokens per second. It says what else takes time."""
 
     def __init__(self) -> None:
         """It is shown when training begins."""
         self._bar: Any = None
+        self._shown: dict[str, str] = {}
+        self._seconds, self._tokens = 0.0, 0  # of this run; tokens: those before it
 
     def on_train_begin(self, args: Any, state: TrainerState, control: Any, **_: Any) -> None:
         """Show it."""
         from tqdm.auto import tqdm
 
-        self._bar = tqdm(total=state.max_steps, initial=state.global_step, desc="train", unit="step")
+        self._seconds, self._tokens = 0.0, state.num_input_tokens_seen
+        self._bar = tqdm(total=state.max_steps, initial=state.global_step, desc="training", unit="step")
 
     def on_step_end(self, args: Any, state: TrainerState, control: Any, **_: Any) -> None:
         """One step more."""
         self._bar.update()
 
     def on_log(self, args: Any, state: TrainerState, control: Any, logs: Any = None, **_: Any) -> None:
-        """Show the loss."""
-        if logs and "loss" in logs:
-            self._bar.set_postfix(loss=f"{float(logs['loss']):.3f}")
+        """Show what is new, when the bar is drawn again."""
+        if "seconds" in logs:
+            self._seconds += logs["seconds"]
+            rate = (state.num_input_tokens_seen - self._tokens) / self._seconds
+            self._shown |= {"loss": f"{logs['loss']:.3f}", "tokens/s": f"{rate:,.0f}"}
+        if "eval_loss" in logs:
+            self._shown["validation"] = f"{logs['eval_loss']:.3f}"
+        self._bar.set_postfix(self._shown, refresh=False)
+
+    @contextmanager
+    def showing(self, what: str) -> Iterator[None]:
+        """Say ``what`` is done instead of training."""
+        self._bar.set_description(what)
+        yield
+        self._bar.set_description("training")
 
     def close(self) -> None:
         """Leave it as it is."""
