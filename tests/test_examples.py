@@ -2,24 +2,34 @@
 
 from __future__ import annotations
 
+import csv
+import json
 import os
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from torch.optim import AdamW
 
+from prefix_attn.training.examples import Example
+from prefix_attn.training.prompts import Prompt
+from prefix_attn.training.tokens import collate, encode
+from tests.hf.models import tiny
 from tests.numerics import MODEL
+from tests.tokens import END
+from tests.training.test_chat import tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 CLOSE = MODEL.atol  # of what is the same computation in another order, in float32
 
 
-def run(name: str) -> str:
+def run(name: str, *arguments: object) -> str:
     """What ``python examples/NAME.py`` prints."""
-    command = [sys.executable, "-W", "error", str(Path("examples") / f"{name}.py")]
+    command = [sys.executable, "-W", "error", str(Path("examples") / f"{name}.py"), *map(str, arguments)]
     path = os.pathsep.join([str(ROOT), *sys.path])  # a script elsewhere finds the package too
     environment = os.environ | {"PYTHONPATH": path}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
@@ -125,6 +135,37 @@ def test_trl_dpo() -> None:
     assert margin[1] > margin[0] + 0.2
     assert float(re.findall(r"the frozen model: logits differ by (\S+)", text)[0]) < CLOSE
     assert float(re.findall(r"moves them by (\S+)", text)[0]) > 0.1
+
+
+def chat_model(folder: Path, rows: list[tuple[str, str, str]]) -> None:
+    """A tiny chat model that has learnt to answer as these tickets are answered."""
+    tokens = tokenizer("{% for m in messages %}{{ m['content'] }}<stop>{% endfor %}")
+    model = tiny("llama", vocab_size=258, max_position_embeddings=512, hidden_size=64, intermediate_size=128).train()
+    pairs = [Example(ticket, (reply,)) for _, ticket, reply in rows if ticket.strip() and reply and len(ticket) < 99]
+    batch, optimizer = encode(tokens, pairs, 512, prompt=Prompt("chat"))[0], AdamW(model.parameters(), 5e-3)
+    for step in range(40):
+        model(**collate([batch[(8 * step + i) % len(batch)] for i in range(8)], END)).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    model.save_pretrained(folder)
+    tokens.save_pretrained(folder)
+
+
+def test_tickets(tmp_path: Path) -> None:
+    """Ctrl-C before the first checkpoint loses nothing, and answers have the lines that replies have."""
+    chat_model(tmp_path / "model", runpy.run_path(str(ROOT / "examples" / "tickets.py"))["tickets"](99, 9))
+    text = run("tickets", tmp_path / "out", tmp_path / "model", 120, 12)
+    assert re.findall(r"status (\d+)", text) == ["130", "0", "0"]
+    assert "tickets.csv: 3 of 120 rows are left out: 2 x 'reply' is empty" in text
+    (stopped,) = re.findall(r"stopped by SIGINT after step (\d+)\. To go on: .* --resume", text)
+    assert 4 <= int(stopped) < 12
+    metrics = json.loads((tmp_path / "out" / "run" / "metrics.json").read_text())
+    assert metrics["steps"] == 12
+    with (tmp_path / "out" / "answers.csv").open(encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["id"] for row in rows] == [f"{i:05}" for i in range(20) if i != 3]
+    assert sum("\n" in row["ticket"] for row in rows) == 19
+    assert sum(row["output"].startswith("Hello,\n\nplease try this:\n\n    reset --code") for row in rows) > 15
 
 
 def of_training(text: str) -> tuple[tuple[float, float], float, str, list[str]]:
