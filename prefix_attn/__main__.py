@@ -1,4 +1,4 @@
-"""``python -m prefix_attn``."""
+"""``python -m prefix_attn``, and ``torchrun -m prefix_attn``."""
 
 from prefix_attn.cli import main
 

@@ -117,6 +117,11 @@ def check(call: Call) -> None:
     given: list[tuple[str, Tensor]] = []
     for name, tensor in zip(_SHAPES, call):
         if isinstance(tensor, Tensor):
+            if hasattr(tensor, "placements"):
+                raise NotImplementedError(
+                    f"{name} is a DTensor, and the operator runs on the tensors of one process: call it through "
+                    "torch.distributed.tensor.experimental.local_map, with the batch or the heads sharded"
+                )
             _check_dtype(name, tensor.dtype, call.query.dtype)
             given.append((name, tensor))
         elif tensor is not None or name in ("query", "key", "value"):

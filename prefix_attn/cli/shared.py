@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -102,7 +103,9 @@ def progress(name: str, total: int) -> Iterator[Callable[[int], object]]:
 
 
 def show(result: Any, as_json: bool, text: Any) -> None:
-    """Print ``result`` as JSON, or ``text``, which may be a table."""
+    """Print ``result`` as JSON, or ``text``, which may be a table. Of torchrun's processes only the first prints."""
+    if os.environ.get("RANK", "0") != "0":
+        return
     if as_json:
         typer.echo(json.dumps(result, indent=2))
     elif isinstance(text, str):

@@ -104,9 +104,8 @@ class PrefixTuning(Wrapper):
         Other arguments are as for ``PrefixModel.save_pretrained``.
         """
         checkpoint.check_safe(safe_serialization)
-        if is_main_process:
-            state = self.state_dict() if state_dict is None else state_dict
-            checkpoint.save_table(Path(path), state, self.base_model)
+        state = self.state_dict() if state_dict is None else state_dict
+        checkpoint.save_table(Path(path), state, self.base_model, is_main_process=is_main_process)
 
     def create_or_update_model_card(self, output_dir: str | Path) -> None:
         """As of ``PrefixModel``."""

@@ -136,6 +136,14 @@ class PrefixEncoder(nn.Module):
             self.embedding = nn.Parameter(self._trained().detach().clone(), self.embedding.requires_grad)
             self.mlp = None
 
+    def _apply(self, fn: Any, recurse: bool = True) -> PrefixEncoder:
+        """As of any module, but ``frozen`` keeps its values: who moves a model to the meta device fills parameters."""
+        frozen = self.frozen
+        super()._apply(fn, recurse)
+        if frozen is not None and self.frozen is not None and self.frozen.is_meta:
+            self.frozen = frozen
+        return self
+
     def _trained(self) -> Tensor:
         """(P - F, 2 * L * H * D): the rows that are not frozen."""
         return self.embedding if self.mlp is None else self.mlp(self.embedding)

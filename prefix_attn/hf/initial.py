@@ -7,16 +7,16 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from prefix_attn.hf.attach.attachment import Attachment
+from prefix_attn.hf.attach.probe import Probe
 from prefix_attn.hf.attach.slots import Slot
 from prefix_attn.hf.attach.wrapper import device_of
 from prefix_attn.hf.config import PrefixConfig
 from prefix_attn.hf.encoder import PrefixEncoder
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 PIECE = 64  # tokens of a document in a row: a sentence or two
 
@@ -58,15 +58,22 @@ def initial_kv(attachment: Attachment, config: PrefixConfig, tokenizer: PreTrain
 
 
 def initial_embeddings(
-    base: PreTrainedModel, config: PrefixConfig, tokenizer: PreTrainedTokenizerBase | None
+    base: PreTrainedModel,
+    config: PrefixConfig,
+    tokenizer: PreTrainedTokenizerBase | None,
+    probe: Probe | None = None,
 ) -> Tensor:
-    """(P, hidden size) float32: the model's own input embeddings of P tokens, or numbers."""
+    """(P, hidden size) float32: the model's own input embeddings of P tokens, or numbers.
+
+    ``probe`` is for models that have to run for it.
+    """
     module = base.get_input_embeddings()
     if config.init in ("zero", "uniform"):
         return _numbers(config.init, config.num_virtual_tokens, module.weight.shape[1]).to(device_of(module))
     first = getattr(base.config.get_text_config(), "bos_token_id", None)
     with torch.no_grad():
-        return module(_initial_ids(module, first, config, tokenizer).to(device_of(module))).float().clone()
+        ids = _initial_ids(module, first, config, tokenizer).to(device_of(module))
+        return (module(ids) if probe is None else probe.embed(module, ids)).float().clone()
 
 
 @torch.no_grad()

@@ -34,14 +34,14 @@ def load_base(
             that save_pretrained wrote, or the name of a model on the Hugging Face Hub. GGUF weights are dequantised
             once and kept under ``$XDG_CACHE_HOME/prefix_attn`` (default ~/.cache/prefix_attn), in float32.
         dtype: of the weights; default bfloat16 on a GPU, float32 on a CPU.
-        device: default: the GPU where there is one.
+        device: default: the GPU where there is one; with torchrun the one of this process.
 
     Raises:
         ValueError: there is no such model; ModuleNotFoundError: a package that holds or reads it is missing.
     """
     from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = torch.device(device or (f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"))
     dtype = dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
     source: str | Path = smollm2_file() if str(name) == "smollm2" else name
     if Path(source).suffix == ".gguf":

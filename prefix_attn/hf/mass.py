@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from prefix_attn.hf.attach.infix import IGNORED, start_of_targets
+from prefix_attn.hf.attach.ranks import heads_mesh, of_all_processes
 from prefix_attn.hf.attach.wrapper import device_of, evaluating
 from prefix_attn.hf.model import PrefixModel
 
@@ -61,6 +62,8 @@ def prefix_mass(
                 if starts is not None:
                     columns = torch.arange(S, device=share.device)
                     tokens = tokens * (columns >= starts[:, None].to(share.device))
+                if slots[0].ranks > 1:
+                    share = of_all_processes(share, 1, heads_mesh(module))
                 sums[module] += torch.einsum("bhs,bs->h", share.double(), tokens.double()).cpu()
                 counts[module] += int(tokens.sum())
 

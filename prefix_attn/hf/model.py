@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from prefix_attn.hf.attach.banks import make_bank, make_rows, row_names
 from prefix_attn.hf.attach.continuous import bank_of, generate_batch
 from prefix_attn.hf.attach.infix import end_of_prompt, start_of_targets
+from prefix_attn.hf.attach.ranks import draw_alike, gathered, is_first
 from prefix_attn.hf.attach.task_heads import copy_task_heads, task_heads_in_place
 from prefix_attn.hf.attach.trained import changes, set_trained
 from prefix_attn.hf.config import PeftPrefixConfig, PrefixConfig
@@ -82,12 +83,14 @@ class PrefixModel(PeftWords):
         """
         self.check_new_name(name)
         config = config if isinstance(config, PrefixConfig) else PrefixConfig.from_peft(config)
-        config = draw_pieces(self.attachment.resolver.resolve(config), tokenizer)
+        config = self.attachment.resolver.resolve(config)
+        draw_alike(slot.module for slot in self.attachment.resolver.layout(config).slots if slot.ranks > 1)
+        config = draw_pieces(config, tokenizer)
         encoder = self.make_encoder(config)
         if config.init == "prefix":
             start_from_prefix(encoder, config, *self._init_prefix(config), self.attachment)
         elif config.mode == "embedding":
-            encoder.embedding.data = initial_embeddings(self.base_model, config, tokenizer)
+            encoder.embedding.data = initial_embeddings(self.base_model, config, tokenizer, self.attachment.probe)
         else:
             encoder.set_kv(initial_kv(self.attachment, config, tokenizer))
         task_heads = copy_task_heads(self.base_model, config.modules_to_save or ())
@@ -136,7 +139,8 @@ class PrefixModel(PeftWords):
         Args:
             path: the folder. A kill at any moment leaves the old files or the new ones.
             training_state: also write what continuing the training of an MLP needs.
-            is_main_process: whether to write at all, in a training of several processes.
+            is_main_process: whether to write at all. Of the processes of ``torch.distributed`` only the first does, as
+                in transformers. Where parameters are sharded, all of them have to call.
             state_dict: take the values from it, as ``accelerator.get_state_dict(model)`` gives them.
             selected_adapters: the names of the prefixes to save instead: "default" into ``path``, others into folders
                 of their names in it, as PEFT has it.
@@ -151,8 +155,9 @@ class PrefixModel(PeftWords):
             raise ValueError("there is no active prefix to save")
         names = [self.active_prefix] if selected_adapters is None else selected_adapters
         state = self.state_dict() if state_dict is None else state_dict
-        saved = {str(name): checkpoint.parts(str(name), self.find_prefix(str(name))[0], state) for name in names}
-        for name, parts in saved.items() if is_main_process else ():
+        with gathered(self):
+            saved = {str(name): checkpoint.parts(str(name), self.find_prefix(str(name))[0], state) for name in names}
+        for name, parts in saved.items() if is_main_process and is_first() else ():
             folder = Path(path) if selected_adapters is None or name == "default" else Path(path) / name
             encoder, config = self.find_prefix(name)
             checkpoint.save_prefix(folder, parts, encoder, config, self.attachment, training_state=training_state)

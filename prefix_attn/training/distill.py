@@ -17,6 +17,7 @@ from prefix_attn.hf.attach.wrapper import evaluating
 from prefix_attn.hf.config import PrefixConfig
 from prefix_attn.hf.model import PrefixModel, get_prefix_model
 from prefix_attn.training.head import sum_over
+from prefix_attn.training.ranks import share, sums
 from prefix_attn.training.row_file import digest
 from prefix_attn.training.settings import TrainingSettings
 from prefix_attn.training.tokens import Batch, Row, batches
@@ -179,9 +180,11 @@ def mean_divergence(model: PrefixModel, teacher: Teacher, batches: Sequence[Batc
     device = next(model.parameters()).device
     total, tokens = 0.0, 0
     with evaluating(model):
-        for batch in batches:
+        for batch, counts in share(batches):
             given = {name: tensor.to(device) for name, tensor in batch.items()}
             count = int(given["attention_mask"].sum())
-            total += float(divergence(model, teacher(given), given)) * count
-            tokens += count
+            loss = float(divergence(model, teacher(given), given))
+            if counts:
+                total, tokens = total + loss * count, tokens + count
+    total, tokens = sums(total, tokens, device=device)
     return total / tokens

@@ -12,6 +12,7 @@ from prefix_attn.hf.attach.infix import start_of_targets
 from prefix_attn.hf.attach.wrapper import evaluating
 from prefix_attn.hf.model import PrefixModel
 from prefix_attn.training.head import base_of, can_leave_out_logits, sum_over
+from prefix_attn.training.ranks import share, sums
 from prefix_attn.training.tokens import IGNORED
 
 
@@ -65,7 +66,7 @@ def validation_loss(model: Any, batches: Iterable[Mapping[str, Tensor]]) -> floa
 
     Args:
         model: a causal model or an encoder-decoder, with or without a prefix.
-        batches: what ``tokens.collate`` makes.
+        batches: what ``tokens.collate`` makes. Processes of ``torch.distributed`` share them, so all have to call.
 
     Raises:
         ValueError: no batch has a target token.
@@ -73,15 +74,16 @@ def validation_loss(model: Any, batches: Iterable[Mapping[str, Tensor]]) -> floa
     device = next(model.parameters()).device
     total, tokens = 0.0, 0
     with evaluating(model):
-        for batch in batches:
+        for batch, counts in share(batches):
             # A causal model predicts each token from those before it, so the first one has no loss.
             first = 0 if model.config.is_encoder_decoder else 1
             count = int((batch["labels"][:, first:] != IGNORED).sum())
             if not count:
                 continue  # the mean over no tokens would be nan
             loss = target_loss(model, {name: tensor.to(device) for name, tensor in batch.items()})
-            total += float(loss) * count
-            tokens += count
+            if counts:
+                total, tokens = total + float(loss) * count, tokens + count
+    total, tokens = sums(total, tokens, device=device)
     if not tokens:
         raise ValueError("no target tokens to evaluate on")
     return total / tokens

@@ -12,10 +12,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from accelerate import PartialState
 from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer_callback import TrainerState
 
 from prefix_attn.hf.attach.gradient_checkpointing import set_checkpointing
+from prefix_attn.hf.attach.ranks import is_first
 from prefix_attn.hf.config import PrefixConfig
 from prefix_attn.hf.io.writing import replace
 from prefix_attn.hf.model import PrefixModel
@@ -122,15 +124,18 @@ def fit(
     if settings.keeps_best and measure is None:
         name = "early_stopping" if settings.early_stopping else "load_best_model_at_end"
         raise ValueError(f"{name} needs rows to validate on, and there are none")
+    ranks = PartialState(cpu=model.device.type == "cpu")  # joins the other processes of torchrun
     facts = facts_of_training(settings, _config(model), rows, held_out, prompt) | dict(task or {})
+    facts["processes"] = ranks.num_processes
     checkpoint = find_checkpoint(settings, facts)
     if checkpoint is None and settings.resume:
         _log.warning("%s: no checkpoint to resume from: training begins from the start", settings.output)
-    keep(settings.output, facts)
-    if prompt is not None:
-        prompt.save(settings.output)
-    if options is not None:
-        dataclasses.replace(settings, learning_rate=facts["learning_rate"]).keep(options)
+    if is_first():
+        keep(settings.output, facts)
+        if prompt is not None:
+            prompt.save(settings.output)
+        if options is not None:
+            dataclasses.replace(settings, learning_rate=facts["learning_rate"]).keep(options)
     if settings.gradient_checkpointing:
         set_checkpointing(model, use_reentrant=False)
     with signals_noted() as noted:
@@ -140,8 +145,9 @@ def fit(
         stopped = signal.Signals(noted[0]).name if noted and not finished else None
         metrics = {**_metrics(trainer, model, settings, facts), "interrupted": stopped, **extra}
         model.save_pretrained(settings.output)
-        replace(settings.output / "metrics.json", json.dumps(metrics, indent=2).encode())
-        plot(metrics, settings.output / "loss.png")
+        if is_first():
+            replace(settings.output / "metrics.json", json.dumps(metrics, indent=2).encode())
+            plot(metrics, settings.output / "loss.png")
     if stopped is not None:
         raise Interrupted(noted[0], metrics)
     return metrics
@@ -248,6 +254,7 @@ def _arguments(model: Any, settings: TrainingSettings, *, validates: bool) -> Tr
         remove_unused_columns=False,
         dataloader_pin_memory=model.device.type == "cuda",
         report_to=settings.reporters or "none",
+        ddp_find_unused_parameters=False,
     )
 
 

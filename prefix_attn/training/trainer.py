@@ -15,12 +15,20 @@ from torch import Tensor
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback, TrainerState
 
+from prefix_attn.hf.attach.ranks import is_first
 from prefix_attn.training.evaluate import target_loss
+from prefix_attn.training.ranks import sums
 from prefix_attn.training.record import peak_memory
 from prefix_attn.training.resume import last_checkpoint
 from prefix_attn.training.tokens import IGNORED, Batch
 
 Objective = Callable[[Any, Batch], Tensor]  # from a model and a batch
+
+# The Trainer reads the optimizer's state onto the device of its process. Without GPUs accelerate calls that "cpu:0",
+# which torch.save's tags know as "cpu" alone: no run of several processes could be resumed.
+torch.serialization.register_package(
+    100, lambda _: None, lambda storage, location: storage if location.startswith("cpu:") else None
+)
 
 
 class PrefixTrainer(Trainer):
@@ -66,8 +74,6 @@ class PrefixTrainer(Trainer):
         self, model: Any, inputs: Batch, return_outputs: bool = False, num_items_in_batch: Tensor | int | None = None
     ) -> Any:
         """The share of ``inputs`` in the mean loss over the targets of a step."""
-        if self.objective is None and model is not self.model:  # a wrapper that spreads the model over several devices
-            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         loss = target_loss(model, inputs) if self.objective is None else self.objective(model, inputs)
         if num_items_in_batch is None:
             return loss
@@ -93,7 +99,7 @@ class PrefixTrainer(Trainer):
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         step, folder = self.state.global_step, self.args.output_dir
-        if not Path(folder).is_dir():  # the Trainer would make one for this checkpoint alone
+        if is_first() and not Path(folder).is_dir():  # the Trainer would make one for this checkpoint alone
             raise FileNotFoundError(f"{folder}: the folder disappeared during the training; stopped at step {step}")
         if not_finite_parameters(self.model):
             raise not_finite(self, step, "the prefix is not finite")
@@ -185,8 +191,8 @@ class StopWhenTold(TrainerCallback):
         self.noted = noted
 
     def on_step_end(self, args: Any, state: TrainerState, control: Any, **_: Any) -> None:
-        """After each step."""
-        if self.noted:
+        """After each step. All processes end after the same one: a signal comes to each at its own time."""
+        if sums(len(self.noted), device=args.device)[0]:
             control.should_save = control.should_training_stop = True
 
 
@@ -202,7 +208,7 @@ class Bar(TrainerCallback):
     """A progress bar with step, time left, losses and tokens per second. It says what else takes time."""
 
     def __init__(self) -> None:
-        """It is shown when training begins."""
+        """It is shown when training begins, by the first process."""
         self._bar: Any = None
         self._shown: dict[str, str] = {}
         self._seconds, self._tokens = 0.0, 0  # of this run; tokens: those before it
@@ -212,7 +218,8 @@ class Bar(TrainerCallback):
         from tqdm.auto import tqdm
 
         self._seconds, self._tokens = 0.0, state.num_input_tokens_seen
-        self._bar = tqdm(total=state.max_steps, initial=state.global_step, desc="training", unit="step")
+        done, shown = state.global_step, state.is_world_process_zero
+        self._bar = tqdm(total=state.max_steps, initial=done, desc="training", unit="step", disable=not shown)
 
     def on_step_end(self, args: Any, state: TrainerState, control: Any, **_: Any) -> None:
         """One step more."""

@@ -11,6 +11,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from prefix_attn.hf.attach.layout import Resolver
 from prefix_attn.hf.attach.probe import Probe, check_class
+from prefix_attn.hf.attach.ranks import gathering
 from prefix_attn.hf.attach.running import Runner
 from prefix_attn.hf.attach.slots import Slot
 from prefix_attn.hf.attach.trained import freeze
@@ -62,6 +63,8 @@ class Attachment:
 
     def freeze(self) -> None:
         """Freeze what nobody chose to train of the model; ``remove`` undoes that, and what prefixes freeze later."""
+        for module in gathering(self.base):  # what is frozen are the shards, whatever ran before
+            module.reshard()
         self._trained = {parameter: parameter.requires_grad for parameter in self.base.parameters()}
         freeze(self.base)
 

@@ -21,6 +21,7 @@ from prefix_attn.hf.attach.layout import Layout
 from prefix_attn.hf.attach.outside import called
 from prefix_attn.hf.attach.packed import Sequences
 from prefix_attn.hf.attach.positions import Outer, Positions, is_packed, past, shifted
+from prefix_attn.hf.attach.ranks import heads_mesh, of_this_process
 from prefix_attn.hf.attach.slots import Slot, find_stacks
 
 
@@ -83,6 +84,9 @@ class Runner:
         """
         on_demand = self._now.demand is not None and self._now.demand.answered
         bridge = None
+        if layout.slots[0].ranks > 1:
+            mesh = heads_mesh(layout.slots[0].module)
+            kv, gates = of_this_process(kv, -3, mesh), None if gates is None else of_this_process(gates, -1, mesh)
         made = [kv] if gates is None else [kv, gates]
         if torch.is_grad_enabled() and any(t.requires_grad for t in made) and self._is_reentrant():
             leaves = [t.detach().requires_grad_() for t in made]

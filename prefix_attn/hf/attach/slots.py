@@ -15,11 +15,15 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from prefix_attn.hf.attach.attention import AttentionCall
+from prefix_attn.hf.attach.ranks import gathering, heads_mesh
 from prefix_attn.hf.config import SITES
 
 
 class Slot(NamedTuple):
-    """An attention module that a prefix can enter. ``heads`` and ``head_dim`` belong to its keys and values."""
+    """An attention module that a prefix can enter. ``heads`` and ``head_dim`` belong to its keys and values.
+
+    Under tensor parallelism the heads are those of all ``ranks``, over which the module spreads them.
+    """
 
     site: str
     layer: int
@@ -28,6 +32,7 @@ class Slot(NamedTuple):
     heads: int
     head_dim: int
     query_heads: int
+    ranks: int = 1
 
 
 def find_stacks(base: PreTrainedModel) -> list[PreTrainedModel]:
@@ -79,10 +84,15 @@ def find_slots(base: PreTrainedModel, calls: Sequence[AttentionCall]) -> list[Sl
     if len(modules) < len(calls):
         raise NotImplementedError(f"{name} runs an attention module more than once in a forward")
     slots: list[Slot] = []
+    whole = {module for gatherer in gathering(base) for module in gatherer.modules()}  # when they run
     for stack in find_stacks(base):
         layers = _layers(stack, modules)
         numbers = {module: number for number, layer in enumerate(layers) for module in layer.modules()}
-        inside = [_slot(call, numbers[call.module], stack) for call in calls if call.module in numbers]
+        inside = [
+            _slot(call, numbers[call.module], stack, 1 if call.module in whole else _ranks(call.module))
+            for call in calls
+            if call.module in numbers
+        ]
         for site in dict.fromkeys(slot.site for slot in inside):
             found = [slot.layer for slot in inside if slot.site == site]
             if missing := sorted(set(range(len(layers))) - set(found)):
@@ -106,7 +116,12 @@ def is_causal(call: AttentionCall) -> bool:
     return not bool(last) if call.mask.dtype == torch.bool else bool(last < 0)
 
 
-def _slot(call: AttentionCall, layer: int, stack: PreTrainedModel) -> Slot:
+def _ranks(attention: nn.Module) -> int:
+    mesh = heads_mesh(attention)
+    return 1 if mesh is None else mesh.size()
+
+
+def _slot(call: AttentionCall, layer: int, stack: PreTrainedModel, ranks: int) -> Slot:
     heads, size, value_size = call.key.shape[1], call.key.shape[3], call.value.shape[3]
     if size != value_size:
         raise NotImplementedError(
@@ -117,7 +132,7 @@ def _slot(call: AttentionCall, layer: int, stack: PreTrainedModel) -> Slot:
         site = "cross"
     else:
         site = "decoder" if is_causal(call) else "encoder"
-    return Slot(site, layer, call.module, stack, heads, size, call.query.shape[1])
+    return Slot(site, layer, call.module, stack, heads * ranks, size, call.query.shape[1] * ranks, ranks)
 
 
 def _layers(stack: PreTrainedModel, modules: set[nn.Module]) -> list[nn.Module]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import os
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -71,6 +72,11 @@ def leave_out_frozen(model: Any) -> None:
 
 
 def _drop_frozen(model: Any, state: dict[str, Any], prefix: str, _: Any) -> None:
+    if is_read_by_the_first(model.base_model):  # accelerate asks each entry for its mesh: they must be parameters
+        names = {prefix + name for name, _ in model.named_parameters(remove_duplicate=False)}
+        for key in [key for key in state if key.startswith(prefix) and key not in names]:
+            del state[key]
+        return
     for key in _frozen_keys(model, state, prefix):
         del state[key]
 
@@ -82,6 +88,12 @@ def _note_prefix(model: Any, state: dict[str, Any], prefix: str, *_: Any) -> Non
 def _miss_no_frozen(model: Any, keys: Any) -> None:
     for key in _frozen_keys(model, keys.missing_keys, model.prefix_in_state):
         keys.missing_keys.remove(key)
+    if asks_the_first():
+        for name, buffer in model.named_buffers():
+            key = model.prefix_in_state + name
+            if key in keys.missing_keys and not buffer.is_meta:
+                torch.distributed.broadcast(buffer, src=0)
+                keys.missing_keys.remove(key)
 
 
 def _frozen_keys(model: Any, keys: Iterable[str], prefix: str) -> list[str]:
@@ -94,6 +106,20 @@ def _is_chosen(base: PreTrainedModel) -> bool:
     """Whether somebody froze a part of ``base`` that could be trained."""
     frozen = {name for name, p in base.named_parameters() if not p.requires_grad and _can_train(p)}
     return bool(frozen - _frozen_by_its_class(base)) if frozen else False
+
+
+def is_read_by_the_first(base: nn.Module) -> bool:
+    """Whether accelerate's cpu_ram_efficient_loading is at work: FSDP2 gets all weights from the first process's state.
+
+    It asks for that state before it shards ``base``, and again while the shards are on the meta device.
+    """
+    return asks_the_first() and all(p.is_meta or not hasattr(p, "full_tensor") for p in base.parameters())
+
+
+def asks_the_first() -> bool:
+    """Whether accelerate was told to."""
+    asked = os.environ.get("FSDP_CPU_RAM_EFFICIENT_LOADING", "").lower() in ("1", "true", "yes")
+    return asked and torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
 def _can_train(parameter: nn.Parameter) -> bool:

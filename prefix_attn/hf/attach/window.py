@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from prefix_attn.hf.attach.ranks import whole
+
 
 class RowsTooLongError(ValueError, IndexError):
     """A row has more tokens than the model has positions. Without the check torch would raise an IndexError."""
@@ -34,7 +36,7 @@ class Tables(TorchFunctionMode):
         return function(*args, **kwargs or {})
 
     def _note(self, indices: Tensor, table: Tensor) -> None:
-        indices = indices.cpu()
+        indices = whole(indices).cpu()
         words = any(torch.equal(indices, ids.flatten().cpu()) for ids in self._ids)
         if not words and len(indices) > 1 and bool((indices.diff() == 1).all()):
             self._first[table] = int(indices[0])

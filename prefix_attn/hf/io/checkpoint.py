@@ -29,9 +29,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from prefix_attn.hf.attach.attachment import Attachment
+from prefix_attn.hf.attach.ranks import is_first, whole
 from prefix_attn.hf.attach.wrapper import evaluating
 from prefix_attn.hf.config import PrefixConfig
-from prefix_attn.hf.encoder import UNSHOWN, PrefixEncoder
+from prefix_attn.hf.encoder import PrefixEncoder
 from prefix_attn.hf.io import files, formats
 from prefix_attn.hf.io.fit import check_base, check_others, check_sizes, fingerprint
 from prefix_attn.hf.io.state import STATES, plain_name, read_entries
@@ -69,9 +70,12 @@ def parts(name: str, encoder: PrefixEncoder, state: Mapping[str, Tensor]) -> Par
     Raises:
         ValueError: ``state`` lacks it, or it holds values that are not finite.
     """
-    state = {plain_name(n): tensor for n, tensor in state.items()}
     begin, head = f"prefixes.{name}.", f"heads.{name}."
-    needed = [n for n in encoder.state_dict() if n != UNSHOWN]
+    names = {plain_name(n): n for n in state}
+    kept = [n for n in names if n.startswith((begin, head, TASK_HEAD))]
+    state = {n: whole(state[names[n]]) for n in kept}  # of the prefixes only this one is gathered
+    # Not its state_dict(): FSDP2 would take the weights that it gathered for this away.
+    needed = [n for n, _ in (*encoder.named_parameters(), *encoder.named_buffers())]
     training = {n.removeprefix(begin): tensor for n, tensor in state.items() if n.startswith(begin)}
     if missing := sorted(set(needed) - training.keys()):
         raise ValueError(f"state_dict lacks {[begin + n for n in missing]}; it has {sorted(state)[:6]}")
@@ -213,9 +217,9 @@ def _training(
     return None
 
 
-def save_table(folder: Path, state: Mapping[str, Tensor], base: PreTrainedModel) -> None:
+def save_table(folder: Path, state: Mapping[str, Tensor], base: PreTrainedModel, *, is_main_process: bool) -> None:
     """Write the state_dict of a ``PrefixTuning`` in the format of PEFT's prompt tuning."""
-    state = {plain_name(name): tensor for name, tensor in state.items()}
+    state = {plain_name(name): whole(tensor) for name, tensor in state.items()}
     if (table := state.get("prefix")) is None:
         raise ValueError(f"state_dict lacks 'prefix'; it has {sorted(state)[:6]}")
     config = base.config.get_text_config()
@@ -232,7 +236,8 @@ def save_table(folder: Path, state: Mapping[str, Tensor], base: PreTrainedModel)
     }
     metadata = {"format": "pt", "base": json.dumps(fingerprint(base.config))}
     others = {name: tensor for name, tensor in state.items() if name.startswith(TASK_HEAD)}
-    write_adapter(folder, peft, {**others, KEY: table.float()}, metadata)
+    if is_main_process and is_first():
+        write_adapter(folder, peft, {**others, KEY: table.float()}, metadata)
 
 
 def check_safe(safe_serialization: bool) -> None:
