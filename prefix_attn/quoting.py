@@ -16,8 +16,12 @@ def quoted(value: object) -> str:
 
 
 def shortened(text: object, longest: int = 300) -> str:
-    """``str(text)`` with at most about ``longest`` characters, halves of characters escaped as in ``repr``."""
+    """``str(text)`` on one line, of at most about ``longest`` characters.
+
+    What a terminal does not print, or would obey, is escaped as in ``repr``: half a character, or ESC.
+    """
     text = str(text)
     if len(text) > longest:
         text = f"{text[: longest * 2 // 3]}...{text[-longest // 3 :]}"
-    return text.encode("utf-8", "backslashreplace").decode()
+    line = " ".join(text.split())
+    return line if line.isprintable() else "".join(c if c.isprintable() else repr(c)[1:-1] for c in line)
