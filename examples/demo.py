@@ -19,7 +19,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 VIRTUAL_TOKENS = 10
 STEPS = 120

@@ -203,7 +203,8 @@ def test_errors_are_one_line(
     import re
 
     monkeypatch.chdir(files)
-    status = run(monkeypatch, *(a.format(data=files / "data.jsonl") for a in arguments))
+    model = ("--model", "model") if arguments[0] == "train" else ()
+    status = run(monkeypatch, *(a.format(data=files / "data.jsonl") for a in arguments), *model)
     error = capsys.readouterr().err
     assert status == 1
     assert re.search(message, error)
@@ -275,7 +276,9 @@ def test_runs_as_a_module() -> None:
 
 
 def test_debug_shows_the_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "argv", ["prefix-attn", "--debug", "train", "--output", "x", "--data", "none.csv"])
+    monkeypatch.setattr(
+        sys, "argv", ["prefix-attn", "--debug", "train", "--model", "m", "--output", "x", "--data", "none.csv"]
+    )
     with pytest.raises(ValueError, match=r"none\.csv: no such file"):
         cli.main()
 

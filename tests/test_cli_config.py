@@ -62,7 +62,7 @@ def test_the_file_has_every_option_and_what_was_found(folder: Path, monkeypatch:
     assert run(monkeypatch, "train", *SMALL, "--data", "data.jsonl", "--output", "all") == 0
     kept = yaml.safe_load(Path("all/run.yaml").read_text())
     names = {"json" if name == "as_json" else name for name in inspect.signature(train).parameters}
-    assert kept.keys() == names - {"config"}
+    assert kept.keys() == names - {"config", "context"}
     found = {"learning_rate": 0.1, "template": "{source}\n=>", "steps": 2, "model": "model", "mlp": None, "mode": "kv"}
     assert {name: kept[name] for name in found} == found
 
@@ -104,7 +104,7 @@ def test_errors_are_one_line(
     monkeypatch.chdir(tmp_path)
     text, message = ERRORS[case]
     Path("c.yaml").write_text(text, errors="surrogateescape")
-    assert run(monkeypatch, "train", "--output", "x", "--config", "c.yaml") == 2
+    assert run(monkeypatch, "train", "--model", "m", "--output", "x", "--config", "c.yaml") == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert message in line
     assert not Path("x").exists()

@@ -18,14 +18,14 @@ NAME = "prefix-attn"
 
 
 class Command(TyperCommand):
-    """A command whose help has <int> where typer has <int range>: so names fit into 80 columns."""
+    """A command whose help has <int> where typer has <int range> [x>=1]: so names fit into 80 columns."""
 
     def get_params(self, ctx: Any) -> list[Any]:
         """The parameters, as typer has them."""
         params: list[Any] = super().get_params(ctx)
         for param in params:
             if param.type_descriptor.is_ranged:
-                param.metavar = f"<{param.type_descriptor.ranged_type_name}>"
+                param.metavar, param.min, param.max = f"<{param.type_descriptor.ranged_type_name}>", None, None
         return params
 
 

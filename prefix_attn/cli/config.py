@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,17 @@ def read_config(context: typer.Context, path: Path | None) -> Path | None:
         raise typer.BadParameter(str(error)) from None
     context.default_map = {**(context.default_map or {}), **values}
     return path
+
+
+def command_line_first(
+    context: typer.Context, options: dict[str, Any], exclusive: Sequence[Sequence[str]]
+) -> dict[str, Any]:
+    """``options`` without those of the file that exclude what the command line gives: as in --steps and --epochs."""
+    for names in exclusive:
+        sources = {name: str(context.get_parameter_source(name)) for name in names}
+        if any("COMMANDLINE" in source for source in sources.values()):
+            options |= {name: None for name in names if "DEFAULT_MAP" in sources[name]}
+    return options
 
 
 def _values(context: typer.Context, path: Path) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 import typer
 
-from prefix_attn.cli.shared import DATA, AsJson, Beams, Model, NewTokens, show
+from prefix_attn.cli.shared import DATA, AsJson, Beams, Model, NewTokens, check_writable, show
 from prefix_attn.experiments import plan, results
 from prefix_attn.experiments.plan import Run
 
@@ -75,11 +75,11 @@ PrefixRate = Annotated[
 
 def reproduce(
     task: Annotated[Task, typer.Argument(help="Task to train on. 'aws' and 'aws-summary' need no files.")],
+    model: Model,
     out: Out,
     train: Train = None,
     test: Test = None,
     methods: Methods = _METHODS,
-    model: Model = "smollm2",
     seeds: Seeds = "0",
     steps: Steps = 300,
     batch_size: BatchSize = 8,
@@ -99,9 +99,11 @@ def reproduce(
 ) -> None:
     """Compare prefix tuning with other methods, as in table 1 of the paper. Runs already in --out are not repeated.
 
-    [bold]prefix-attn reproduce e2e --train devset.csv --test testset_w_refs.csv --out runs/e2e[/bold]
+    [bold]prefix-attn reproduce e2e --model gpt2-medium --train devset.csv --test testset_w_refs.csv
+    --out runs/e2e[/bold]
 
-    [bold]prefix-attn reproduce dart --train dart.json.gz --test dart.json.gz --unseen webnlg --out runs/dart[/bold]
+    [bold]prefix-attn reproduce dart --model gpt2-medium --train dart.json.gz --test dart.json.gz --unseen webnlg
+    --out runs/dart[/bold]
 
     Files: E2E is at github.com/tuetschek/e2e-dataset, DART at github.com/Yale-LILY/dart.
     """
@@ -129,11 +131,11 @@ def reproduce(
 
 def ablate(
     kind: Kind,
+    model: Model,
     out: Out,
     train: Train = None,
     test: Test = None,
     task: Annotated[Task, typer.Option(help="Task of the files.")] = "e2e",
-    model: Model = "smollm2",
     seeds: Seeds = "0",
     subsets: Annotated[str, typer.Option(help="Which random draws of the few examples, such as 0,1,2.")] = "0",
     steps: Steps = 300,
@@ -152,9 +154,10 @@ def ablate(
 ) -> None:
     """Vary one thing: the length of the prefix, its start, how or where it enters, or the number of examples.
 
-    [bold]prefix-attn ablate length --train devset.csv --seeds 0,1,2 --out runs/length[/bold]
+    [bold]prefix-attn ablate length --model gpt2-medium --train devset.csv --seeds 0,1,2 --out runs/length[/bold]
 
-    [bold]prefix-attn ablate lowdata --train devset.csv --test testset_w_refs.csv --subsets 0,1,2 --out runs/low[/bold]
+    [bold]prefix-attn ablate lowdata --model gpt2-medium --train devset.csv --test testset_w_refs.csv --subsets 0,1,2
+    --out runs/low[/bold]
 
     [bold]prefix-attn ablate sites --task dart --train dart.json.gz --model runs/t5 --max-length 256 --out runs/s[/bold]
 
@@ -202,13 +205,18 @@ def pretrain(
     """
     import torch
 
-    from prefix_attn.experiments import pretrain as pretraining
+    from prefix_attn.hf.load import check_options
     from prefix_attn.training.data import read_examples
+
+    check_options(device=device)
+    check_writable(out)
+    examples = read_examples(data)
+    from prefix_attn.experiments import pretrain as pretraining
 
     if threads is not None:
         torch.set_num_threads(threads)
     found = pretraining.pretrain(
-        read_examples(data),
+        examples,
         out,
         steps=steps,
         batch_size=batch_size,
@@ -277,6 +285,15 @@ def _run(
     """Do the runs that ``out`` lacks, one line of results each. Then write the table and the plot of all ``runs``."""
     import torch
 
+    from prefix_attn.hf.load import check_base
+
+    for path in files:
+        if path is not None:
+            with path.open("rb"):  # an OSError names it
+                pass
+    for model in {run.model for run in runs}:
+        check_base(model, device=device)
+    check_writable(out)
     from prefix_attn.experiments import report as reporting
     from prefix_attn.experiments.methods import require
     from prefix_attn.experiments.runner import execute

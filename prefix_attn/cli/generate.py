@@ -35,11 +35,15 @@ from prefix_attn.cli.shared import (
     AsJson,
     BaseModel,
     Delimiter,
+    Device,
+    Dtype,
     Encoding,
+    Quantize,
     SkipBadRows,
     Source,
     System,
     Template,
+    check_adapter,
     data_option,
     prefixed_model,
     progress,
@@ -93,6 +97,9 @@ def generate(
     output_column: OutputColumn = "output",
     resume: Resume = False,
     model: BaseModel = None,
+    dtype: Dtype = None,
+    device: Device = None,
+    quantize: Quantize = None,
     max_new_tokens: MaxNewTokens = None,
     num_beams: NumBeams = 1,
     temperature: Temperature = None,
@@ -118,7 +125,9 @@ def generate(
         raise ValueError("--resume goes on with a file: give its --output")
     if output is not None:
         check(output, resume=resume)
+    loading: dict[str, Any] = {"dtype": dtype, "device": device, "quantize": quantize}
     decoding = decoding_of(num_beams, temperature, top_p, top_k, seed, stop)
+    check_adapter(adapter, model, **loading)
     prompt = prompt_of(adapter, template, system)
     reading = {"source_column": source_column, "delimiter": delimiter, "skip_bad_rows": skip_bad_rows}
     inputs = _inputs(sources, file, data, encoding, reading)
@@ -130,7 +139,7 @@ def generate(
         made_by = _made_by(adapter, model) | asdict(prompt) | decoding
         made_by |= {"max_new_tokens": max_new_tokens, "data": inputs.digest[:16]}
         table = OutputFile(output, [*inputs.columns, output_column], made_by, resume=resume)
-    prefixed, tokenizer = prefixed_model(adapter, model)
+    prefixed, tokenizer = prefixed_model(adapter, model, **loading)
     from prefix_attn.training.generate import Generator
 
     limit = limited(prefixed, max_new_tokens)
@@ -210,6 +219,9 @@ def chat(
     template: Template = None,
     system: System = None,
     model: BaseModel = None,
+    dtype: Dtype = None,
+    device: Device = None,
+    quantize: Quantize = None,
     max_new_tokens: MaxNewTokens = None,
     temperature: Temperature = None,
     top_p: TopP = None,
@@ -225,9 +237,11 @@ def chat(
     /reset forgets the conversation. /quit or ctrl-D ends it. Ctrl-C stops an answer. Inputs are put to the model as in
     training: one that was not trained on chats answers each by itself.
     """
+    loading: dict[str, Any] = {"dtype": dtype, "device": device, "quantize": quantize}
     decoding = decoding_of(1, temperature, top_p, top_k, seed, stop)
+    check_adapter(adapter, model, **loading)
     prompt = prompt_of(adapter, template, system)
-    prefixed, tokenizer = prefixed_model(adapter, model)
+    prefixed, tokenizer = prefixed_model(adapter, model, **loading)
     from prefix_attn.training.conversation import Conversation
 
     limit = limited(prefixed, max_new_tokens)

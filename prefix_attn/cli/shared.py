@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 from rich.console import Console
@@ -20,7 +20,21 @@ from prefix_attn.training.prompts import PROMPT, Prompt
 # Names and texts are printed unchanged: ":x:" is not an emoji and "[/x]" is not markup.
 OUT, ERR = Console(emoji=False), Console(stderr=True, emoji=False)
 
-Model = Annotated[str, typer.Option(help="'smollm2', a .gguf file, a local folder, or the name of a model on the Hub.")]
+base_option: Callable[..., Any] = partial(typer.Option, rich_help_panel="The base model")
+Model = Annotated[str, base_option(help="A local folder, a .gguf file, the name of a model on the Hub, or 'smollm2'.")]
+Dtype = Annotated[
+    Literal["auto", "float32", "bfloat16", "float16"] | None,
+    base_option(help="Of the weights; 'auto': as they are stored. Default: bfloat16 on a GPU, float32 on a CPU."),
+]
+Device = Annotated[
+    str | None,
+    base_option(
+        help="Such as cpu, cuda or cuda:1; 'auto' spreads the model over all GPUs. Default: the GPU if there is one."
+    ),
+]
+Quantize = Annotated[
+    int | None, base_option(help="Load the weights in 4 or 8 bits, with bitsandbytes.", metavar="[4|8]")
+]
 Adapter = Annotated[
     Path, typer.Argument(help="Folder of a prefix, saved by prefix-attn or by another library.", show_default=False)
 ]
@@ -30,10 +44,24 @@ DATA = (
     "outputs, or with 'messages'; E2E's .csv, DART's .json, WebNLG's .xml."
 )
 data_option: Callable[..., Any] = partial(typer.Option, rich_help_panel="The data")
+
+
+def unescaped(text: str) -> str:
+    r"""``text`` with line breaks and tabs for ``\n`` and ``\t``, which a shell leaves as they are."""
+    return text.replace("\\n", "\n").replace("\\t", "\t")
+
+
+def _delimiter(text: str | None) -> str | None:
+    return text and unescaped(text)
+
+
 Data = Annotated[str, data_option(help=DATA)]
 Source = Annotated[str, data_option(help="Column or JSON key of the input.")]
 Target = Annotated[str, data_option(help="Column or JSON key of the output.")]
-Delimiter = Annotated[str | None, data_option(help="Between the cells of a table. Default: what its header shows.")]
+Delimiter = Annotated[
+    str | None,
+    data_option(help="Between the cells of a table. Default: what its header shows.", callback=_delimiter),
+]
 Encoding = Annotated[str | None, data_option(help="Of a text file, such as cp1252. Default: what its bytes show.")]
 SkipBadRows = Annotated[
     bool, data_option("--skip-bad-rows", help="Leave out rows that cannot be used. Default: an error that names them.")
@@ -56,7 +84,7 @@ SpecialTokens = Annotated[
 ]
 Beams = Annotated[int, typer.Option(min=1, help="Number of beams. 1 decodes greedily.")]
 NewTokens = Annotated[int, typer.Option(min=1, help="Maximum length of each output.")]
-BaseModel = Annotated[str | None, typer.Option(help="Base model. Default: the one that the adapter names.")]
+BaseModel = Annotated[str | None, base_option(help="Base model. Default: the one that the adapter names.")]
 BatchSize = Annotated[int, typer.Option(min=1, help="Rows per batch.")]
 
 
@@ -68,35 +96,54 @@ def prompt_of(adapter: Path, template: str | None, system: str | None) -> Prompt
     return saved if system is None else replace(saved, system=system)
 
 
-def unescaped(text: str) -> str:
-    r"""``text`` with line breaks and tabs for ``\n`` and ``\t``, which a shell leaves as they are."""
-    return text.replace("\\n", "\n").replace("\\t", "\t")
-
-
-def load(model: str) -> tuple[Any, Any]:
-    """A base model and its tokenizer."""
+def load(model: str, **options: Any) -> tuple[Any, Any]:
+    """A base model and its tokenizer. ``options`` are those of ``load_base``."""
     from prefix_attn.hf.load import load_base
 
     with ERR.status(f"loading {escape(model)} (a GGUF file is converted once: about a minute)"):
-        return load_base(model)
+        return load_base(model, **options)
 
 
-def prefixed_model(adapter: Path, model: str | None) -> tuple[Any, Any]:
-    """The base model with the adapter on it, and the tokenizer."""
+def check_adapter(adapter: str | Path, model: str | None = None, **options: Any) -> None:
+    """Refuse an adapter that is not there, and what ``load_base`` would refuse, without transformers."""
+    from prefix_attn.hf.io.files import find
+    from prefix_attn.hf.load import check_base, check_options
+
+    check_options(**options)
+    found = find(adapter, "adapter_config.json")
+    if found.is_dir() and not any(found.iterdir()):
+        raise ValueError(f"{adapter}: the folder is empty, and holds no prefix")
+    if model is not None:
+        check_base(model, **options)
+
+
+def check_writable(folder: Path) -> None:
+    """Refuse a folder that cannot be made or written.
+
+    Raises:
+        ValueError: it names the folder.
+    """
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        raise ValueError(f"{folder}: cannot be written: {there} is no folder that you may write to")
+
+
+def prefixed_model(adapter: Path, model: str | None, **options: Any) -> tuple[Any, Any]:
+    """The base model with the adapter on it, and the tokenizer. ``options`` are those of ``load_base``."""
     from prefix_attn.hf.io.checkpoint import describe
     from prefix_attn.hf.model import PrefixModel
 
     model = model or describe(adapter)["base_model_name_or_path"]
     if not model:
         raise ValueError(f"{adapter} does not name its base model: give --model")
-    base, tokenizer = load(model)
+    base, tokenizer = load(model, **options)
     return PrefixModel.from_pretrained(base, adapter).eval(), tokenizer
 
 
 @contextmanager
 def progress(name: str, total: int) -> Iterator[Callable[[int], object]]:
     """A progress bar on stderr for ``total`` texts. Call what it yields to advance it."""
-    from tqdm import tqdm
+    from tqdm.auto import tqdm
 
     with tqdm(total=total, desc=name, unit="text") as bar:
         yield bar.update

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from prefix_attn.cli.shared import ERR, AsJson, Model, show
+from prefix_attn.cli.shared import ERR, AsJson, Model, check_adapter, check_writable, show
 from prefix_attn.quoting import shortened
 
 
@@ -22,7 +22,7 @@ def convert(
         Path, typer.Argument(help="Folder to write. It must differ from the source.", show_default=False)
     ],
     to: Annotated[
-        str,
+        Literal["prefix-attn", "peft"],
         typer.Option(
             help="'prefix-attn' (PEFT's files where PEFT can hold the prefix), or 'peft' (an error where it cannot)."
         ),
@@ -47,6 +47,8 @@ def convert(
 
     [bold]prefix-attn convert cache_last.pt converted --to peft --json[/bold]
     """
+    check_adapter(source)
+    check_writable(target)
     from prefix_attn.hf.io.convert import convert as run
     from prefix_attn.hf.io.convert import read_config
 
@@ -61,7 +63,7 @@ def convert(
 
 
 def check(
-    model: Model = "smollm2",
+    model: Model,
     adapter: Annotated[str | None, typer.Option(help="Folder or Hub id of a prefix. Default: a new one.")] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -71,8 +73,12 @@ def check(
     """
     import torch
 
+    from prefix_attn.hf.load import check_base, load_base
+
+    check_base(model)
+    if adapter is not None:
+        check_adapter(adapter)
     from prefix_attn.hf.check import examine
-    from prefix_attn.hf.load import load_base
 
     findings = []
     with ERR.status("trying"):

@@ -13,18 +13,25 @@ from typing import Any
 
 import typer
 
+from prefix_attn.cli.config import command_line_first
 from prefix_attn.cli.shared import (
+    DATA,
     AsJson,
     BatchSize,
     Delimiter,
+    Device,
+    Dtype,
     Encoding,
     Model,
+    Quantize,
     SkipBadRows,
     Source,
     SpecialTokens,
     System,
     Target,
     Template,
+    check_adapter,
+    check_writable,
     load,
     show,
     unescaped,
@@ -67,19 +74,41 @@ from prefix_attn.cli.train_options import (
     VirtualTokens,
 )
 from prefix_attn.hf.config import PrefixConfig
+from prefix_attn.hf.load import check_base, check_options
+from prefix_attn.training.aws import AWS_TASKS
+from prefix_attn.training.data import Examples, hold_out, read_examples
+from prefix_attn.training.examples import Example
 from prefix_attn.training.interrupt import Interrupted
+from prefix_attn.training.prompts import Prompt, default_template
 from prefix_attn.training.record import curve
 from prefix_attn.training.resume import facts_of_settings, find_checkpoint, last_checkpoint
 from prefix_attn.training.settings import TrainingSettings
+from prefix_attn.training.tables import check_reading, read_text
 
 Options = Mapping[str, Any]  # the arguments of ``train`` by name
+EXCLUSIVE = (
+    ("steps", "epochs"),
+    ("data", "distill_from"),
+    ("validation", "validation_share"),
+    ("init", "init_text", "init_document", "init_path"),
+)
+OPTION_OF = {  # the fields of PrefixConfig whose options have other names
+    "num_virtual_tokens": "--virtual-tokens",
+    "num_frozen_tokens": "--frozen-tokens",
+    "encoder_hidden_size": "--mlp",
+    "encoder_activation": "--mlp-activation",
+}
 READING = ("source_column", "target_column", "delimiter", "encoding", "skip_bad_rows")  # options of ``Examples``
 
 
 def train(
+    context: typer.Context,
     output: Output,
+    model: Model,
     config: Config = None,
-    model: Model = "smollm2",
+    dtype: Dtype = None,
+    device: Device = None,
+    quantize: Quantize = None,
     data: TrainingData = None,
     distill_from: DistillFrom = None,
     top_k: TopK = None,
@@ -126,27 +155,29 @@ def train(
 ) -> None:
     """Train a prefix. The model does not change.
 
-    [bold]prefix-attn train --data aws --output runs/aws[/bold]
+    [bold]prefix-attn train --model Qwen/Qwen3-0.6B --data devset.csv --mlp 512 --steps 500 --output runs/e2e[/bold]
 
-    [bold]prefix-attn train --data devset.csv --mlp 512 --steps 500 --output runs/e2e[/bold]
+    [bold]prefix-attn train --model Qwen/Qwen3-0.6B --data devset.csv --mode infix --init-text "table-to-text:"
+    --output runs/infix[/bold]
 
-    [bold]prefix-attn train --data devset.csv --mode infix --init-text "table-to-text:" --output runs/infix[/bold]
+    [bold]prefix-attn train --model Qwen/Qwen3-0.6B --data chats.jsonl --template chat --skip-bad-rows
+    --output runs/chat[/bold]
 
-    [bold]prefix-attn train --data chats.jsonl --template chat --skip-bad-rows --output runs/chat[/bold]
-
-    [bold]prefix-attn train --distill-from manual.txt --virtual-tokens 64 --output runs/manual[/bold]
+    [bold]prefix-attn train --model Qwen/Qwen3-0.6B --distill-from manual.txt --virtual-tokens 64
+    --output runs/manual[/bold]
 
     [bold]prefix-attn train --config runs/e2e/run.yaml --seed 1 --output runs/e2e-1[/bold]
 
     The one with --distill-from learns to do with 64 tokens what the whole text in front would do. It starts from pieces
     of the text. The last one repeats a run with another seed.
     """
-    options = dict(locals())
+    options = command_line_first(context, dict(locals()), EXCLUSIVE)
     _check(options)
     prefix, settings = _prefix(options), TrainingSettings(**_fields_of(TrainingSettings, options))
+    _check_files(options)
     find_checkpoint(settings, facts_of_settings(settings, prefix))
     try:
-        metrics = _distill(prefix, settings, options) if distill_from else _train(prefix, settings, options)
+        metrics = (_distill if options["distill_from"] else _train)(prefix, settings, options)
     except Interrupted as stop:
         show(stop.metrics, as_json, _summary(stop.metrics, output))
         typer.echo(f"{stop}. To go on: {_resume_command()}", err=True)
@@ -176,18 +207,29 @@ def _fields_of(kind: Any, options: Options) -> dict[str, Any]:
 def _check(options: Options) -> None:
     """Refuse options that exclude one another, before anything is read."""
     distill = options["distill_from"] is not None
+    if not distill and options["data"] is None:
+        raise ValueError(f"nothing to train on: give --data or --distill-from. --data takes {DATA}")
     if distill and options["data"] is not None:
         raise ValueError("--data and --distill-from exclude one another")
     if distill and options["validation_share"] is not None:
         raise ValueError("--validation-share holds out rows of --data, and --distill-from has none: give --validation")
     if options["validation"] is not None and options["validation_share"] is not None:
         raise ValueError("--validation and --validation-share exclude one another")
+    share = options["validation_share"]
+    if share is not None and not 0 < share < 1:
+        raise ValueError(f"--validation-share must be between 0 and 1, such as 0.05, got {share}")
+    if share is not None and options["data"] in AWS_TASKS:
+        raise ValueError(f"{options['data']!r} has a split of its own to validate on: leave out --validation-share")
     if not distill and options["top_k"] is not None:
         raise ValueError("--top-k needs --distill-from")
     if options["packing"] and (distill or options["mode"] != "kv"):
         raise ValueError("--packing takes rows of --data and --mode kv: leave it out")
     if options["mlp"] is None and (options["mlp_depth"], options["mlp_activation"]) != (1, "tanh"):
         raise ValueError("--mlp-depth and --mlp-activation need --mlp, the width of the MLP")
+    if options["template"] is not None:
+        Prompt(unescaped(options["template"]), system=options["system"])
+    check_reading(options["delimiter"], options["encoding"])
+    check_options(**_loading(options))
     if options["steps"] is not None and options["epochs"] is not None:
         raise ValueError("--steps and --epochs exclude one another")
     best = "--early-stopping" if options["early_stopping"] else "--load-best-model-at-end"
@@ -197,17 +239,15 @@ def _check(options: Options) -> None:
 
 def _validates(options: Options) -> bool:
     """Whether there are data to validate on."""
-    from prefix_attn.training.aws import AWS_TASKS
-
     if options["distill_from"] is not None:
         return True
     given = options["validation"] is not None or options["validation_share"] is not None
-    return (given or (options["data"] or "aws") in AWS_TASKS) and options["validation_rows"] > 0
+    return (given or options["data"] in AWS_TASKS) and options["validation_rows"] > 0
 
 
 def _prefix(options: Options) -> PrefixConfig:
     """The prefix that the options describe."""
-    return PrefixConfig(
+    fields: dict[str, Any] = dict(
         base_model_name_or_path=options["model"],
         num_virtual_tokens=options["virtual_tokens"],
         mode=options["mode"],
@@ -222,6 +262,13 @@ def _prefix(options: Options) -> PrefixConfig:
         position_mode=options["position_mode"],
         **_start(options),
     )
+    try:
+        return PrefixConfig(**fields)
+    except ValueError as error:
+        message = str(error)
+        for field, option in OPTION_OF.items():
+            message = message.replace(field, option)
+        raise ValueError(message) from None
 
 
 def _start(options: Options) -> dict[str, Any]:
@@ -236,23 +283,37 @@ def _start(options: Options) -> dict[str, Any]:
     if kind is not None and init not in (None, kind):
         raise ValueError(f"a prefix has one start, got --init {init} and --init-{named[0]}")
     if given["document"] is not None:
-        from prefix_attn.training.tables import read_text
-
-        given["text"] = read_text(given["document"])
+        given["text"] = f"the text in {given['document']}"  # read once everything is checked
     return {"init": kind or init or "random", "init_text": given["text"], "init_path": given["path"]}
 
 
-def _train(config: PrefixConfig, settings: TrainingSettings, options: Options) -> dict[str, Any]:
-    from prefix_attn.training.aws import AWS_TASKS
-    from prefix_attn.training.data import Examples, hold_out, read_examples
-    from prefix_attn.training.examples import Example
-    from prefix_attn.training.prompts import Prompt, default_template
-    from prefix_attn.training.train import train as run
+def _check_files(options: Options) -> None:
+    """Refuse files and folders that are not there or cannot be written. None is read but for the heads of tables."""
+    check_writable(options["output"])
+    texts = [options["init_document"], options["distill_from"]]
+    tables = [options["data"], options["validation"]]
+    if options["distill_from"] is not None:
+        texts, tables = [*texts, options["validation"]], []
+    for path in texts:
+        if path is not None:
+            with open(path, encoding="utf-8"):  # an OSError names it
+                pass
+    for spec in tables:
+        if spec is not None:
+            Examples(spec, **{name: options[name] for name in READING})
+    if options["init_path"] is not None:
+        check_adapter(options["init_path"])
+    check_base(options["model"], **_loading(options))
 
-    data, validation, rows = options["data"] or "aws", options["validation"], options["validation_rows"]
+
+def _loading(options: Options) -> dict[str, Any]:
+    """The options of ``load_base``."""
+    return {name: options[name] for name in ("dtype", "device", "quantize")}
+
+
+def _train(config: PrefixConfig, settings: TrainingSettings, options: Options) -> dict[str, Any]:
+    data, validation, rows = options["data"], options["validation"], options["validation_rows"]
     share = options["validation_share"]
-    if share is not None and data in AWS_TASKS:
-        raise ValueError(f"{data!r} has a split of its own to validate on: leave out --validation-share")
     reading = {name: options[name] for name in READING}
     examples = Examples(data, **reading)
     examples.check()
@@ -268,38 +329,49 @@ def _train(config: PrefixConfig, settings: TrainingSettings, options: Options) -
         trained, held_out = hold_out(examples, share, rows)
     elif validation or data in AWS_TASKS:
         held_out = read_examples(validation or data, split="dev", **reading)[:rows]
-    model, tokenizer = _prefixed(config, settings.seed)
+    model, tokenizer = _prefixed(config, settings.seed, options)
+    from prefix_attn.training.train import train as run
+
     kept = _kept(options, template=prompt.template)
     skip = options["skip_bad_rows"]
     return run(model, tokenizer, trained, held_out, settings, prompt=prompt, skip_bad_rows=skip, options=kept)
 
 
 def _distill(config: PrefixConfig, settings: TrainingSettings, options: Options) -> dict[str, Any]:
+    validation = options["validation"]
+    document = _text(options["distill_from"])
+    other = _text(validation) if validation else None
+    model, tokenizer = _prefixed(config, settings.seed, options)
     from prefix_attn.training.distill import TOP_K, distill
-    from prefix_attn.training.tables import read_text
 
-    validation, top_k = options["validation"], options["top_k"] or TOP_K
-    document = read_text(options["distill_from"])
-    other = read_text(Path(validation)) if validation else None
-    model, tokenizer = _prefixed(config, settings.seed)
+    top_k = options["top_k"] or TOP_K
     kept = _kept(options, top_k=top_k)
     return distill(model, tokenizer, document, settings, validation=other, top_k=top_k, options=kept)
 
 
+def _text(path: str | Path) -> str:
+    if not (text := read_text(Path(path))).strip():
+        raise ValueError(f"{path}: holds no text; give a file that does")
+    return text
+
+
 def _kept(options: Options, **found: Any) -> dict[str, Any]:
     """What run.yaml says: ``options`` by their names on the command line, those not given with what was ``found``."""
-    names = {name: "json" if name == "as_json" else name for name in options if name != "config"}
+    names = {name: "json" if name == "as_json" else name for name in options if name not in ("context", "config")}
     return {name: found.get(key, options[key]) for key, name in names.items()}
 
 
-def _prefixed(config: PrefixConfig, seed: int) -> tuple[Any, Any]:
+def _prefixed(config: PrefixConfig, seed: int, options: Options) -> tuple[Any, Any]:
     """A new prefix on its base model, and the tokenizer."""
     import torch
 
+    if config.init == "document":
+        text = _text(options["init_document"] or options["distill_from"])
+        config = dataclasses.replace(config, init_text=text)
+    torch.manual_seed(seed)
+    base, tokenizer = load(options["model"], **_loading(options))
     from prefix_attn.hf.model import get_prefix_model
 
-    torch.manual_seed(seed)
-    base, tokenizer = load(str(config.base_model_name_or_path))
     return get_prefix_model(base, config, tokenizer), tokenizer
 
 

@@ -14,9 +14,13 @@ from prefix_attn.cli.shared import DATA, data_option
 from prefix_attn.training.settings import LEARNING_RATES, REPORTERS, STEPS
 
 prefix_option: Callable[..., Any] = partial(typer.Option, rich_help_panel="The prefix")
+training_option: Callable[..., Any] = partial(typer.Option, rich_help_panel="Training")
 start_option: Callable[..., Any] = partial(typer.Option, rich_help_panel="Where it starts")
 
-Output = Annotated[Path, typer.Option(help="Folder for the adapter, its checkpoints, metrics.json and loss.png.")]
+Output = Annotated[
+    Path,
+    typer.Option(help="Folder for the adapter, its checkpoints, run.yaml, metrics.json and loss.png.", file_okay=False),
+]
 Config = Annotated[
     Path | None,
     typer.Option(
@@ -28,7 +32,7 @@ Config = Annotated[
         dir_okay=False,
     ),
 ]
-TrainingData = Annotated[str | None, data_option(help=f"{DATA} Default: 'aws'.")]
+TrainingData = Annotated[str | None, data_option(help=DATA)]
 DistillFrom = Annotated[
     Path | None, typer.Option(help="Instead of --data: a text that the prefix learns to replace.", dir_okay=False)
 ]
@@ -54,7 +58,9 @@ Sites = Annotated[
     str | None,
     prefix_option(help="Which attention gets a prefix, of 'encoder,cross,decoder'. Default: all that the model has."),
 ]
-Mlp = Annotated[int | None, prefix_option(help="Train through an MLP of this width. It is dropped after training.")]
+Mlp = Annotated[
+    int | None, prefix_option(min=1, help="Train through an MLP of this width. It is dropped after training.")
+]
 MlpDepth = Annotated[int, prefix_option(min=1, help="Hidden layers of the MLP.")]
 MlpActivation = Annotated[str, prefix_option(help="'tanh', 'relu', 'gelu', 'silu', ...")]
 Dropout = Annotated[float, prefix_option(help="Dropout on the prefix.")]
@@ -84,43 +90,43 @@ InitPath = Annotated[
     start_option("--init-path", "--init-prefix", help="Instead of --init: another adapter, a folder, file or Hub id."),
 ]
 
-Steps = Annotated[int | None, typer.Option(min=1, help=f"Training steps. Default: {STEPS}, or what --epochs makes.")]
+Steps = Annotated[int | None, training_option(min=1, help=f"Training steps. Default: {STEPS}, or what --epochs makes.")]
 Epochs = Annotated[
-    float | None, typer.Option(help="Instead of --steps: passes over the training data, such as 3 or 0.5.")
+    float | None, training_option(help="Instead of --steps: passes over the training data, such as 3 or 0.5.")
 ]
 Accumulation = Annotated[
-    int, typer.Option("--gradient-accumulation-steps", min=1, help="Batches per step. Each target counts the same.")
+    int, training_option("--gradient-accumulation-steps", min=1, help="Batches per step. Each target counts the same.")
 ]
 EarlyStopping = Annotated[
     int | None,
-    typer.Option(
+    training_option(
         min=1,
         help="Stop after this many validations in a row without a lower loss. Includes --load-best-model-at-end.",
     ),
 ]
 KeepBest = Annotated[
     bool,
-    typer.Option(
+    training_option(
         "--load-best-model-at-end",
         help="Save the prefix of the lowest validation loss. Default: that of the last step.",
     ),
 ]
 LearningRate = Annotated[
     float | None,
-    typer.Option(
+    training_option(
         help="Default: {prefix:g}; {prefix-mlp:g} with --mlp, {embedding:g} with --mode embedding, {infix:g} with "
         "--mode infix.".format(**LEARNING_RATES)
     ),
 ]
-MaxLength = Annotated[int, typer.Option(min=8, help="Tokens per row. Longer sources are cut.")]
-ValidateEvery = Annotated[int, typer.Option(min=1, help="Steps between checkpoints, and between validations.")]
-ValidationRows = Annotated[int, typer.Option(min=0, help="How many examples to validate on.")]
-Checkpointing = Annotated[bool, typer.Option("--gradient-checkpointing", help="Use less memory and more time.")]
+MaxLength = Annotated[int, training_option(min=8, help="Tokens per row. Longer sources are cut.")]
+ValidateEvery = Annotated[int, training_option(min=1, help="Steps between checkpoints, and between validations.")]
+ValidationRows = Annotated[int, training_option(min=0, help="How many examples to validate on.")]
+Checkpointing = Annotated[bool, training_option("--gradient-checkpointing", help="Use less memory and more time.")]
 Packing = Annotated[
-    bool, typer.Option("--packing", help="Put the rows of a batch one behind the other instead of padding them.")
+    bool, training_option("--packing", help="Put the rows of a batch one behind the other instead of padding them.")
 ]
-Resume = Annotated[bool, typer.Option("--resume", help="Continue from the last checkpoint in --output.")]
+Resume = Annotated[bool, training_option("--resume", help="Continue from the last checkpoint in --output.")]
 ReportTo = Annotated[
-    str | None, typer.Option(help=f"What shows the losses: {', '.join(REPORTERS)}, or several with commas.")
+    str | None, training_option(help=f"What shows the losses: {', '.join(REPORTERS)}, or several with commas.")
 ]
-Seed = Annotated[int, typer.Option(help="Seed of the start and of the order of the data.")]
+Seed = Annotated[int, training_option(help="Seed of the start and of the order of the data.")]

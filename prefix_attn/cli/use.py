@@ -6,7 +6,7 @@ import sys
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.table import Table
@@ -21,12 +21,17 @@ from prefix_attn.cli.shared import (
     BatchSize,
     Data,
     Delimiter,
+    Device,
+    Dtype,
     Encoding,
+    Quantize,
     SkipBadRows,
     Source,
     System,
     Target,
     Template,
+    check_adapter,
+    data_option,
     prefixed_model,
     progress,
     prompt_of,
@@ -58,8 +63,8 @@ AsReferences = Annotated[
 
 def evaluate(
     adapter: Adapter,
-    data: Data = "aws",
-    split: Annotated[str, typer.Option(help="Split of 'aws': train, dev or test.")] = "test",
+    data: Data,
+    split: Annotated[Literal["train", "dev", "test"], data_option(help="Split of 'aws': train, dev or test.")] = "test",
     source_column: Source = "source",
     target_column: Target = "target",
     delimiter: Delimiter = None,
@@ -69,6 +74,9 @@ def evaluate(
     system: System = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Use only this many inputs.")] = None,
     model: BaseModel = None,
+    dtype: Dtype = None,
+    device: Device = None,
+    quantize: Quantize = None,
     frozen: Annotated[bool, typer.Option(help="Also score the model without its prefix.")] = True,
     metrics: Metrics = None,
     output: TextFile = None,
@@ -91,18 +99,20 @@ def evaluate(
     from prefix_attn.training.metrics import choose
     from prefix_attn.training.outputs import check
 
+    loading: dict[str, Any] = {"dtype": dtype, "device": device, "quantize": quantize}
     names = choose(metrics.replace(" ", "").split(",") if metrics is not None else None, besides=("loss",))
     texts_wanted = names != ["loss"]
     if output is not None:
         if not texts_wanted:
             raise ValueError("--output holds the texts, and --metrics loss writes none: leave one out")
         check(output)
+    check_adapter(adapter, model, **loading)
     reading = {"source_column": source_column, "target_column": target_column, "delimiter": delimiter}
     read = Examples(data, split=split, encoding=encoding, skip_bad_rows=skip_bad_rows, **reading)
     prompt = prompt_of(adapter, template, system)
     prompt = replace(prompt, one_line=prompt.one_line or read.one_line)
     examples = group(read.checked())[:limit]
-    prefixed, tokenizer = prefixed_model(adapter, model)
+    prefixed, tokenizer = prefixed_model(adapter, model, **loading)
     limits = {"num_beams": num_beams, "batch_size": batch_size}
     limits["max_new_tokens"] = max_new_tokens or _longest(prefixed, tokenizer, examples)
     scored, texts = dict[str, dict[str, float]](), dict[str, list[str]]()
@@ -203,6 +213,9 @@ def inspect(
     model: Annotated[
         str | None, typer.Option(help="With --mass: the base model. Default: the one that the adapter names.")
     ] = None,
+    dtype: Dtype = None,
+    device: Device = None,
+    quantize: Quantize = None,
     batch_size: BatchSize = 16,
     as_json: AsJson = False,
 ) -> None:
@@ -210,10 +223,12 @@ def inspect(
 
     [bold]prefix-attn inspect runs/e2e --mass testset_w_refs.csv --plot mass.png[/bold]
     """
-    from prefix_attn.hf.io.checkpoint import describe
-
+    loading: dict[str, Any] = {"dtype": dtype, "device": device, "quantize": quantize}
     if mass is None and plot is not None:
         raise ValueError("--plot is the heat map of --mass: give data with --mass")
+    check_adapter(adapter, model, **loading)
+    from prefix_attn.hf.io.checkpoint import describe
+
     found = describe(adapter)
     table = Table(title=Text(str(adapter)), show_header=False)
     for name, value in found.items():
@@ -226,7 +241,7 @@ def inspect(
     from prefix_attn.training.tokens import batches
 
     examples = read_examples(mass, split="dev", source_column=source_column, target_column=target_column)[:limit]
-    prefixed, tokenizer = prefixed_model(adapter, model)
+    prefixed, tokenizer = prefixed_model(adapter, model, **loading)
     rows = _rows(prefixed, tokenizer, examples, prompt_of(adapter, None, None))
     with progress("mass", len(rows)) as advance:
         shares = prefix_mass(prefixed, batches(rows, batch_size, tokenizer.pad_token_id), progress=advance)

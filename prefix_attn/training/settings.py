@@ -82,6 +82,11 @@ class TrainingSettings:
             raise ValueError(f"steps and epochs exclude one another, got {self.steps} and {self.epochs:g}")
         if self.epochs is None and self.steps is None:
             object.__setattr__(self, "steps", STEPS)
+        rate = self.learning_rate
+        if rate is not None and not 0 < rate < float("inf"):
+            raise ValueError(f"learning_rate must be positive, such as 0.01, got {rate}")
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"seed must lie in 0..{2**32 - 1}, got {self.seed}")
         if self.epochs is not None and not 0 < self.epochs < float("inf"):
             raise ValueError(f"epochs must be positive, got {self.epochs}")
         for name in ("steps", "batch_size", "gradient_accumulation_steps", "early_stopping", "validate_every"):

@@ -36,6 +36,20 @@ _NO_TEXT = set(map(chr, (*range(9), *range(14, 27), *range(28, 32), 127)))  # co
 _CELL = 2**31 - 1  # characters; the csv module refuses cells beyond 131,072 otherwise
 
 
+def check_reading(delimiter: str | None = None, encoding: str | None = None) -> None:
+    """Refuse a delimiter or an encoding that no table has.
+
+    Raises:
+        ValueError: it names what was given.
+    """
+    if delimiter is not None and (len(delimiter) != 1 or delimiter in '"\r\n'):
+        raise ValueError(f"delimiter must be one character, such as ';' or a tab, got {delimiter!r}")
+    try:
+        codecs.lookup(encoding or "utf-8")
+    except LookupError:
+        raise ValueError(f"encoding must be one that Python knows, such as utf-8 or cp1252, got {encoding!r}") from None
+
+
 # Encodings ------------------------------------------------------------------------------------------------------------
 
 
@@ -46,12 +60,8 @@ def encoding_of(path: Path, given: str | None = None) -> str:
         ValueError: no encoding has this name, or the file is no text in any of these.
     """
     if given is not None:
-        try:
-            name = codecs.lookup(given).name
-        except LookupError:
-            raise ValueError(
-                f"encoding must be one that Python knows, such as utf-8 or cp1252, got {given!r}"
-            ) from None
+        check_reading(encoding=given)
+        name = codecs.lookup(given).name
         return "utf-8-sig" if name == "utf-8" else name
     with opened(path) as file:
         head = file.read(4096)
@@ -107,8 +117,7 @@ def csv_header(path: Path, encoding: str, given: str | None, wanted: Callable[[S
     Raises:
         ValueError: the first row is no CSV, or names a column twice.
     """
-    if given is not None and (len(given) != 1 or given in '"\r\n'):
-        raise ValueError(f"delimiter must be one character, such as ';' or a tab, got {given!r}")
+    check_reading(delimiter=given)
     if given is not None:
         candidates: Sequence[str] = [given]
     else:

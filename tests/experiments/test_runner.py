@@ -289,19 +289,34 @@ def test_learning_rate_warms_up_and_decays(tmp_path: Path) -> None:
 
 ERRORS = {
     "no file": (("reproduce", "e2e", "--out", "x"), "the task 'e2e' needs --train"),
-    "a file too many": (("reproduce", "aws", "--out", "x", "--train", "a.csv"), "the task 'aws' needs no files"),
+    "a file too many": (
+        ("reproduce", "aws", "--out", "x", "--train", "a.csv"),
+        "the task 'aws' needs no files",
+    ),
     "one name": (
         ("ablate", "mode", "--out", "x", "--train", "a/x.csv", "--test", "b/x.csv"),
         "must have different names",
     ),
-    "seeds": (("ablate", "mode", "--out", "x", "--train", "a.csv", "--seeds", "one"), "--seeds must be numbers with"),
+    "seeds": (
+        ("ablate", "mode", "--out", "x", "--train", "a.csv", "--seeds", "one"),
+        "--seeds must be numbers with",
+    ),
     "rates": (
         ("reproduce", "e2e", "--out", "x", "--train", "a.csv", "--learning-rate", "1e-2;1e-3"),
         "--learning-rate must be numbers with commas between them, got '1e-2;1e-3'",
     ),
-    "no MLP": (("train", "--output", "x", "--mlp-depth", "2"), "--mlp-depth and --mlp-activation need --mlp"),
-    "no text": (("train", "--output", "x", "--top-k", "5"), "--top-k needs --distill-from"),
-    "method": (("reproduce", "e2e", "--out", "x", "--train", "a.csv", "--methods", "b"), "method must be one of"),
+    "no MLP": (
+        ("train", "--output", "x", "--mlp-depth", "2"),
+        "--mlp-depth and --mlp-activation need --mlp",
+    ),
+    "no text": (
+        ("train", "--output", "x", "--top-k", "5"),
+        "--top-k needs --distill-from",
+    ),
+    "method": (
+        ("reproduce", "e2e", "--out", "x", "--train", "a.csv", "--methods", "b"),
+        "method must be one of",
+    ),
 }
 
 
@@ -309,7 +324,8 @@ ERRORS = {
 def test_errors_are_one_line(
     arguments: tuple[str, ...], message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert prefix_attn(monkeypatch, *arguments) == 1
+    data = ("--data", "a.csv") if arguments[0] == "train" else ()
+    assert prefix_attn(monkeypatch, *arguments, "--model", "m", *data) == 1
     error = capsys.readouterr().err
     assert message in error
     assert len(error.strip().splitlines()) == 1
@@ -319,7 +335,9 @@ def test_peft_is_missed_before_anything_runs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setitem(sys.modules, "peft", None)
-    assert prefix_attn(monkeypatch, "reproduce", "aws", "--methods", "frozen,lora", "--out", tmp_path / "x") == 1
+    command = ("reproduce", "aws", "--model", "smollm2", "--methods", "frozen,lora", "--out", tmp_path / "x")
+    monkeypatch.setattr("prefix_attn.hf.load.smollm2_file", lambda: None)
+    assert prefix_attn(monkeypatch, *command) == 1
     assert "the methods ['lora'] need PEFT: pip install peft" in capsys.readouterr().err
     assert not (tmp_path / "x").exists()
 

@@ -171,4 +171,4 @@ def test_the_command_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caps
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert "not finite" in error
     assert "take a lower learning rate than 3e+38" in error
-    assert [path.name for path in Path("run").iterdir()] == ["prompt.json"]
+    assert {path.name for path in Path("run").iterdir()} == {"prompt.json", "run.yaml", "settings.json"}
