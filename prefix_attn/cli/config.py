@@ -85,11 +85,15 @@ def _entries(path: Path) -> list[tuple[int, str, Any]]:
 
     try:
         with opened(path) as file:
-            root = yaml.compose(file.read().decode(), Loader=yaml.SafeLoader)
+            text = file.read().decode()
+        depth = 0
+        for event in yaml.parse(text, Loader=yaml.SafeLoader):  # before anything is made of it
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            if depth > 2:
+                raise ValueError(f"{path}, line {event.start_mark.line + 1}: a list or a mapping within another")
+        root = yaml.compose(text, Loader=yaml.SafeLoader)
     except UnicodeDecodeError:
         raise ValueError(f"{path}: not UTF-8 text") from None
-    except RecursionError:
-        raise ValueError(f"{path}: not YAML (nested too deep)") from None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         place = f"{path}, line {mark.line + 1}" if mark else str(path)

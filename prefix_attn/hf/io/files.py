@@ -77,10 +77,13 @@ def opened(path: Path) -> BinaryIO:
         number = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except (FileNotFoundError, NotADirectoryError):
         raise ValueError(f"{path}: no such file") from None
+    except ValueError as error:  # half a character, or a 0
+        raise ValueError(f"{shortened(path)}: no such file ({shortened(error)})") from None
     except OSError as error:
-        if error.errno != errno.ENXIO:
+        if error.errno not in (errno.ENXIO, errno.ENAMETOOLONG, errno.ELOOP):
             raise
-        raise ValueError(f"{path}: must be a file, and is a socket or a device") from None
+        kind = "a socket or a device" if error.errno == errno.ENXIO else f"none ({error.strerror})"
+        raise ValueError(f"{shortened(path)}: must be a file, and is {kind}") from None
     if not stat.S_ISREG(mode := os.fstat(number).st_mode):
         os.close(number)
         raise ValueError(f"{path}: must be a file, and is {_KINDS.get(stat.S_IFMT(mode), 'none')}")

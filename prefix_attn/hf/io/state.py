@@ -189,7 +189,7 @@ def _shards(index: Path) -> dict[str, Any]:
     listed = files.read_json(index).get("weight_map")
     if not isinstance(listed, dict) or not all(isinstance(name, str) for name in listed.values()):
         raise ValueError(f"{index}: must list the file of each tensor in weight_map")
-    if outside := [name for name in listed.values() if Path(name).name != name]:
+    if outside := [n for n in listed.values() if Path(n).name != n or not n.isprintable() or len(n) > 255]:
         raise ValueError(f"{index}: lists files outside of its folder: {quoted(outside[:4])}")
     found: dict[str, Any] = {}
     for name in dict.fromkeys(listed.values()):
