@@ -11,7 +11,7 @@ import torch
 
 from prefix_attn.training import aws
 from prefix_attn.training.aws import aws_records
-from prefix_attn.training.data import read_examples
+from prefix_attn.training.data import Examples, read_examples
 from prefix_attn.training.examples import Example
 from prefix_attn.training.prompts import PROMPT
 from prefix_attn.training.tasks import linearise
@@ -316,3 +316,28 @@ def test_batches_have_every_row_once_and_labels_where_rows_have_them() -> None:
     assert [list(batch) for batch in found] == [["input_ids", "attention_mask"]] * 3
     assert "labels" in batches([row | {"labels": row["input_ids"]} for row in rows], 2, END)[0]
     assert batches([], 2, END) == []
+
+
+def test_rows_without_outputs(tmp_path: Path) -> None:
+    """Inputs alone are examples without references, beside the cells of their rows."""
+    table, e2e, chat = tmp_path / "t.csv", tmp_path / "e.csv", tmp_path / "c.jsonl"
+    table.write_text("id;source\n1;a\n2;\n3;b\n")
+    e2e.write_text('MR,id\n"name[Aromi], area[x]",1\n')
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    rows = [turns, turns[:1], [*turns, {"role": "user", "content": "c"}], turns[1:]]
+    chat.write_text("".join(json.dumps({"messages": row}) + "\n" for row in rows))
+    found = list(Examples(table, target_column=None).records())
+    assert [(row["id"], example.source, example.references) for row, example in found] == [
+        ("1", "a", ()),
+        ("3", "b", ()),
+    ]
+    with pytest.raises(ValueError, match="'source' is empty"):
+        Examples(table, target_column=None).check()
+    ((row, example),) = Examples(e2e, target_column=None).records()
+    assert (example.source, row["MR"]) == ("name : Aromi | area : x", "name[Aromi], area[x]")
+    with pytest.raises(ValueError, match="no column 'source'"):
+        Examples(e2e)
+    asked = [example.prompt for example in Examples(chat, target_column=None)]
+    assert asked == [(turns[0],), (turns[0],), (*turns, {"role": "user", "content": "c"})]
+    with pytest.raises(ValueError, match="'messages' has nothing to answer"):
+        Examples(chat, target_column=None).check()
