@@ -44,6 +44,7 @@ from prefix_attn.cli.shared import (
     System,
     Template,
     check_adapter,
+    check_writable,
     data_option,
     prefixed_model,
     progress,
@@ -119,12 +120,7 @@ def generate(
     Inputs are put to the model as in training. An output ends where the model ends it. --output has the columns of
     --data and one more; --json keeps outputs of several lines apart.
     """
-    from prefix_attn.training.outputs import OutputFile, check
-
-    if output is None and resume:
-        raise ValueError("--resume goes on with a file: give its --output")
-    if output is not None:
-        check(output, resume=resume)
+    _check_output(output, resume)
     loading: dict[str, Any] = {"dtype": dtype, "device": device, "quantize": quantize}
     decoding = decoding_of(num_beams, temperature, top_p, top_k, seed, stop)
     check_adapter(adapter, model, **loading)
@@ -132,13 +128,8 @@ def generate(
     reading = {"source_column": source_column, "delimiter": delimiter, "skip_bad_rows": skip_bad_rows}
     inputs = _inputs(sources, file, data, encoding, reading)
     prompt = replace(prompt, one_line=prompt.one_line or inputs.one_line)
-    table = None
-    if output is not None:
-        if output_column in inputs.columns:
-            raise ValueError(f"the inputs have a column {output_column!r} already: give another --output-column")
-        made_by = _made_by(adapter, model) | asdict(prompt) | decoding
-        made_by |= {"max_new_tokens": max_new_tokens, "data": inputs.digest[:16]}
-        table = OutputFile(output, [*inputs.columns, output_column], made_by, resume=resume)
+    settings = {**asdict(prompt), **decoding, "max_new_tokens": max_new_tokens, "dtype": dtype, "quantize": quantize}
+    table = _table(output, inputs, output_column, _made_by(adapter, model) | settings, resume) if output else None
     prefixed, tokenizer = prefixed_model(adapter, model, **loading)
     from prefix_attn.training.generate import Generator
 
@@ -152,11 +143,18 @@ def generate(
     with progress("generate", len(rows)) as advance:
         texts = generator.texts([example.prompt for _, example in rows], advance)
     notes(generator)
-    show(
-        [{**cells, output_column: text} for (cells, _), text in zip(rows, texts)],
-        as_json,
-        "\n".join(texts),
-    )
+    found = [{**cells, output_column: text} for (cells, _), text in zip(rows, texts)]
+    show(found, as_json, "\n".join(texts))
+
+
+def _check_output(output: Path | None, resume: bool) -> None:
+    from prefix_attn.training.outputs import check
+
+    if output is None and resume:
+        raise ValueError("--resume goes on with a file: give its --output")
+    if output is not None:
+        check(output, resume=resume)
+        check_writable(output.parent)
 
 
 def _inputs(
@@ -196,6 +194,15 @@ def _made_by(adapter: Path, model: str | None) -> dict[str, Any]:
     from prefix_attn.hf.io.checkpoint import describe, digest
 
     return {"adapter": digest(adapter)[:16], "model": model or describe(adapter)["base_model_name_or_path"]}
+
+
+def _table(output: Path, inputs: Inputs, column: str, settings: dict[str, Any], resume: bool) -> OutputFile:
+    from prefix_attn.training.outputs import OutputFile
+
+    if column in inputs.columns:
+        raise ValueError(f"the inputs have a column {column!r} already: give another --output-column")
+    settings["data"] = inputs.digest[:16]
+    return OutputFile(output, [*inputs.columns, column], settings, resume=resume)
 
 
 def _write(generator: Generator, inputs: Inputs, table: OutputFile, column: str) -> None:
@@ -273,6 +280,8 @@ def _asked() -> str | None:
         try:
             text = input("> " if sys.stdin.isatty() else "")
         except EOFError:
+            if sys.stdin.isatty():
+                typer.echo()  # ctrl-D leaves the cursor behind the prompt
             return None
         except KeyboardInterrupt:
             ERR.print(f"\n{HINT}", highlight=False)

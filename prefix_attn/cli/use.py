@@ -31,6 +31,7 @@ from prefix_attn.cli.shared import (
     Target,
     Template,
     check_adapter,
+    check_writable,
     data_option,
     prefixed_model,
     progress,
@@ -101,11 +102,11 @@ def evaluate(
 
     loading: dict[str, Any] = {"dtype": dtype, "device": device, "quantize": quantize}
     names = choose(metrics.replace(" ", "").split(",") if metrics is not None else None, besides=("loss",))
-    texts_wanted = names != ["loss"]
     if output is not None:
-        if not texts_wanted:
+        if names == ["loss"]:
             raise ValueError("--output holds the texts, and --metrics loss writes none: leave one out")
         check(output)
+        check_writable(output.parent)
     check_adapter(adapter, model, **loading)
     reading = {"source_column": source_column, "target_column": target_column, "delimiter": delimiter}
     read = Examples(data, split=split, encoding=encoding, skip_bad_rows=skip_bad_rows, **reading)
@@ -113,14 +114,8 @@ def evaluate(
     prompt = replace(prompt, one_line=prompt.one_line or read.one_line)
     examples = group(read.checked())[:limit]
     prefixed, tokenizer = prefixed_model(adapter, model, **loading)
-    limits = {"num_beams": num_beams, "batch_size": batch_size}
-    limits["max_new_tokens"] = max_new_tokens or _longest(prefixed, tokenizer, examples)
-    scored, texts = dict[str, dict[str, float]](), dict[str, list[str]]()
-    for name in ("frozen", "prefix") if frozen else ("prefix",):
-        with prefixed.disable_prefix() if name == "frozen" else nullcontext():
-            if texts_wanted:
-                texts[name] = _texts(name, prefixed, tokenizer, examples, prompt=prompt, **limits)
-            scored[name] = _scores(names, prefixed, tokenizer, examples, prompt, texts.get(name), batch_size)
+    limits = {"max_new_tokens": max_new_tokens, "num_beams": num_beams, "batch_size": batch_size}
+    scored, texts = _measure(names, prefixed, tokenizer, examples, prompt, frozen, **limits)
     if output is not None:
         _write_texts(output, examples, texts)
     table = Table("", *names, title=Text(f"{adapter} on {data}, {len(examples)} inputs"))
@@ -129,44 +124,41 @@ def evaluate(
     show(scored, as_json, table)
 
 
+def _measure(
+    names: list[str], model: Any, tokenizer: Any, examples: list[Example], prompt: Prompt, frozen: bool, **limits: Any
+) -> tuple[dict[str, dict[str, float]], dict[str, list[str]]]:
+    """Scores and texts of the model with its prefix, and if asked for without."""
+    from prefix_attn.training.evaluate import validation_loss
+    from prefix_attn.training.generate import Generator
+    from prefix_attn.training.metrics import score
+    from prefix_attn.training.tokens import batches
+
+    of_texts = [name for name in names if name != "loss"]
+    rows = _rows(model, tokenizer, examples, prompt) if "loss" in names else []
+    loss_batches = batches(rows, limits["batch_size"] or LOSS_ROWS, tokenizer.pad_token_id)
+    limits["max_new_tokens"] = limits["max_new_tokens"] or _longest(model, tokenizer, examples)
+    scored, texts = dict[str, dict[str, float]](), dict[str, list[str]]()
+    for name in ("frozen", "prefix") if frozen else ("prefix",):
+        found: dict[str, float] = {}
+        with model.disable_prefix() if name == "frozen" else nullcontext():
+            if of_texts:
+                generator = Generator(model, tokenizer, prompt=prompt, **limits)
+                with progress(name, len(examples)) as advance:
+                    texts[name] = generator.texts([example.prompt for example in examples], advance)
+                generator.warn_of_cuts()
+                found = score(texts[name], [example.references for example in examples], of_texts)
+            if "loss" in names:
+                found["loss"] = validation_loss(model, loss_batches)
+        scored[name] = {metric: found[metric] for metric in names}
+    return scored, texts
+
+
 def _longest(model: Any, tokenizer: Any, examples: list[Example]) -> int:
     """Room for the longest reference and its end, as far as the model has positions."""
     from prefix_attn.training.generate import default_new_tokens
 
     longest = max(len(tokenizer(text, verbose=False)["input_ids"]) for one in examples for text in one.references)
     return default_new_tokens(model, longest + 2)  # its end, and a token that a leading space may take
-
-
-def _texts(name: str, model: Any, tokenizer: Any, examples: list[Example], **options: Any) -> list[str]:
-    from prefix_attn.training.generate import Generator
-
-    generator = Generator(model, tokenizer, **options)
-    with progress(name, len(examples)) as advance:
-        texts = generator.texts([example.prompt for example in examples], advance)
-    generator.warn_of_cuts()
-    return texts
-
-
-def _scores(
-    names: list[str],
-    model: Any,
-    tokenizer: Any,
-    examples: list[Example],
-    prompt: Prompt,
-    texts: list[str] | None,
-    batch_size: int | None,
-) -> dict[str, float]:
-    from prefix_attn.training.evaluate import validation_loss
-    from prefix_attn.training.metrics import score
-    from prefix_attn.training.tokens import batches
-
-    found: dict[str, float] = {}
-    if texts is not None:
-        found = score(texts, [example.references for example in examples], [name for name in names if name != "loss"])
-    if "loss" in names:
-        rows = _rows(model, tokenizer, examples, prompt)
-        found["loss"] = validation_loss(model, batches(rows, batch_size or LOSS_ROWS, tokenizer.pad_token_id))
-    return {name: found[name] for name in names}
 
 
 def _write_texts(path: Path, examples: list[Example], texts: dict[str, list[str]]) -> None:
