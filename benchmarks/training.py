@@ -21,6 +21,7 @@ from prefix_attn import PrefixConfig, get_prefix_model
 from prefix_attn.hf.attach.gradient_checkpointing import set_checkpointing
 from prefix_attn.hf.load import load_base
 from prefix_attn.training.evaluate import target_loss
+from prefix_attn.training.memory import give_back
 from prefix_attn.training.train import has_bfloat16
 
 
@@ -39,6 +40,8 @@ def measure(rows: int, length: int, tokens: int, steps: int, *, checkpointing: b
         half = has_bfloat16(base.device) and not float32
         with torch.autocast(base.device.type, torch.bfloat16) if half else nullcontext():
             loss = target_loss(model, batch)
+        if checkpointing and base.device.type == "cpu":
+            give_back()
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()

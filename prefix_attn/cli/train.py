@@ -141,7 +141,7 @@ def train(
     batch_size: BatchSize = 8,
     gradient_accumulation_steps: Accumulation = 1,
     learning_rate: LearningRate = None,
-    max_length: MaxLength = 96,
+    max_length: MaxLength = None,
     validate_every: ValidateEvery = 50,
     validation_rows: ValidationRows = 64,
     early_stopping: EarlyStopping = None,

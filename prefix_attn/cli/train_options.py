@@ -118,7 +118,14 @@ LearningRate = Annotated[
         "--mode infix.".format(**LEARNING_RATES)
     ),
 ]
-MaxLength = Annotated[int, training_option(min=8, help="Tokens per row. Longer sources are cut.")]
+MaxLength = Annotated[
+    int | None,
+    training_option(
+        min=8,
+        help="Tokens per row. Longer sources are cut. Default: the longest row, if memory and the model's positions "
+        "have room for it; with --distill-from 96.",
+    ),
+]
 ValidateEvery = Annotated[int, training_option(min=1, help="Steps between checkpoints, and between validations.")]
 ValidationRows = Annotated[int, training_option(min=0, help="How many examples to validate on.")]
 Checkpointing = Annotated[bool, training_option("--gradient-checkpointing", help="Use less memory and more time.")]

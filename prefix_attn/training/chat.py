@@ -63,16 +63,17 @@ class Chat:
             parts = self._parts(some, asks=True) or [(self._text(some, asks=True), False)]
             return [token for token, _ in self.tokens(parts, held)]
 
-        return _fitted(messages, -1, ids, length)
+        found, left_out = _fitted(messages, -1, ids, length)
+        return found, left_out > 0
 
-    def rows(self, messages: Sequence[Message], length: int) -> tuple[list[list[tuple[int, bool]]], int]:
+    def rows(self, messages: Sequence[Message], length: int) -> tuple[list[list[tuple[int, bool]]], list[int]]:
         """Tokens of a conversation that ends with an answer, each with whether it has a loss.
 
         One row, or one for each answer where the template writes earlier answers otherwise than the last. A row that is
         too long loses its first exchanges, then the end of the text that its last answer answers.
 
         Returns:
-            The rows, and how many were cut.
+            The rows, and how many tokens were left out of each.
 
         Raises:
             ValueError: the template refuses the messages, or the answer does not fit into ``length``.
@@ -87,7 +88,7 @@ class Chat:
         whole = self._parts(messages) is not None
         turns = [i for i, message in enumerate(messages) if i and message["role"] == "assistant"]
         found = [_fitted(messages[: i + 1], -2, row, length) for i in (turns[-1:] if whole else turns)]
-        return [tokens for tokens, _ in found], sum(cut for _, cut in found)
+        return [tokens for tokens, _ in found], [left_out for _, left_out in found]
 
     def tokens(self, parts: Sequence[Part], held: Mapping[str, str]) -> list[tuple[int, bool]]:
         """Tokens of ``parts``, each with whether it is the assistant's."""
@@ -176,15 +177,19 @@ class TooLong(ValueError):
 
 def _fitted(
     messages: Sequence[Message], asked: int, row: Callable[[Sequence[Message]], list[Token]], length: int | None
-) -> tuple[list[Token], bool]:
-    """``row`` of the ``messages``, or of fewer where it is too long. ``asked`` is the message that is answered."""
+) -> tuple[list[Token], int]:
+    """``row`` of the ``messages``, or of fewer where it is too long, and how many tokens of it were left out.
+
+    ``asked`` is the message that is answered.
+    """
     found = row(messages)
     if length is None or len(found) <= length:
-        return found, False
+        return found, 0
+    whole = len(found)
     while len(found) > length and (shorter := _without_first_exchange(messages)) is not None:
         messages, found = shorter, row(shorter)
     if len(found) <= length:
-        return found, True
+        return found, whole - len(found)
     text = str(messages[asked].get("content") or "")
 
     def of(characters: int) -> list[Token]:
@@ -201,7 +206,7 @@ def _fitted(
             kept, found = middle, tried
         else:
             too_many = middle
-    return found, True
+    return found, whole - len(found)
 
 
 def _without_first_exchange(messages: Sequence[Message]) -> list[Message] | None:

@@ -7,6 +7,7 @@ are computed once, shared by the batch and never trained.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 TOP_K = 20
+LENGTH = 96  # tokens of a piece
 VALIDATION_ROWS = 64
 
 
@@ -42,8 +44,8 @@ def distill(
 ) -> dict[str, Any]:
     """Train the active prefix of ``model`` to act like ``document`` in front of a text, and save it.
 
-    The training texts are consecutive pieces of the document, ``settings.max_length`` tokens each. The loss is
-    ``divergence``. Everything else is as in ``train.train``.
+    The training texts are consecutive pieces of the document, ``settings.max_length`` tokens each, by default 96. The
+    loss is ``divergence``. Everything else is as in ``train.train``.
 
     Args:
         model: its active prefix is trained. One with ``init="document"`` starts close to the document.
@@ -68,13 +70,14 @@ def distill(
     if config is not None and config.mode == "infix":
         raise ValueError("an infix stands within a row, and cannot stand for a text in front: take mode='kv'")
     ids = tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"]
-    teacher = Teacher(model.base_model, ids, settings.max_length, top_k)
-    rows = pieces(ids, settings.max_length)
+    length = settings.max_length or LENGTH
+    teacher = Teacher(model.base_model, ids, length, top_k)
+    rows = pieces(ids, length)
     if validation is None:
-        held_out = pieces(ids[settings.max_length // 2 :], settings.max_length)
+        held_out = pieces(ids[length // 2 :], length)
     else:
         other = tokenizer(validation, add_special_tokens=False, verbose=False)["input_ids"]
-        held_out = pieces(other, settings.max_length)
+        held_out = pieces(other, length)
     pad_id = tokenizer.pad_token_id
     held_out_batches = batches(held_out[:VALIDATION_ROWS], VALIDATION_BATCH, pad_id)
     return fit(
@@ -82,7 +85,7 @@ def distill(
         rows,
         pad_id,
         (lambda: mean_divergence(model, teacher, held_out_batches)) if held_out_batches else None,
-        settings,
+        dataclasses.replace(settings, max_length=length),
         held_out=held_out[:VALIDATION_ROWS],
         task={"document": digest([{"input_ids": ids}]), "top_k": top_k},
         objective=lambda student, batch: divergence(student, teacher(batch), batch),

@@ -4,7 +4,7 @@ The estimate adds up what is there at the peak, when the backward begins:
 
     loaded       the weights; on a CPU also the libraries, 0.45 GB
     optimizer    12 bytes for each trained number: its gradient and AdamW's two moments
-    activations  what autograd keeps for the backward. It is counted in the forwards of one row of 16 and of 48 tokens
+    activations  what autograd keeps for the backward. It is counted in the forwards of one row of 8 and of 24 tokens
     a layer      the backward of a layer needs about as much again as the layer kept
     logits       those of ``head.AT_ONCE``, in four copies: the loss is computed on so many at a time
 
@@ -15,18 +15,24 @@ Measured peaks are in docs/benchmarks.md.
 
 from __future__ import annotations
 
+import ctypes
+import os
+import sys
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from prefix_attn.hf.model import PrefixModel
 from prefix_attn.training.evaluate import target_loss
 from prefix_attn.training.head import AT_ONCE, base_of
 from prefix_attn.training.tokens import IGNORED
 
 LIBRARIES = 450_000_000  # of a process on a CPU that has imported torch and transformers
-SHORT, LONG = 16, 48  # tokens of the rows that are counted
+SHORT, LONG = 8, 24  # tokens of the rows that are counted
 COPIES = 4  # of the logits, in float32
+SHARE = 0.7  # of the free memory is planned with
 
 
 class Memory(NamedTuple):
@@ -68,6 +74,30 @@ def training_memory(model: Any, *, gradient_checkpointing: bool = False, bf16: b
     return Memory(loaded, int(12 * trained + fixed + COPIES * 4 * AT_ONCE), token + working)
 
 
+def longest_rows(model: PrefixModel, batch_size: int, *, gradient_checkpointing: bool, bf16: bool) -> tuple[int, str]:
+    """The longest rows that can be trained on, and what it is that has no room for longer ones.
+
+    Memory is not asked where several processes train: each would find another length.
+
+    Raises:
+        ValueError: there is no room for any.
+    """
+    rooms = []
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if positions is not None:
+        config = model.prefix_configs[model.active_prefix or "default"]
+        rooms.append(
+            (positions - (config.position_mode == "shift") * config.num_virtual_tokens, "the model's positions")
+        )
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        needed = training_memory(model, gradient_checkpointing=gradient_checkpointing, bf16=bf16)
+        rooms.append((needed.longest(batch_size, int(SHARE * free_bytes(model.device))), "memory"))
+    length, why = min(rooms, default=(sys.maxsize, "nothing"))
+    if length < 1:
+        raise ValueError(f"there is no room ({why}) for {batch_size} rows: take a smaller batch, or another device")
+    return length, why
+
+
 def free_bytes(device: torch.device) -> int:
     """What can be allocated on ``device`` now."""
     if device.type == "cuda":
@@ -75,6 +105,15 @@ def free_bytes(device: torch.device) -> int:
     import psutil  # accelerate's dependency
 
     return psutil.virtual_memory().available
+
+
+def give_back() -> None:
+    """Return freed memory to the system, where the C library would keep it: glibc's heap has holes between live blocks.
+
+    For a training with gradient checkpointing that is half of the peak.
+    """
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 def _kept(model: Any, length: int, *, bf16: bool) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from dataclasses import replace as replace_fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -49,9 +50,12 @@ def last_checkpoint(output: Path) -> Path | None:
 
 
 def facts_of_settings(settings: TrainingSettings, config: PrefixConfig) -> dict[str, Any]:
-    """The settings that change what each step does. Lengths, intervals and what is kept do not."""
+    """The settings that change what each step does. Lengths, intervals and what is kept do not.
+
+    A ``max_length`` that is not known yet is left out.
+    """
     rate = settings.learning_rate
-    facts = {name: getattr(settings, name) for name in SETTINGS}
+    facts = {name: value for name in SETTINGS if (value := getattr(settings, name)) is not None}
     return facts | {"learning_rate": default_learning_rate(config) if rate is None else rate}
 
 
@@ -91,6 +95,14 @@ def find_checkpoint(settings: TrainingSettings, facts: Facts) -> Path | None:
             f"{settings.output}: cannot go on with other settings: {listed}. Take those of the run, or another folder"
         )
     return last
+
+
+def with_length_of_before(settings: TrainingSettings) -> TrainingSettings:
+    """``settings`` with the ``max_length`` of the run that they go on with, if they leave it open."""
+    file = settings.output / FILE
+    if settings.max_length is not None or not settings.resume or not file.is_file():
+        return settings
+    return replace_fields(settings, max_length=read_json(file).get("max_length"))
 
 
 def keep(output: Path, facts: Facts) -> None:

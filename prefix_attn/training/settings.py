@@ -50,6 +50,9 @@ class TrainingSettings:
     rows of a batch one behind the other instead of padding them: the same loss in less time. It takes a causal model
     and ``mode="kv"``.
 
+    ``max_length`` is in tokens: longer sources are cut. By default it is the length of the longest row, if the model
+    has positions and memory has room for it.
+
     With ``load_best_model_at_end`` the prefix that is saved at the end is that of the validation with the lowest loss,
     otherwise that of the last step. ``early_stopping`` implies it, and ends a run after so many validations in a row
     without a lower loss. Both need validation rows. ``report_to`` names what shows the log: one of
@@ -64,7 +67,7 @@ class TrainingSettings:
     steps: int | None = None
     batch_size: int = 8
     learning_rate: float | None = None
-    max_length: int = 96
+    max_length: int | None = None
     validate_every: int = 50
     seed: int = 0
     resume: bool = False

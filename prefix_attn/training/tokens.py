@@ -80,6 +80,11 @@ class Encoder:
     The text of a row is the prompt and the target. If it is too long, the end of the source is cut, never the target: a
     model that never sees the end does not learn to stop. Of a conversation every answer has a loss. For an
     encoder-decoder, ``input_ids`` is the source and ``labels`` the target, each of at most ``max_length`` tokens.
+
+    Attributes:
+        cut: how many rows were cut.
+        cut_most: by how many tokens at most.
+        longest: tokens of the longest row.
     """
 
     def __init__(
@@ -99,7 +104,8 @@ class Encoder:
             raise ValueError("the tokenizer has no end-of-text token (eos_token)")
         if encoder_decoder and prompt.template != DEFAULT.template:
             raise ValueError(f"an encoder reads the source alone: it takes no template, got {prompt.template!r}")
-        self.tokenizer, self.max_length, self.prompt, self.cut = tokenizer, max_length, prompt, 0
+        self.tokenizer, self.max_length, self.prompt = tokenizer, max_length, prompt
+        self.cut = self.cut_most = self.longest = 0
         self._chat = Chat(tokenizer, prompt) if prompt.is_chat else None
         self._tail = 0 if prompt.is_chat or encoder_decoder else prompt.tail(tokenizer)
         self._make = self._encoder_decoder_rows if encoder_decoder else self._text_rows
@@ -125,6 +131,7 @@ class Encoder:
                 bad.add(number, str(error))
             else:
                 bad.good += 1
+                self.longest = max([self.longest, *(len(tokens) for row in made for tokens in row.values())])
                 yield from made
         if not bad.count:
             return
@@ -133,6 +140,11 @@ class Encoder:
         except ValueError as error:
             longest = f"; max_length={needed} takes all" if needed and bad.count > 1 else ""
             raise ValueError(f"{error}{longest}") from None
+
+    def _note(self, left_out: Sequence[int]) -> None:
+        """Note how many tokens of some rows were left out."""
+        self.cut += sum(tokens > 0 for tokens in left_out)
+        self.cut_most = max([self.cut_most, *left_out])
 
     def _encoder_decoder_rows(self, example: Example) -> list[Row]:
         if example.messages:
@@ -147,13 +159,13 @@ class Encoder:
             if len(target) > self.max_length:
                 raise TooLong(self.max_length, len(target), reference)
             rows.append({"input_ids": kept, "labels": target})
-        self.cut += len(rows) * (len(kept) < len(source))
+        self._note([len(source) - len(kept)] * len(rows))
         return rows
 
     def _text_rows(self, example: Example) -> list[Row]:
         if example.messages:
             raise ValueError(f"'messages' need --template chat, got {self.prompt.template!r}")
-        rows, cut, special = [], 0, self.prompt.special_tokens
+        rows, left_out, special = [], list[int](), self.prompt.special_tokens
         prompt = self.prompt.ids(self.tokenizer, example.source)
         for reference in example.references:
             target = plain_ids(self.tokenizer, self.prompt.lead + reference, special_tokens=special)
@@ -162,20 +174,21 @@ class Encoder:
             if room < 0:
                 raise TooLong(self.max_length, len(target) + self._tail, reference)
             kept = shortened(prompt, room + self._tail, self._tail)
-            cut += len(kept) < len(prompt)
+            left_out.append(len(prompt) - len(kept))
             rows.append({"input_ids": kept + target, "labels": [IGNORED] * len(kept) + target})
-        self.cut += cut
+        self._note(left_out)
         return rows
 
     def _chat_rows(self, example: Example) -> list[Row]:
         assert self._chat is not None
-        rows: list[Row] = []
+        rows, left_out = list[Row](), list[int]()
         for reference in example.references:
-            found, cut = self._chat.rows(self._chat.messages(example, reference), self.max_length)
-            self.cut += cut
+            found, some = self._chat.rows(self._chat.messages(example, reference), self.max_length)
+            left_out += some
             for row in found:
                 ids = [token for token, _ in row]
                 rows.append({"input_ids": ids, "labels": [token if mine else IGNORED for token, mine in row]})
+        self._note(left_out)
         return rows
 
 

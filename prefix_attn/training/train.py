@@ -24,13 +24,21 @@ from prefix_attn.hf.model import PrefixModel
 from prefix_attn.training.evaluate import validation_loss
 from prefix_attn.training.examples import Example
 from prefix_attn.training.interrupt import Interrupted, signals_noted
+from prefix_attn.training.memory import longest_rows
 from prefix_attn.training.packing import check_packing, pack
 from prefix_attn.training.prompts import Prompt
 from prefix_attn.training.record import configuration, costs, losses, plot
-from prefix_attn.training.resume import Facts, facts_of_settings, facts_of_training, find_checkpoint, keep
+from prefix_attn.training.resume import (
+    Facts,
+    facts_of_settings,
+    facts_of_training,
+    find_checkpoint,
+    keep,
+    with_length_of_before,
+)
 from prefix_attn.training.row_file import RowFile
 from prefix_attn.training.settings import TrainingSettings, default_learning_rate
-from prefix_attn.training.tokens import DEFAULT, Collator, Encoder, Row, batches, encode
+from prefix_attn.training.tokens import DEFAULT, Collator, Encoder, Row, batches
 from prefix_attn.training.trainer import EarlyStopping, Intervals, Objective, PrefixTrainer, StopWhenTold
 
 if TYPE_CHECKING:
@@ -74,22 +82,47 @@ def train(
     """
     from tqdm.auto import tqdm
 
+    settings = with_length_of_before(settings)
     find_checkpoint(settings, facts_of_settings(settings, _config(model)))  # early: what follows takes time
-    longest, chosen = settings.max_length, {"prompt": prompt, "encoder_decoder": model.config.is_encoder_decoder}
-    encoder = Encoder(tokenizer, longest, **chosen)
+    longest, why = _longest(model, settings)
+    chosen = {"prompt": prompt, "encoder_decoder": model.config.is_encoder_decoder}
+    encoder, other = (Encoder(tokenizer, longest, **chosen) for _ in range(2))
     shown = tqdm(examples, desc="reading and tokenising", unit=" rows", leave=False)
     rows = RowFile(encoder.rows(shown, skip_bad_rows=skip_bad_rows), settings.output)
     if not rows:
         raise ValueError("no examples to train on")
-    if cut := encoder.cut:
-        _log.warning("%d of %d rows have a source longer than max_length=%d: cut", cut, len(rows), longest)
-    held_out = encode(tokenizer, validation, longest, skip_bad_rows=skip_bad_rows, **chosen)[0]
+    held_out = list(other.rows(validation, skip_bad_rows=skip_bad_rows))
+    settings = dataclasses.replace(settings, max_length=settings.max_length or max(encoder.longest, other.longest))
+    _say_length(encoder, len(rows), settings, why)
     if settings.packing:
         check_packing(model, rows)
     pad_id = tokenizer.pad_token_id
     measure = partial(validation_loss, model, batches(held_out, VALIDATION_BATCH, pad_id)) if held_out else None
     kept = {"held_out": held_out, "prompt": prompt, "options": options}
-    return fit(model, rows, pad_id, measure, settings, **kept, extra={"cut": cut})
+    return fit(model, rows, pad_id, measure, settings, **kept, extra={"cut": encoder.cut})
+
+
+def _longest(model: PrefixModel, settings: TrainingSettings) -> tuple[int, str]:
+    """How many tokens a row may have, and what says so."""
+    if settings.max_length is not None:
+        return settings.max_length, "max_length"
+    return longest_rows(
+        model,
+        settings.batch_size,
+        gradient_checkpointing=settings.gradient_checkpointing,
+        bf16=has_bfloat16(model.device),
+    )
+
+
+def _say_length(encoder: Encoder, count: int, settings: TrainingSettings, why: str) -> None:
+    """Say how long rows are, and what is cut."""
+    _log.info("%d rows, the longest of %d tokens; max_length=%d", count, encoder.longest, settings.max_length)
+    if encoder.cut:
+        _log.warning(
+            "%d of %d rows have a source that is too long for max_length=%d, by up to %d tokens: its end is cut%s",
+            *(encoder.cut, count, settings.max_length, encoder.cut_most),
+            "" if why == "max_length" else f" ({why})",
+        )
 
 
 def fit(

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
 
@@ -9,7 +14,12 @@ from prefix_attn.hf.config import PrefixConfig
 from prefix_attn.hf.model import get_prefix_model
 from prefix_attn.training import memory
 from prefix_attn.training.evaluate import target_loss
+from prefix_attn.training.examples import Example
+from prefix_attn.training.settings import TrainingSettings
+from prefix_attn.training.train import has_bfloat16
+from prefix_attn.training.train import train as run_training
 from tests.hf.models import tiny
+from tests.tokens import END, byte_tokenizer
 
 
 def kept(rows: int, length: int, name: str, prefix: int) -> int:
@@ -63,3 +73,40 @@ def test_the_longest_row_is_the_inverse_of_the_total() -> None:
     assert found.longest(8, free=660) == 10
     assert found.longest(8, free=100) == 0
     assert memory.free_bytes(torch.device("cpu")) > 2**20
+
+
+def train(folder: Path, texts: Sequence[str], **changes: Any) -> dict[str, Any]:
+    """Train a step on rows of these sources."""
+    sizes = {"vocab_size": 257, "max_position_embeddings": 64, "eos_token_id": END, "pad_token_id": END}
+    model = get_prefix_model(tiny("llama", **sizes), PrefixConfig(num_virtual_tokens=4))
+    chosen = TrainingSettings(folder, steps=1, batch_size=2, validate_every=1, **changes)
+    run_training(model, byte_tokenizer(), [Example(text, ("b",)) for text in texts], [], chosen)
+    return json.loads((folder / "settings.json").read_text())
+
+
+def test_rows_are_as_long_as_the_data(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Each has its source, a line break, '=>', a space, a target and an end: 6 tokens more than the source."""
+    assert train(tmp_path / "short", ["a" * 10, "a" * 20])["max_length"] == 26
+    assert "cut" not in caplog.text
+    # The prefix takes 4 of 64 positions.
+    assert train(tmp_path / "long", ["a" * 10, "a" * 70, "a" * 80])["max_length"] == 60
+    assert "2 of 3 rows have a source that is too long for max_length=60, by up to 26 tokens" in caplog.text
+    assert "cut (the model's positions)" in caplog.text
+
+
+def test_memory_ends_rows_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = get_prefix_model(tiny("llama", vocab_size=257), PrefixConfig(num_virtual_tokens=4))
+    found = memory.training_memory(model, bf16=has_bfloat16(model.device))
+    free = int((found.fixed + found.token * 2 * 30.5) / memory.SHARE)
+    monkeypatch.setattr(memory, "free_bytes", lambda device: free)
+    assert train(tmp_path / "x", ["a" * 40])["max_length"] in (29, 30, 31)
+    assert "cut (memory)" in caplog.text
+    # What goes on takes the length of before, whatever memory has room for by now.
+    monkeypatch.setattr(memory, "free_bytes", lambda device: 2 * free)
+    assert train(tmp_path / "x", ["a" * 40], resume=True)["max_length"] in (29, 30, 31)
+    monkeypatch.setattr(memory, "free_bytes", lambda device: 0)
+    with pytest.raises(ValueError, match=r"there is no room \(memory\) for 2 rows"):
+        train(tmp_path / "y", ["a"])
+    assert train(tmp_path / "z", ["a" * 40], max_length=20)["max_length"] == 20

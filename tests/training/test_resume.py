@@ -145,7 +145,7 @@ OTHERS: dict[str, tuple[dict[str, Any], str]] = {
     "rate": ({"learning_rate": 1e-2}, "learning_rate was 0.1 and is 0.01"),
     "batch": ({"batch_size": 3, "packing": True}, "batch_size was 2 and is 3; packing was False and is True"),
     "accumulation": ({"gradient_accumulation_steps": 2}, "gradient_accumulation_steps was 1 and is 2"),
-    "length": ({"max_length": 90}, "max_length was 96 and is 90"),
+    "length": ({"max_length": 90}, "max_length was 27 and is 90"),
     "fewer": ({"steps": 3}, "4 steps are done, and 3 are asked for"),
     "fewer epochs": ({"steps": None, "epochs": 1}, "4 steps are done, and 2 are asked for"),
     "dropout": ({"prefix": {"dropout": 0.5}}, "dropout was 0.0 and is 0.5"),
