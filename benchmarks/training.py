@@ -40,9 +40,12 @@ def measure(rows: int, length: int, tokens: int, steps: int, *, checkpointing: b
         half = has_bfloat16(base.device) and not float32
         with torch.autocast(base.device.type, torch.bfloat16) if half else nullcontext():
             loss = target_loss(model, batch)
-        if checkpointing and base.device.type == "cpu":
+        tight = checkpointing and base.device.type == "cpu"
+        if tight:
             give_back()
         loss.backward()
+        if tight:
+            give_back()
         optimizer.step()
         optimizer.zero_grad()
         seconds.append(time.perf_counter() - start)

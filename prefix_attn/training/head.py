@@ -21,7 +21,7 @@ from torch.autograd.function import once_differentiable
 
 from prefix_attn.hf.attach.wrapper import Wrapper
 
-AT_ONCE = 2**24  # logits: 64 MB in float32
+AT_ONCE = 2**23  # logits: 32 MB in float32
 Score = Callable[[Tensor, slice], Tensor]  # from logits (N, V) and which of the positions these are
 _log = logging.getLogger(__name__)
 

@@ -17,6 +17,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback, Tra
 
 from prefix_attn.hf.attach.ranks import is_first
 from prefix_attn.training.evaluate import target_loss
+from prefix_attn.training.memory import give_back
 from prefix_attn.training.ranks import sums
 from prefix_attn.training.record import peak_memory
 from prefix_attn.training.resume import last_checkpoint
@@ -75,6 +76,7 @@ class PrefixTrainer(Trainer):
     ) -> Any:
         """The share of ``inputs`` in the mean loss over the targets of a step."""
         loss = target_loss(model, inputs) if self.objective is None else self.objective(model, inputs)
+        self._give_back()
         if num_items_in_batch is None:
             return loss
         # Processes average their gradients. With one batch a step the factor is 1.
@@ -87,6 +89,7 @@ class PrefixTrainer(Trainer):
             FloatingPointError: the loss is not finite.
         """
         loss = super().training_step(model, inputs, num_items_in_batch)
+        self._give_back()
         if not loss.isfinite().all():
             raise not_finite(self, self.state.global_step + 1, f"the loss is {float(loss)}, not finite")
         return loss
@@ -132,6 +135,10 @@ class PrefixTrainer(Trainer):
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         self._since = time.perf_counter()
         return metrics
+
+    def _give_back(self) -> None:
+        if self.model.device.type == "cpu" and self.model.is_gradient_checkpointing:
+            give_back()
 
     def _targets(self, batch: Batch) -> Tensor:
         """The number of tokens that have a loss."""
