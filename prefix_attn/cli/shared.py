@@ -98,9 +98,9 @@ def prompt_of(adapter: Path, template: str | None, system: str | None) -> Prompt
 
 def load(model: str, **options: Any) -> tuple[Any, Any]:
     """A base model and its tokenizer. ``options`` are those of ``load_base``."""
-    from prefix_attn.hf.load import load_base
-
     with ERR.status(f"loading {escape(model)} (a GGUF file is converted once: about a minute)"):
+        from prefix_attn.hf.load import load_base  # with transformers, which takes seconds
+
         return load_base(model, **options)
 
 

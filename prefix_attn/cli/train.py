@@ -12,10 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import typer
+from rich.markup import escape
 
 from prefix_attn.cli.config import command_line_first
 from prefix_attn.cli.shared import (
     DATA,
+    ERR,
     AsJson,
     BatchSize,
     Delimiter,
@@ -316,7 +318,8 @@ def _train(config: PrefixConfig, settings: TrainingSettings, options: Options) -
     share = options["validation_share"]
     reading = {name: options[name] for name in READING}
     examples = Examples(data, **reading)
-    examples.check()
+    with ERR.status(f"reading {escape(data)}"):
+        examples.check()
     template = options["template"] and unescaped(options["template"])
     prompt = Prompt(
         template=template or default_template(next(iter(examples))),

@@ -36,7 +36,7 @@ def checkpoints(output: Path) -> dict[int, Path]:
     for path in output.glob("checkpoint-*"):
         try:
             step = read_json(path / "trainer_state.json").get("global_step")
-        except (OSError, ValueError):  # none, or half of it
+        except (OSError, ValueError, TypeError, KeyError):  # none, half of it, or something else
             continue
         if isinstance(step, int):
             found[step] = path

@@ -158,7 +158,8 @@ def fit(
         name = "early_stopping" if settings.early_stopping else "load_best_model_at_end"
         raise ValueError(f"{name} needs rows to validate on, and there are none")
     ranks = PartialState(cpu=model.device.type == "cpu")  # joins the other processes of torchrun
-    facts = facts_of_training(settings, _config(model), rows, held_out, prompt) | dict(task or {})
+    facts = facts_of_training(settings, _config(model), rows, held_out, prompt)
+    facts |= {"dtype": str(model.dtype).removeprefix("torch."), **(task or {})}
     facts["processes"] = ranks.num_processes
     checkpoint = find_checkpoint(settings, facts)
     if checkpoint is None and settings.resume:
@@ -254,6 +255,7 @@ def _metrics(trainer: PrefixTrainer, model: PrefixModel, settings: TrainingSetti
         "trainable_parameters": trainable,
         "trainable_share": trainable / total,
         "device": str(model.device),
+        "dtype": facts["dtype"],
         **configuration(settings, _config(model), facts),
     }
 

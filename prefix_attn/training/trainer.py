@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -23,6 +24,7 @@ from prefix_attn.training.record import peak_memory
 from prefix_attn.training.resume import last_checkpoint
 from prefix_attn.training.tokens import IGNORED, Batch
 
+_log = logging.getLogger(__name__)
 Objective = Callable[[Any, Batch], Tensor]  # from a model and a batch
 
 # The Trainer reads the optimizer's state onto the device of its process. Without GPUs accelerate calls that "cpu:0",
@@ -187,6 +189,9 @@ class EarlyStopping(TrainerCallback):
     def on_save(self, args: Any, state: TrainerState, control: Any, **_: Any) -> None:
         """Checkpoints follow validations."""
         if self.is_over(state):
+            _log.warning(
+                "no lower validation loss in %d validations: ends at step %d", self.patience, state.global_step
+            )
             control.should_training_stop = True
 
 

@@ -21,6 +21,7 @@ from prefix_attn.training import evaluate
 from prefix_attn.training.distill import distill
 from prefix_attn.training.interrupt import Interrupted
 from prefix_attn.training.prompts import Prompt
+from prefix_attn.training.resume import last_checkpoint
 from prefix_attn.training.settings import TrainingSettings
 from prefix_attn.training.train import train
 from tests.hf.models import tiny
@@ -200,7 +201,15 @@ def test_a_distillation_keeps_its_document(tmp_path: Path) -> None:
         distill(model(), byte_tokenizer(), text[:-9], replace(chosen, resume=True, steps=2))
 
 
-def test_a_folder_of_before_settings_were_kept(trained: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"global_step": null}', '{"global_step": "x"}', "\x00"])
+def test_what_is_no_checkpoint(content: str, tmp_path: Path) -> None:
+    for step, state in ((2, '{"global_step": 2}'), (4, content)):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text(state)
+    assert last_checkpoint(tmp_path) == tmp_path / "checkpoint-2"
+
+
+def test_a_folder_of_before_settings_were_kept(tmp_path: Path) -> None:
     """It is resumed, and has them from then on."""
     run(tmp_path, steps=2)
     (tmp_path / "settings.json").unlink()
@@ -232,6 +241,5 @@ def test_the_command_goes_on_as_it_says(
     signals(0)
     assert prefix_attn(monkeypatch, *command[1:], "--json") == 0
     assert json.loads(capsys.readouterr().out)["steps"] == 5
-    # What differs is refused before the model is looked for.
-    assert prefix_attn(monkeypatch, *command[1:], "--seed", 1, "--model", "none") == 1
+    assert prefix_attn(monkeypatch, *command[1:], "--seed", 1) == 1
     assert "run: cannot go on with other settings: seed was 0 and is 1" in capsys.readouterr().err

@@ -121,10 +121,11 @@ def test_the_last_prefix_is_kept_unless_told(tmp_path: Path) -> None:
     assert torch.equal(saved(tmp_path), saved(tmp_path / "checkpoint-6"))
 
 
-def test_early_stopping(tmp_path: Path) -> None:
+def test_early_stopping(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """An equal loss is no lower one. The best prefix is kept."""
     metrics = run(tmp_path, [9, 5, 4, 4, 4.5], steps=20, early_stopping=2)
     assert (metrics["steps"], metrics["best_step"], metrics["kept_step"]) == (8, 4, 4)
+    assert "no lower validation loss in 2 validations: ends at step 8" in caplog.text
     assert torch.equal(saved(tmp_path), saved(tmp_path / "checkpoint-4"))
     assert run(tmp_path, [], steps=20, early_stopping=2, resume=True) == metrics  # it is over
     longer = run(tmp_path, [6, 3, 3, 3, 3], steps=20, early_stopping=3, resume=True)
