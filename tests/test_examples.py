@@ -118,6 +118,13 @@ def test_accelerate_loop() -> None:
     assert float(re.findall(r"differ by (\S+)", text)[0]) < CLOSE
 
 
+def test_context_parallel() -> None:
+    """The output and the gradients of one process, the prefix counted once."""
+    lines = run("context_parallel").splitlines()
+    assert [line.split()[0] for line in lines] == ["out", "query", "key", "value", "prefix_key", "prefix_value"]
+    assert all(0 < float(line.split()[-1]) < CLOSE for line in lines)
+
+
 @pytest.mark.trl
 def test_trl_sft() -> None:
     text = run("trl_sft")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -155,7 +155,7 @@ class PrefixModel(PeftWords):
             raise ValueError("there is no active prefix to save")
         names = [self.active_prefix] if selected_adapters is None else selected_adapters
         state = self.state_dict() if state_dict is None else state_dict
-        with gathered(self):
+        with gathered(self) if self.is_made_together else nullcontext():
             saved = {str(name): checkpoint.parts(str(name), self.find_prefix(str(name))[0], state) for name in names}
         for name, parts in saved.items() if is_main_process and is_first() else ():
             folder = Path(path) if selected_adapters is None or name == "default" else Path(path) / name

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from prefix_attn.hf.attach.attachment import Attachment
 from prefix_attn.hf.attach.banks import NO_PREFIX
+from prefix_attn.hf.attach.ranks import gathering
 from prefix_attn.hf.attach.task_heads import train_copies
 from prefix_attn.hf.attach.wrapper import Wrapper, device_of
 from prefix_attn.hf.config import PrefixConfig
@@ -87,6 +88,12 @@ class NamedPrefixes(Wrapper):
             encoder.fold()
             config.fold()
             encoder.unshown = self.attachment.resolver.unshown(config)
+
+    @property
+    def is_made_together(self) -> bool:
+        """Whether the active prefix is made by a base that FSDP2 spreads, which takes all its processes at once."""
+        config = self.prefix_configs.get(self.active_prefix or "")
+        return config is not None and config.mode == "embedding" and bool(gathering(self))
 
     def check_resumable(self, folder: Path) -> None:
         """Raise a ValueError if ``folder`` was left by the training of another base model or of other prefixes."""

@@ -47,6 +47,9 @@ def both(form: str, folder: Path) -> None:
     assert full.keys() == one.state_dict().keys()
     for name, tensor in full.items():
         close(tensor, one.state_dict()[name], MODEL)
+    assert model.is_made_together == (form == "embedding")
+    if dist.get_rank() == 0 and form != "embedding":  # as a Trainer does
+        model.save_pretrained(folder / "by the first", state_dict=full)
     mine_alone = get_model_state_dict(model)  # shards, of which each process writes its own
     assert mine_alone.keys() == full.keys()
     with torch.no_grad():

@@ -11,11 +11,13 @@ frozen model is there already.
 from __future__ import annotations
 
 import functools
+import logging
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+_log = logging.getLogger(__name__)
 _COMPLETE: list[type] = []  # the trainers that know our models
 
 
@@ -32,7 +34,9 @@ def complete_folders(kind: type[Any]) -> None:
     def _save(self: Any, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         theirs(self, output_dir, state_dict)
         model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
-        if isinstance(model, kind):
+        if isinstance(model, kind) and model.is_made_together:  # only this process is here
+            _log.warning("%s: has the state alone; save_pretrained, called by all processes, writes more", output_dir)
+        elif isinstance(model, kind):
             folder = self.args.output_dir if output_dir is None else output_dir
             model.save_pretrained(folder, state_dict=state_dict, is_main_process=self.args.should_save)
 

@@ -28,6 +28,7 @@ class Wrapper(Reached):
     and so do private ones which the base model's class does not know: they are what a library notes on one module.
     """
 
+    is_made_together = False  # whether what is saved takes all processes to make
     prefix_in_state: str  # where this module is in the state that is being loaded
     _arguments: ClassVar[tuple[str, ...]]  # the names of its positional arguments
     _written: ClassVar[type[Wrapper]]  # the class without the base model's name
