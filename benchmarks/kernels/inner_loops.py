@@ -2,6 +2,7 @@
 
     python -m benchmarks.kernels.inner_loops                  every kernel that an H100 (sm_90) runs in half precision
     python -m benchmarks.kernels.inner_loops --size 128 --kernel forward --tile 128 128 8 2
+    python -m benchmarks.kernels.inner_loops --padded --entry "*" --entry "+"    a training with a key_mask
 
 No GPU is needed: the shipped kernels are compiled offline and disassembled, and the loop that walks whole tiles is
 counted. A processor issues 4 instructions of a warp per cycle, finishes 16 exponentials, and multiplies at the rate of
@@ -138,6 +139,11 @@ def fastest(kernel: Any, warps: int) -> Loop:
     return min(loops(disassembled(kernel), warps), key=lambda loop: loop.instructions)
 
 
+def slowest(kernel: Any, warps: int) -> Loop:
+    """The loop with the most instructions: with a key_mask that over the sequence, every tile of which is masked."""
+    return max(loops(disassembled(kernel), warps), key=lambda loop: loop.instructions)
+
+
 def table(rows: Sequence[tuple[offline.Kernel, Loop]]) -> str:
     """Markdown."""
     heads = ("kernel", "D", "tile", "registers", "spilled", "blocks", "instructions", "exponentials",
@@ -153,6 +159,27 @@ def table(rows: Sequence[tuple[offline.Kernel, Loop]]) -> str:
             f"{of_peak(k, loop):.0%} |"
         )
     return "\n".join(lines)
+
+
+def padded(size: int, entry: str) -> list[tuple[offline.Kernel, Loop]]:
+    """The kernels of a training with a key_mask in half precision, with the tiles of one class of the table."""
+    from prefix_attn.backends.triton import launch, plan
+    from prefix_attn.backends.triton.table import tile as of_table
+
+    before = plan.options
+    plan.options = lambda call, name: before(call, name) | of_table(ARCH, name, call.query.dtype, size, entry)
+    try:
+        with offline.target(ARCH) as compiled:
+            call = offline.single(offline.DTYPES["half"], size)[0]
+            out, lse = launch.forward(call)
+            launch.backward(call, out, lse, out, None, [True] * 5 + [False, False])
+    finally:
+        plan.options = before
+    rows = []
+    for name, kernel, text in compiled:
+        row = offline.Kernel(ARCH, name, "half", size, entry, text, *offline.resources(kernel, ARCH))
+        rows.append((row, slowest(kernel, tile(text)[2])))
+    return rows
 
 
 def shipped(size: int) -> list[tuple[offline.Kernel, Loop]]:
@@ -177,10 +204,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--size", type=int, choices=offline.SIZES, action="append", help="default: all")
     parser.add_argument("--kernel", choices=PRODUCTS, help="with --tile")
     parser.add_argument("--tile", type=int, nargs=4, action="append", metavar=("M", "N", "WARPS", "STAGES"))
+    parser.add_argument("--padded", action="store_true", help="a training with a key_mask")
+    parser.add_argument("--entry", choices=("", "*", "+"), action="append", help="with --padded: class of tiles")
     args = parser.parse_args(arguments)
     rows = []
     for size in args.size or offline.SIZES:
-        if args.tile:
+        if args.padded:
+            rows += [row for entry in args.entry or ("*",) for row in padded(size, entry)]
+        elif args.tile:
             for one in args.tile:
                 built = offline.built(ARCH, args.kernel, "half", size, "", one)
                 rows += [(row, fastest(kernel, one[2])) for row, kernel in built]

@@ -30,12 +30,10 @@ from prefix_attn.backends.triton.primitives import (
     entry_of,
     finish,
     keys_of,
-    load_rows,
     prefix_of,
-    softmax_step,
-    unscaled,
-    visible,
+    rows_of,
 )
+from prefix_attn.backends.triton.walk import Queries, Source, walk
 
 
 @triton.jit
@@ -75,6 +73,7 @@ def _add_slots(
 def _write(
     out, lse, sinks, i_b, o_h, o_s, HQ, S, m_row, b_m, b_l, b_acc, scores, DV: tl.constexpr, BLOCK_DV: tl.constexpr
 ):
+    """Stores the output and lse of a finished softmax whose rows are queries ``o_s`` of heads ``o_h``."""
     b_sink = None
     if sinks is not None:
         b_sink = tl.load(sinks + o_h, mask=m_row, other=0.0).to(tl.float32)
@@ -160,37 +159,30 @@ def _split_keys(
     first = i_split * share
     last = first + share
 
+    queries = Queries(b_q, o_s, m_row, None, None, None, None)
     if prefix_key is not None:
-        p_key = prefix_key.data + i_n * prefix_key.batch + i_kv * prefix_key.head
-        p_value = prefix_value.data + i_n * prefix_value.batch + i_kv * prefix_value.head
-        for i in range(first, tl.minimum(last, before)):
-            o_n = i * BLOCK_N + tl.arange(0, BLOCK_N)
-            m_n = o_n < prefix
-            b_k = load_rows(p_key, o_n, prefix_key.row, m_n, D, BLOCK_D).to(b_q.dtype)
-            b_s = unscaled(tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION), scores)
-            m_mn = m_n[None, :]
-            if rows.prefix_start is not None:
-                m_mn = m_mn & (length - S + o_s >= tl.load(rows.prefix_start + i_b))[:, None]
-            b_s = tl.where(m_mn, b_s, -float("inf"))
-            b_v = load_rows(p_value, o_n, prefix_value.row, m_n, DV, BLOCK_DV).to(b_q.dtype)
-            b_m, b_l, b_acc = softmax_step(b_s, b_m, b_l, b_acc, b_v, None, scores, True, PRECISION)
-
-    p_key = key.data + i_b * key.batch + i_kv * key.head
-    p_value = value.data + i_b * value.batch + i_kv * value.head
-    row_mask = rows.key_mask
+        seen = None
+        if rows.prefix_start is not None:
+            seen = length - S + o_s >= tl.load(rows.prefix_start + i_b)
+        source = Source(
+            rows_of(prefix_key, i_n, i_kv, 0), prefix_key.row, rows_of(prefix_value, i_n, i_kv, 0), prefix_value.row,
+            prefix, seen, 0, None, None, None, None, 0,
+        )  # fmt: skip
+        b_m, b_l, b_acc = walk(
+            first * BLOCK_N, tl.minimum(last, before) * BLOCK_N, queries, source, scores, b_m, b_l, b_acc,
+            D, DV, False, True, False, PRECISION, BLOCK_N,
+        )  # fmt: skip
+    mask = None
     if rows.key_mask is not None:
-        row_mask += i_b * T
-    for i in range(tl.maximum(first - before, 0) + lo, tl.minimum(last - before + lo, hi)):
-        o_n = i * BLOCK_N + tl.arange(0, BLOCK_N)
-        m_n = o_n < length
-        if rows.key_mask is not None:  # a masked key is not even read
-            m_n = m_n & tl.load(row_mask + o_n, mask=m_n, other=0).to(tl.int1)
-        b_k = load_rows(p_key, o_n, key.row, m_n, D, BLOCK_D)
-        b_s = unscaled(tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION), scores)
-        m_mn = visible((length - S + o_s)[:, None], o_n[None, :], length, None, scores, CAUSAL) & m_n[None, :]
-        b_s = tl.where(m_mn, b_s, -float("inf"))
-        b_v = load_rows(p_value, o_n, value.row, m_n, DV, BLOCK_DV)
-        b_m, b_l, b_acc = softmax_step(b_s, b_m, b_l, b_acc, b_v, None, scores, True, PRECISION)
+        mask = rows.key_mask + i_b * T
+    sequence = Source(
+        rows_of(key, i_b, i_kv, 0), key.row, rows_of(value, i_b, i_kv, 0), value.row,
+        length, None, length - S, scores.window, mask, None, None, P,
+    )  # fmt: skip
+    b_m, b_l, b_acc = walk(
+        (tl.maximum(first - before, 0) + lo) * BLOCK_N, tl.minimum(last - before + lo, hi) * BLOCK_N,
+        queries, sequence, scores, b_m, b_l, b_acc, D, DV, CAUSAL, True, False, PRECISION, BLOCK_N,
+    )  # fmt: skip
 
     if EARLY:  # the first FOLDED slots are written by a kernel that may still run
         gdc_wait()
@@ -282,23 +274,21 @@ def _fold_prefix(
         b_id = tl.load(rows.ids + o_b)
         m_sees = m_sees & (b_id >= 0) & (b_id < N)
         b_entry = tl.where(m_sees, b_id, 0).to(tl.int32)
+    queries = Queries(b_q, o_s, m_row, None, None, None, None)
     entry = tl.min(tl.where(m_sees, b_entry, N))
     while entry < N:
-        m_e = m_sees & (b_entry == entry)
         prefix = prefix_of(entry, P, rows)
         share = tl.cdiv(tl.cdiv(prefix, BLOCK_N), FOLDED) * BLOCK_N
         i_n = entry.to(tl.int64)
-        p_key = prefix_key.data + i_n * prefix_key.batch + i_kv * prefix_key.head
-        p_value = prefix_value.data + i_n * prefix_value.batch + i_kv * prefix_value.head
+        source = Source(
+            rows_of(prefix_key, i_n, i_kv, 0), prefix_key.row, rows_of(prefix_value, i_n, i_kv, 0), prefix_value.row,
+            prefix, m_sees & (b_entry == entry), 0, None, None, None, None, 0,
+        )  # fmt: skip
         first = (i_split * share).to(tl.int32)
-        for n in range(first, tl.minimum(first + share, prefix), BLOCK_N):
-            o_n = n + tl.arange(0, BLOCK_N)
-            m_n = o_n < prefix
-            b_k = load_rows(p_key, o_n, prefix_key.row, m_n, D, BLOCK_D).to(b_q.dtype)
-            b_s = unscaled(tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION), scores)
-            b_s = tl.where(m_e[:, None] & m_n[None, :], b_s, -float("inf"))
-            b_v = load_rows(p_value, o_n, prefix_value.row, m_n, DV, BLOCK_DV).to(b_q.dtype)
-            b_m, b_l, b_acc = softmax_step(b_s, b_m, b_l, b_acc, b_v, None, scores, True, PRECISION)
+        b_m, b_l, b_acc = walk(
+            first, tl.minimum(first + share, prefix), queries, source, scores, b_m, b_l, b_acc,
+            D, DV, False, True, False, PRECISION, BLOCK_N,
+        )  # fmt: skip
         entry = tl.min(tl.where(m_sees & (b_entry > entry), b_entry, N))  # the next one that a row of the tile has
 
     b_out, b_lse = finish(b_m, b_l, b_acc, None, None, scores)

@@ -16,7 +16,15 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from prefix_attn.backends.triton.primitives import SIZES, keys_of, load_rows, prefix_of, queries_of, store_rows
+from prefix_attn.backends.triton.primitives import (
+    SIZES,
+    keys_of,
+    load_rows,
+    prefix_of,
+    queries_of,
+    rows_of,
+    store_rows,
+)
 from prefix_attn.backends.triton.query_grad import load_queries
 from prefix_attn.backends.triton.sequence_grad import key_tile
 
@@ -54,7 +62,10 @@ def _grad_prefix(
     BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr,
 ):
-    """dk and dv of BLOCK_N tokens of one prefix and key head, over one of SPLITS runs of the queries that read it."""
+    """dk and dv of BLOCK_N tokens of one prefix and key head, over one of SPLITS runs of the queries that read it.
+
+    Grid: SPLITS * N * Hkv * ceil(P / BLOCK_N).
+    """
     num = tl.cdiv(P, BLOCK_N)
     i = tl.program_id(0)
     n = i % num * BLOCK_N
@@ -67,10 +78,10 @@ def _grad_prefix(
     o_n = n + tl.arange(0, BLOCK_N)
     m_n = o_n < prefix_of(i_n, P, rows)
     # [BLOCK_N, BLOCK_D] and [BLOCK_N, BLOCK_DV]
-    p_key = prefix_key.data + i_n * prefix_key.batch + i_kv * prefix_key.head
-    p_value = prefix_value.data + i_n * prefix_value.batch + i_kv * prefix_value.head
-    b_k = load_rows(p_key, o_n, prefix_key.row, m_n, D, BLOCK_D).to(query.data.dtype.element_ty)
-    b_v = load_rows(p_value, o_n, prefix_value.row, m_n, DV, BLOCK_DV).to(query.data.dtype.element_ty)
+    b_k = load_rows(rows_of(prefix_key, i_n, i_kv, 0), o_n, prefix_key.row, m_n, D, BLOCK_D)
+    b_v = load_rows(rows_of(prefix_value, i_n, i_kv, 0), o_n, prefix_value.row, m_n, DV, BLOCK_DV)
+    b_k = b_k.to(query.data.dtype.element_ty)
+    b_v = b_v.to(query.data.dtype.element_ty)
     b_dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     b_dv = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
 
@@ -94,27 +105,21 @@ def _grad_prefix(
             i_b = tl.load(order + i_b)
         i_b = i_b.to(tl.int64)
         i_h = i_kv * G + i_g
-        i_bh = i_b * (HKV * G) + i_h
         r_q, count, i_lse = queries_of(i_b, i_h, HKV * G, S, NQ, rows)
         exists = True
         if rows.cu_q is not None:
             exists = i_m * BLOCK_M < count
         if exists:
-            o_m, b_q, b_do, b_lse, b_delta = load_queries(
-                i_m * BLOCK_M, count,
-                query.data + i_b * query.batch + i_h * query.head + r_q * query.row, query.row,
-                grad_out.data + i_b * grad_out.batch + i_h * grad_out.head + r_q * grad_out.row, grad_out.row,
-                lse2 + i_lse, delta + i_lse, D, DV, BLOCK_M, BLOCK_D, BLOCK_DV,
+            queries = load_queries(
+                i_m * BLOCK_M, count, i_b, i_h, i_b * (HKV * G) + i_h, r_q, i_lse, query, grad_out, lse2, delta,
+                D, DV, BLOCK_M, BLOCK_D, BLOCK_DV,
             )  # fmt: skip
             m_nm = None
             if rows.prefix_start is not None:
                 _, _, length = keys_of(i_b, T, NK, rows)
-                m_nm = (length - count + o_m >= tl.load(rows.prefix_start + i_b))[None, :]
+                m_nm = (length - count + queries.o_m >= tl.load(rows.prefix_start + i_b))[None, :]
             # Nothing masks the keys past the prefix's end: their rows of dk and dv are not stored.
-            b_dk, b_dv = key_tile(
-                b_k, b_v, b_q, b_do, b_lse, b_delta, b_dk, b_dv, m_nm, None, o_m[None, :], o_n[:, None], i_bh, 0,
-                scores, PRECISION,
-            )  # fmt: skip
+            b_dk, b_dv = key_tile(b_k, b_v, o_n, queries, b_dk, b_dv, m_nm, None, 0, scores, PRECISION)
         i_g += 1
         i_m += (i_g == G).to(tl.int32)
         i_g = tl.where(i_g == G, 0, i_g)

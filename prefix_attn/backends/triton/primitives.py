@@ -1,11 +1,16 @@
 """What the kernels share: their arguments, which keys a query sees, and the step of the online softmax.
 
 The alphabet of this package: ``i_`` index of a program, ``o_`` offsets, ``m_`` mask, ``b_`` tile in registers. Above a
-tile stands its shape. Sizes are SPEC's: B Hq Hkv S T P N D Dv; G = Hq / Hkv. Logits are kept in units of log 2, so that
-``exp2`` serves; the lse in memory is the natural logarithm. With a bias logits are natural too: masks are made of
-finfo.min, and that times log2(e) is -inf.
+tile stands its shape. Sizes are SPEC's: B Hq Hkv S T P N D Dv; G = Hq / Hkv. S and T are the most queries and keys that
+a row of the batch has, NQ and NK the rows of query and key in memory: the same, but for packed sequences. Logits are
+kept in units of log 2, so that ``exp2`` serves; the lse in memory is the natural logarithm. With a bias logits are
+natural too: masks are made of finfo.min, and that times log2(e) is -inf.
 
 Program indices become int64 before they meet a stride: their product wraps at 2**31 in int32.
+
+Arguments travel in named tuples, which Triton 3.4 to 3.9 take alike, from the host and from kernels. Two things are
+not portable, so nothing here does them: a function that returns a tuple with a None in it, and constants in a tuple,
+which become tensors when the tuple gets a name.
 """
 
 from __future__ import annotations
@@ -59,12 +64,12 @@ class Scores(NamedTuple):
 
 
 # Never specialised on their values: else every new length would compile the kernels again.
-SIZES = ["B", "HKV", "G", "S", "T", "P", "N", "NQ", "NK"]  # of packed sequences: rows of query and of key in all
+SIZES = ["B", "HKV", "G", "S", "T", "P", "N", "NQ", "NK"]
 
 
 @triton.jit
 def queries_of(i_b, i_h, HQ, S, NQ, rows):
-    """(first row, number) of the queries of row i_b, and where their lse begins, for head i_h; S: the largest number.
+    """(first row, number) of the queries of row i_b, and where their lse begins, for head i_h.
 
     Clamped, as everything that is read from memory: a length out of range reads nothing out of bounds.
     """
@@ -82,7 +87,7 @@ def queries_of(i_b, i_h, HQ, S, NQ, rows):
 
 @triton.jit
 def keys_of(i_b, T, NK, rows):
-    """(first row, number, visible number) of the keys of row i_b; T: the largest number."""
+    """(first row, number, visible number) of the keys of row i_b."""
     first = i_b * 0
     count = T
     if rows.cu_k is not None:
@@ -115,6 +120,12 @@ def prefix_of(entry, P, rows):
         length = tl.load(rows.prefix_lengths + tl.maximum(entry, 0), mask=entry >= 0, other=0)
         length = tl.minimum(tl.maximum(length, 0), P).to(tl.int32)
     return tl.where(entry >= 0, length, 0)
+
+
+@triton.jit
+def rows_of(array, i_b, i_h, first):
+    """Pointer to row ``first`` of the matrix of one head."""
+    return array.data + i_b * array.batch + i_h * array.head + first * array.row
 
 
 @triton.jit
@@ -202,28 +213,6 @@ def grad_product(b_ds, b_s, scores):
         t = b_s * (1 / (scores.softcap * unit(scores)))
         b_ds = b_ds * (1 - t * t)
     return b_ds
-
-
-@triton.jit
-def visible(b_position, b_column, length, row_mask, scores, CAUSAL: tl.constexpr):
-    """Which sequence keys each query sees; positions and columns are broadcast against each other."""
-    m = b_column < length
-    if CAUSAL:
-        m = m & (b_column <= b_position)
-    if scores.window is not None:
-        m = m & (b_position - b_column < scores.window)
-    if row_mask is not None:
-        m = m & tl.load(row_mask + b_column, mask=b_column < length, other=0).to(tl.int1)
-    return m
-
-
-@triton.jit
-def present(o_n, length, row_mask):
-    """Keys that some query of the row may see. The others are not read: 0 times what they hold need not be 0."""
-    m = o_n < length
-    if row_mask is not None:
-        m = m & tl.load(row_mask + o_n, mask=m, other=0).to(tl.int1)
-    return m
 
 
 @triton.jit

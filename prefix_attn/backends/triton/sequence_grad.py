@@ -15,50 +15,38 @@ from prefix_attn.backends.triton.primitives import (
     load_rows,
     logits,
     queries_of,
+    rows_of,
     store_rows,
 )
 from prefix_attn.backends.triton.query_grad import load_queries
 
 
 @triton.jit
-def key_tile(
-    b_k,
-    b_v,
-    b_q,
-    b_do,
-    b_lse,
-    b_delta,
-    b_dk,
-    b_dv,
-    m_nm,
-    bias,
-    b_row,
-    b_column,
-    i_bh,
-    offset,
-    scores,
-    PRECISION: tl.constexpr,
-):
-    """Adds what one tile of queries gives to dk and dv; everything lies transposed, [BLOCK_N, BLOCK_M]."""
-    b_s = logits(tl.dot(b_k, tl.trans(b_q), input_precision=PRECISION), scores)
+def key_tile(b_k, b_v, o_n, queries, b_dk, b_dv, m_nm, bias, column, scores, PRECISION: tl.constexpr):
+    """Adds what one tile of queries gives to dk and dv; everything lies transposed, [BLOCK_N, BLOCK_M].
+
+    ``m_nm``: which pairs see each other, None = all. ``column``: number of the source's first key in
+    [prefix ; sequence].
+    """
+    b_s = logits(tl.dot(b_k, tl.trans(queries.q), input_precision=PRECISION), scores)
     b_x = b_s
     if bias is not None:
-        b_x = add_bias(b_s, bias, b_row, b_column, m_nm, scores)
-    b_x -= b_lse[None, :]
+        b_x = add_bias(b_s, bias, queries.o_m[None, :], o_n[:, None], m_nm, scores)
+    b_x -= queries.lse[None, :]
     if m_nm is not None:  # before the exponential, which would overflow where a hidden logit exceeds lse
         b_x = tl.where(m_nm, b_x, -float("inf"))
     b_p = exponential(b_x, scores)
-    b_dp = tl.dot(b_v, tl.trans(b_do), input_precision=PRECISION)
+    b_dp = tl.dot(b_v, tl.trans(queries.do), input_precision=PRECISION)
     b_used = b_p
     if scores.seed is not None:
-        m_keep = kept(i_bh, b_row, offset + b_column, scores)
+        m_keep = kept(queries.i_bh, queries.o_m[None, :], (column + o_n)[:, None], scores)
         b_used = tl.where(m_keep, b_p * (1 / (1 - scores.dropout)), 0.0)
         b_dp = tl.where(m_keep, b_dp * (1 / (1 - scores.dropout)), 0.0)
-    b_dv = tl.dot(b_used.to(b_do.dtype), b_do, b_dv, input_precision=PRECISION)
-    b_ds = grad_product(b_p * (b_dp - b_delta[None, :]), b_s, scores)
+    b_dv = tl.dot(b_used.to(queries.do.dtype), queries.do, b_dv, input_precision=PRECISION)
+    b_ds = grad_product(b_p * (b_dp - queries.delta[None, :]), b_s, scores)
     if m_nm is not None:  # a hidden value may be huge, and 0 * inf is NaN
         b_ds = tl.where(m_nm, b_ds, 0.0)
-    b_dk = tl.dot(b_ds.to(b_q.dtype), b_q, b_dk, input_precision=PRECISION)
+    b_dk = tl.dot(b_ds.to(queries.q.dtype), queries.q, b_dk, input_precision=PRECISION)
     return b_dk, b_dv
 
 
@@ -93,7 +81,10 @@ def _grad_sequence(
     BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr,
 ):
-    """dk and dv of BLOCK_N keys of one key head, over the queries of all its heads that see them."""
+    """dk and dv of BLOCK_N keys of one key head, over the queries of all its heads that see them.
+
+    Each key has one program, so nothing is added in memory. Grid: B * Hkv * ceil(T / BLOCK_N).
+    """
     num = tl.cdiv(T, BLOCK_N)
     n = tl.program_id(0) % num * BLOCK_N
     i_kv = (tl.program_id(0) // num % HKV).to(tl.int64)
@@ -102,10 +93,8 @@ def _grad_sequence(
     o_n = n + tl.arange(0, BLOCK_N)
     m_n = o_n < length
     # [BLOCK_N, BLOCK_D] and [BLOCK_N, BLOCK_DV]
-    p_key = key.data + i_b * key.batch + i_kv * key.head + r_k * key.row
-    p_value = value.data + i_b * value.batch + i_kv * value.head + r_k * value.row
-    b_k = load_rows(p_key, o_n, key.row, m_n, D, BLOCK_D)
-    b_v = load_rows(p_value, o_n, value.row, m_n, DV, BLOCK_DV)
+    b_k = load_rows(rows_of(key, i_b, i_kv, r_k), o_n, key.row, m_n, D, BLOCK_D)
+    b_v = load_rows(rows_of(value, i_b, i_kv, r_k), o_n, value.row, m_n, DV, BLOCK_DV)
     b_dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     b_dv = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
 
@@ -135,29 +124,23 @@ def _grad_sequence(
     i_m = tl.zeros([], tl.int32)
     for _ in range(tiles * G):
         i_h = i_kv * G + i_g
-        i_bh = i_b * (HKV * G) + i_h
-        at = i_lse + i_g.to(tl.int64) * per_head
-        o_m, b_q, b_do, b_lse, b_delta = load_queries(
-            lo + i_m * BLOCK_M, count_q,
-            query.data + i_b * query.batch + i_h * query.head + r_q * query.row, query.row,
-            grad_out.data + i_b * grad_out.batch + i_h * grad_out.head + r_q * grad_out.row, grad_out.row,
-            lse2 + at, delta + at, D, DV, BLOCK_M, BLOCK_D, BLOCK_DV,
+        queries = load_queries(
+            lo + i_m * BLOCK_M, count_q, i_b, i_h, i_b * (HKV * G) + i_h, r_q, i_lse + i_g.to(tl.int64) * per_head,
+            query, grad_out, lse2, delta, D, DV, BLOCK_M, BLOCK_D, BLOCK_DV,
         )  # fmt: skip
+        b_position = (shift + queries.o_m)[None, :]
         m_nm = None
         if CAUSAL:
-            m_nm = o_n[:, None] <= (shift + o_m)[None, :]
+            m_nm = o_n[:, None] <= b_position
         if scores.window is not None:
-            m_near = (shift + o_m)[None, :] - o_n[:, None] < scores.window
+            m_near = b_position - o_n[:, None] < scores.window
             m_nm = m_near if m_nm is None else m_nm & m_near
         bias = scores.bias
         if scores.bias is not None:  # which must not be read where it is not
             bias += i_b * scores.bias_batch + i_h * scores.bias_head
-            m_there = m_n[:, None] & (o_m < count_q)[None, :]
+            m_there = m_n[:, None] & queries.m_m[None, :]
             m_nm = m_there if m_nm is None else m_nm & m_there
-        b_dk, b_dv = key_tile(
-            b_k, b_v, b_q, b_do, b_lse, b_delta, b_dk, b_dv, m_nm, bias, o_m[None, :], o_n[:, None], i_bh, P, scores,
-            PRECISION,
-        )  # fmt: skip
+        b_dk, b_dv = key_tile(b_k, b_v, o_n, queries, b_dk, b_dv, m_nm, bias, P, scores, PRECISION)
         i_m += 1
         i_g += (i_m == tiles).to(tl.int32)
         i_m = tl.where(i_m == tiles, 0, i_m)
@@ -165,7 +148,5 @@ def _grad_sequence(
     b_dk = tl.where(m_seen[:, None], b_dk * scale, 0.0)
     b_dv = tl.where(m_seen[:, None], b_dv, 0.0)
     m_t = o_n < count  # keys from length on get an exact 0
-    p_dk = grad_key.data + i_b * grad_key.batch + i_kv * grad_key.head + r_k * grad_key.row
-    p_dv = grad_value.data + i_b * grad_value.batch + i_kv * grad_value.head + r_k * grad_value.row
-    store_rows(p_dk, o_n, grad_key.row, m_t, b_dk, D, BLOCK_D)
-    store_rows(p_dv, o_n, grad_value.row, m_t, b_dv, DV, BLOCK_DV)
+    store_rows(rows_of(grad_key, i_b, i_kv, r_k), o_n, grad_key.row, m_t, b_dk, D, BLOCK_D)
+    store_rows(rows_of(grad_value, i_b, i_kv, r_k), o_n, grad_value.row, m_t, b_dv, DV, BLOCK_DV)
