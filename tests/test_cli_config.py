@@ -79,6 +79,26 @@ def test_the_command_line_wins(folder: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert not Path("taken").exists()
 
 
+def test_a_dry_run_shows_and_writes_nothing(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(folder)
+    options = ("train", *SMALL, "--data", "data.jsonl", "--output", "dry", "--dry-run", "--max-length", 26)
+    monkeypatch.setattr("prefix_attn.training.train.fit", None)
+    assert run(monkeypatch, *options) == 0
+    shown = capsys.readouterr().out
+    assert "row 1\nname : ann\n=>⟦ this is ann.<end>⟧\n" in shown
+    assert run(monkeypatch, *options, "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    lengths = [len(f"{row['source']}\n=> {row['target']}") + 1 for row in ROWS]
+    targets = [len(f" {row['target']}") + 1 for row in ROWS]
+    assert (found["rows"], found["tokens"], found["longest"]) == (len(ROWS), sum(lengths), max(lengths))
+    assert (found["trained_tokens"], found["cut"]) == (sum(targets), sum(length > 26 for length in lengths))
+    assert [part["trained"] for part in found["shown"][2]] == [False, True]
+    assert found["memory"] > 10_000_000
+    assert not Path("dry").exists()
+
+
 ERRORS = {
     "unknown": ("stps: 3", "c.yaml, line 1: no option is called 'stps'; the nearest is 'steps'"),
     "far": ("\nzzz: 3", "c.yaml, line 2: no option is called 'zzz'; the nearest is "),

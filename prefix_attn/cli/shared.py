@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal
 import typer
 from rich.console import Console
 from rich.markup import escape
+from rich.text import Text
 
 from prefix_attn.training.prompts import PROMPT, Prompt
 
@@ -158,4 +159,4 @@ def show(result: Any, as_json: bool, text: Any) -> None:
     elif isinstance(text, str):
         typer.echo(text)
     else:
-        OUT.print(text)
+        OUT.print(text, soft_wrap=isinstance(text, Text))

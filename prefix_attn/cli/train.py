@@ -7,12 +7,13 @@ import shlex
 import shutil
 import signal
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import typer
 from rich.markup import escape
+from rich.text import Text
 
 from prefix_attn.cli.config import command_line_first
 from prefix_attn.cli.shared import (
@@ -44,6 +45,7 @@ from prefix_attn.cli.train_options import (
     Config,
     DistillFrom,
     Dropout,
+    DryRun,
     EarlyStopping,
     Epochs,
     FrozenTokens,
@@ -108,6 +110,7 @@ def train(
     output: Output,
     model: Model,
     config: Config = None,
+    dry_run: DryRun = False,
     dtype: Dtype = None,
     device: Device = None,
     quantize: Quantize = None,
@@ -177,6 +180,9 @@ def train(
     _check(options)
     prefix, settings = _prefix(options), TrainingSettings(**_fields_of(TrainingSettings, options))
     _check_files(options)
+    if dry_run:
+        _dry_run(prefix, settings, options)
+        return
     find_checkpoint(settings, facts_of_settings(settings, prefix))
     try:
         metrics = (_distill if options["distill_from"] else _train)(prefix, settings, options)
@@ -217,6 +223,8 @@ def _check(options: Options) -> None:
         raise ValueError("--validation-share holds out rows of --data, and --distill-from has none: give --validation")
     if options["validation"] is not None and options["validation_share"] is not None:
         raise ValueError("--validation and --validation-share exclude one another")
+    if options["dry_run"] and distill:
+        raise ValueError("--dry-run shows rows of --data, and --distill-from has none: leave it out")
     share = options["validation_share"]
     if share is not None and not 0 < share < 1:
         raise ValueError(f"--validation-share must be between 0 and 1, such as 0.05, got {share}")
@@ -313,7 +321,8 @@ def _loading(options: Options) -> dict[str, Any]:
     return {name: options[name] for name in ("dtype", "device", "quantize")}
 
 
-def _train(config: PrefixConfig, settings: TrainingSettings, options: Options) -> dict[str, Any]:
+def _rows(options: Options) -> tuple[Iterator[Example], list[Example], Prompt]:
+    """Examples to train on and to validate on, all rows of them checked, and what stands around them."""
     data, validation, rows = options["data"], options["validation"], options["validation_rows"]
     share = options["validation_share"]
     reading = {name: options[name] for name in READING}
@@ -332,12 +341,40 @@ def _train(config: PrefixConfig, settings: TrainingSettings, options: Options) -
         trained, held_out = hold_out(examples, share, rows)
     elif validation or data in AWS_TASKS:
         held_out = read_examples(validation or data, split="dev", **reading)[:rows]
+    return trained, held_out, prompt
+
+
+def _train(config: PrefixConfig, settings: TrainingSettings, options: Options) -> dict[str, Any]:
+    trained, held_out, prompt = _rows(options)
     model, tokenizer = _prefixed(config, settings.seed, options)
     from prefix_attn.training.train import train as run
 
     kept = _kept(options, template=prompt.template)
     skip = options["skip_bad_rows"]
     return run(model, tokenizer, trained, held_out, settings, prompt=prompt, skip_bad_rows=skip, options=kept)
+
+
+def _dry_run(config: PrefixConfig, settings: TrainingSettings, options: Options) -> None:
+    trained, _, prompt = _rows(options)
+    model, tokenizer = _prefixed(config, settings.seed, options)
+    from prefix_attn.training.preview import preview
+    from prefix_attn.training.train import has_bfloat16
+
+    more = {"skip_bad_rows": options["skip_bad_rows"], "bf16": has_bfloat16(model.device)}
+    found = preview(model, tokenizer, trained, settings, prompt=prompt, **more)
+    text = Text()
+    for number, parts in enumerate(found.shown, start=1):
+        text.append(f"row {number}\n", "bold")
+        for part, is_trained in parts:
+            text.append(f"\u27e6{part}\u27e7" if is_trained else part, "green" if is_trained else "")
+        text.append("\n\n")
+    text.append(
+        f"{found.rows:,} rows of {found.tokens:,} tokens, {found.trained_tokens:,} of them trained; the longest row "
+        f"has {found.longest:,}, and --max-length {found.max_length} cuts {found.cut:,} rows; "
+        f"about {found.memory / 1e9:.1f} GB of memory with --batch-size {settings.batch_size}"
+    )
+    rows = [[{"text": part, "trained": flag} for part, flag in parts] for parts in found.shown]
+    show(found._asdict() | {"shown": rows}, options["as_json"], text)
 
 
 def _distill(config: PrefixConfig, settings: TrainingSettings, options: Options) -> dict[str, Any]:

@@ -32,6 +32,14 @@ Config = Annotated[
         dir_okay=False,
     ),
 ]
+DryRun = Annotated[
+    bool,
+    typer.Option(
+        "--dry-run",
+        help="Show three rows, with what is trained in \u27e6 \u27e7, counts of tokens, and how much memory it "
+        "takes. Nothing is trained or written.",
+    ),
+]
 TrainingData = Annotated[str | None, data_option(help=DATA)]
 DistillFrom = Annotated[
     Path | None, typer.Option(help="Instead of --data: a text that the prefix learns to replace.", dir_okay=False)
