@@ -97,6 +97,8 @@ def describe(device: str) -> dict[str, Any]:
 def ceilings(device: str, *, quick: bool = False) -> dict[str, float]:
     """FLOP/s of large products, by dtype, and bytes/s ("memory"): of a large copy on a GPU, of a large read on a CPU.
 
+    What is read is at least eight times as large as the last level of the cache.
+
     The products are torch's own, on as many threads as everything else. On a CPU the fastest of seven, and of torch's
     two libraries for them: ``@`` is MKL's, which does not use AVX-512 on every processor that has it, and a convolution
     of 1 x 1 is oneDNN's.
@@ -107,12 +109,19 @@ def ceilings(device: str, *, quick: bool = False) -> dict[str, float]:
             str(dtype)[6:]: 2 * n**3 / _seconds(_product(n, dtype, device), device)
             for dtype in (torch.float32, torch.bfloat16)
         }
-    n, large = (128, torch.ones(1 << 16)) if quick else (1536, torch.ones(1 << 26))
+    n, large = (128, torch.ones(1 << 16)) if quick else (1536, torch.ones(max(1 << 26, 2 * last_cache())))
     found = {"memory": large.nbytes / _fastest(large.sum)}
     for dtype in (torch.float32, torch.bfloat16):
         ways = (_product(n, dtype, device), _convolution(n, dtype))
         found[str(dtype)[6:]] = 2 * n**3 / min(map(_fastest, ways))
     return found
+
+
+def last_cache() -> int:
+    """Bytes of the largest cache, as Linux gives them; 0 where it does not."""
+    sizes = [path.read_text() for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")]
+    units = {"K": 1 << 10, "M": 1 << 20}
+    return max((int(size[:-2]) * units[size[-2]] for size in sizes if size[-2:-1] in units), default=0)
 
 
 def _convolution(n: int, dtype: torch.dtype) -> Callable[[], Any]:

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -62,40 +63,61 @@ def _is_plain(call: Call) -> bool:
         and type(call.dropout_p) in (float, int)
         and not call.dropout_p
         and not torch.is_autocast_enabled("cpu")
-        and not torch._C._len_torch_dispatch_stack()
-        and not torch._C._len_torch_function_stack()  # of them one traces before dispatch
-        and not torch._C._get_tracing_state()
-        and not _differentiates(call)
+        and not _watched()
+        and not _requires_grad(call)
     )
 
 
 def attend(call: Call, backend: str) -> tuple[Tensor, Tensor]:
-    """(out, lse) of ``call`` through the registered op; differentiable once."""
-    if torch.compiler.is_compiling() or _differentiates(call):
+    """(out, lse) of ``call``, differentiable once: through the registered op, or as it would if somebody must see that.
+
+    The dispatcher takes longer over 23 arguments than a short kernel runs, twice of them with a gradient.
+    """
+    if torch.compiler.is_compiling() or not _is_direct(call[:TENSORS]):
         return _forward(*call, backend)
-    with torch._C._AutoDispatchBelowAutograd():  # saves a third of what a small call costs
-        return _forward(*call, backend)
+    if _requires_grad(call):
+        return PrefixAttentionFunction.apply(*call, backend)
+    return _run_forward(call, backend)
 
 
-def _differentiates(call: Call) -> bool:
-    """Whether autograd has to see the call: it records it, or refuses what it has no formula for."""
-    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
-        return True
+def _watched() -> bool:
+    """Whether a mode, a tracer or a transform has to see the op."""
+    return bool(
+        torch._C._len_torch_dispatch_stack()
+        or torch._C._len_torch_function_stack()  # of them one traces before dispatch
+        or torch._C._get_tracing_state()
+        or torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+    )
+
+
+def _is_direct(tensors: Sequence[Tensor | None]) -> bool:
+    """Whether the dispatcher would do nothing but call the backend: nobody watches, and memory holds the numbers."""
+    for t in tensors:
+        if t is not None and (type(t) not in _PLAIN or t.is_neg() or t._is_zerotensor()):
+            return False
+    return not _watched()
+
+
+def _requires_grad(call: Call) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in call[:DIFFERENTIABLE])
 
 
-@torch.library.impl("prefix_attn::forward", "CompositeExplicitAutograd")
-def _(*args: Any) -> tuple[Tensor, Tensor]:
-    *call, backend = args
-    out, lse = BY_NAME[backend].forward(Call(*call))
+def _run_forward(call: Call, backend: str) -> tuple[Tensor, Tensor]:
+    out, lse = BY_NAME[backend].forward(call)
     return _as_models(out), lse.contiguous()
 
 
-@torch.library.impl("prefix_attn::backward", "CompositeExplicitAutograd")
-def _(*args: Any) -> list[Tensor]:
+def _run_backward(*args: Any) -> list[Tensor]:
     *call, backend, out, lse, grad_out, grad_lse, needs = args
     grads = BY_NAME[backend].backward(Call(*call), out, lse, grad_out, grad_lse, needs)
     return [_as_models(grad) if i < 3 else grad.contiguous() for i, grad in enumerate(grads) if grad is not None]
+
+
+torch.library.impl("prefix_attn::forward", "CompositeExplicitAutograd")(
+    lambda *args: _run_forward(Call(*args[:-1]), args[-1])
+)
+torch.library.impl("prefix_attn::backward", "CompositeExplicitAutograd")(_run_backward)
 
 
 @torch.library.register_fake("prefix_attn::forward")
@@ -115,6 +137,9 @@ def _(*args: Any) -> list[Tensor]:
 
 def _as_models(tensor: Tensor) -> Tensor:
     """(B, H, S, D) with the memory order (B, S, H, D), which models reshape for free; a copy if it had another."""
+    _, H, S, size = tensor.shape
+    if tensor.stride() == (S * H * size, size, H * size, 1):
+        return tensor
     return tensor.transpose(1, 2).contiguous().transpose(1, 2)
 
 
@@ -128,8 +153,11 @@ class PrefixAttentionFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor]:
         """``args`` are the op's: a Call and a backend's name."""
-        with torch._C._AutoDispatchBelowAutograd():
-            out, lse = _forward(*args)
+        if torch.compiler.is_compiling() or not _is_direct(args[:TENSORS]):
+            with torch._C._AutoDispatchBelowAutograd():
+                out, lse = _forward(*args)
+        else:
+            out, lse = _run_forward(Call(*args[:-1]), args[-1])
         ctx.save_for_backward(*args[:TENSORS], out, lse)
         ctx.options = args[TENSORS:]
         ctx.set_materialize_grads(False)  # most calls have no gradient of the lse, and save its work
@@ -147,6 +175,8 @@ class PrefixAttentionFunction(torch.autograd.Function):
         arguments = (*tensors, *ctx.options, out, lse, grad_out, grad_lse, needs)
         if torch.is_grad_enabled() or torch.compiler.is_compiling():  # create_graph: the op refuses a second derivative
             grads = iter(_backward(*arguments))
+        elif _is_direct((*tensors, out, lse, grad_out, grad_lse)):
+            grads = iter(_run_backward(*arguments))
         else:
             with torch._C._AutoDispatchBelowAutograd():
                 grads = iter(_backward(*arguments))

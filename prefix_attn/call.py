@@ -110,6 +110,9 @@ _SHAPES = {  # of the fields of Call, in their order
     "key_lengths": "B",
     "key_mask": "B T",
 }
+_NEEDED = ("query", "key", "value")
+_PACKED = {name: _SHAPES[name].replace("B", "1") for name in _NEEDED}
+_BANK = {name: f"N {_SHAPES[name]}" for name in ("prefix_key", "prefix_value")}
 
 
 def check(call: Call) -> None:
@@ -124,15 +127,16 @@ def check(call: Call) -> None:
                 )
             _check_dtype(name, tensor.dtype, call.query.dtype)
             given.append((name, tensor))
-        elif tensor is not None or name in ("query", "key", "value"):
+        elif tensor is not None or name in _NEEDED:
             raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
     if (call.prefix_key is None) != (call.prefix_value is None):
         raise ValueError("prefix_key and prefix_value must be given together, or both be None")
     sizes = {} if call.cu_seqlens_q is None else {"B": call.batch()}
+    device, layouts = call.query.device, _layouts(call)
     for name, tensor in given:
-        check_shape(name, tensor, _layout(name, call), sizes)
-        if tensor.device != call.query.device:
-            raise ValueError(f"{name} must be on query's device {call.query.device}, got {tensor.device}")
+        check_shape(name, tensor, layouts[name], sizes)
+        if tensor.device != device:
+            raise ValueError(f"{name} must be on query's device {device}, got {tensor.device}")
     _check_heads(call, sizes)
     _check_bank(call, sizes)
     _check_options(call)
@@ -151,17 +155,15 @@ def check_gate(gate: Tensor, call: Call) -> None:
 
 def check_shape(name: str, tensor: Tensor, layout: str, sizes: dict[str, int]) -> None:
     """Match ``tensor`` against a layout such as "B Hq S D"; sizes seen for the first time are bound."""
-    dims, shape = layout.split(), tensor.shape
+    dims, shape, bound = layout.split(), tensor.shape, len(sizes)
     fits = len(dims) == len(shape)
     for dim, n in zip(dims, shape):
-        if n != (1 if dim == "1" else sizes.get(dim, n)):
+        if n != (1 if dim == "1" else sizes.setdefault(dim, n)):
             fits = False
     if not fits:
-        needs = ", ".join(str(1 if dim == "1" else sizes.get(dim, "*")) for dim in dims)
+        known = dict(list(sizes.items())[:bound]) | {"1": 1}
+        needs = ", ".join(str(known.get(dim, "*")) for dim in dims)
         raise ValueError(f"{name} must be ({', '.join(dims)}) = ({needs}), got {tuple(shape)}")
-    for dim, n in zip(dims, shape):
-        if dim != "1":
-            sizes[dim] = n
 
 
 def as_int(name: str, value: Any, low: int, needs: str = "an int") -> Any:
@@ -197,22 +199,21 @@ def check_ids(name: str, tensor: Tensor, low: int, high: int) -> None:
         raise ValueError(f"{name} must lie in {low}..{high}, got {tensor.tolist()}")
 
 
-def _layout(name: str, call: Call) -> str:
-    if call.cu_seqlens_q is not None and name in ("query", "key", "value"):
-        return _SHAPES[name].replace("B", "1")
-    if name.startswith("prefix_") and call.has_bank() and name in ("prefix_key", "prefix_value"):
-        return "N " + _SHAPES[name]
-    if name == "bias" and call.bias is not None and call.bias.dim() == 4 and call.bias.shape[0] == 1:
-        return "1 Hq S T"
-    return _SHAPES[name]
+def _layouts(call: Call) -> dict[str, str]:
+    layouts = _SHAPES
+    if call.cu_seqlens_q is not None:
+        layouts = layouts | _PACKED
+    if call.has_bank():
+        layouts = layouts | _BANK
+    if call.bias is not None and call.bias.dim() == 4 and call.bias.shape[0] == 1:
+        layouts = layouts | {"bias": "1 Hq S T"}
+    return layouts
 
 
 def _check_dtype(name: str, dtype: torch.dtype, query: torch.dtype) -> None:
     allowed: tuple[torch.dtype, ...]
-    if name == "query":
-        allowed = _FLOATS
-    elif name in ("key", "value"):
-        allowed = (query,)
+    if name in _NEEDED:
+        allowed = _FLOATS if name == "query" else (query,)
     elif name in ("prefix_key", "prefix_value", "prefix_gate", "sinks", "bias"):
         allowed = (query, torch.float32)
     elif name == "key_mask":

@@ -296,7 +296,7 @@ def _call(query: Tensor, key: Tensor, value: Tensor, *rest: Any, **named: Any) -
 def _checked(call: Call) -> Call:
     """The call, found to be right: query, key and value in autocast's dtype where it is on, a scale filled in."""
     query, key, value = call[:3]
-    if all(isinstance(t, Tensor) for t in (query, key, value)):
+    if isinstance(query, Tensor) and isinstance(key, Tensor) and isinstance(value, Tensor):
         kind = query.device.type
         on = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
         if on and query.dtype != torch.float64:
@@ -307,8 +307,7 @@ def _checked(call: Call) -> Call:
         call = call._replace(scale=max(size.item() if isinstance(size, Tensor) else size, 1) ** -0.5)  # torch.jit.trace
     if call.window is not None:
         call = call._replace(window=as_int("window", call.window, 1, "an int or None"))
-    for name in ("scale", "softcap", "dropout_p"):
-        number = getattr(call, name)
+    for name, number in (("scale", call.scale), ("softcap", call.softcap), ("dropout_p", call.dropout_p)):
         if number is not None and not isinstance(number, NUMBERS):
             call = call._replace(**{name: as_number(number)})
     check(call)

@@ -14,8 +14,9 @@ def empty_like(call: Call, tensor: Tensor, size: int) -> Tensor:
     Zeros where sequences are packed: nobody writes the tokens behind a ``cu_seqlens`` that ends too early.
     """
     B, H, S, _ = tensor.shape
-    make = tensor.new_empty if call.cu_seqlens_q is None else tensor.new_zeros
-    return make(B, S, H, size).transpose(1, 2)
+    if call.cu_seqlens_q is None:
+        return tensor.new_empty_strided((B, H, S, size), (S * H * size, size, H * size, 1))
+    return tensor.new_zeros(B, S, H, size).transpose(1, 2)
 
 
 def rescaled(grad_out: Tensor, grad_lse: Tensor | None, factor: Tensor) -> tuple[Tensor, Tensor | None]:

@@ -10,10 +10,6 @@ import torch
 from prefix_attn.backends.triton.table import architecture, processors, table, tile
 from prefix_attn.call import Call
 
-# Options that take registers. One of _FEW alone takes few, and the call runs with the table's "*" entries. With two of
-# them, or any of _MANY, it runs with the smaller tiles of the "+" entries.
-_FEW = ("prefix_ids", "prefix_start", "key_lengths", "key_mask", "window")
-_MANY = ("bias", "cu_seqlens_q", "seed", "softcap")
 SPLIT_KEYS = 128  # a run of fewer costs more in the sum of the runs than it saves
 MAX_DECODE_QUERIES = 16  # per head; more fill a tile of their own, and causal skipping pays
 
@@ -49,10 +45,17 @@ def constants(arch: str, kernel: str, dtype: torch.dtype, D: int, Dv: int, kind:
 
 
 def _kind(call: Call) -> str:
-    """Which entry of the table serves the call: "" plain, "*" one cheap option, "+" any."""
-    many = any(getattr(call, name) is not None for name in _MANY)
-    few = sum(getattr(call, name) is not None for name in _FEW)
-    return "+" if many or few > 1 else "*" if few else ""
+    """Which entry of the table serves the call.
+
+    "" a plain one. "*" one with one of the options that take few registers. "+", with smaller tiles: two of them, or
+    any other option.
+    """
+    for option in (call.bias, call.cu_seqlens_q, call.seed, call.softcap):
+        if option is not None:
+            return "+"
+    cheap = (call.prefix_ids, call.prefix_start, call.key_lengths, call.key_mask, call.window)
+    few = sum([option is not None for option in cheap])
+    return "+" if few > 1 else "*" if few else ""
 
 
 def decodes(call: Call) -> bool:
