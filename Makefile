@@ -1,4 +1,4 @@
-# make demo | test | newest | lint | instructions | bench | nightly | gpu | dist | clean, all in .venv or VENV=folder.
+# make demo | test | newest | lint | instructions | bench | soak | fuzz | nightly | gpu | dist | clean, all in .venv or VENV=folder.
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DELETE_ON_ERROR:
@@ -20,7 +20,7 @@ export OMP_WAIT_POLICY := PASSIVE
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help demo test newest lint instructions bench nightly gpu dist clean
+.PHONY: help demo test newest lint instructions bench soak fuzz nightly gpu dist clean
 
 help:
 	@sed -n '1s/^# //p' Makefile
@@ -52,9 +52,19 @@ bench: $(VENV)/.installed-demo
 	$(BIN)/python -m benchmarks run $(or $(ARGS),--suite operator --select what=decode B=64 dtype=float32) \
 	    --out runs/bench/results.json --figures runs/bench
 
+# An hour of training and generation, whose memory must stay flat; ARGS="--minutes 10" for less.
+soak: $(VENV)/.installed-test
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.soak $(ARGS)
+
+# Damaged files for every reader.
+fuzz: $(VENV)/.installed-test
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.fuzz $(or $(ARGS),--count 100000)
+
 # What takes too long for every push: the demo at its whole length, a benchmark, every Triton kernel for every GPU.
 nightly: $(VENV)/.installed-test demo bench
 	$(BIN)/python -m benchmarks.kernels.compile_kernels --check
+	$(MAKE) soak ARGS="--minutes 5"
+	$(MAKE) fuzz ARGS="--count 20000"
 
 gpu: $(VENV)/.installed-test
 	PYTHON=$(BIN)/python benchmarks/kernels/gpu.sh
