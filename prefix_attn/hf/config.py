@@ -113,7 +113,10 @@ class PrefixConfig:
     inference_mode: bool = False
 
     def __post_init__(self) -> None:
-        """Validate."""
+        """Validate. Of a set, whose order differs from process to process, the order is that of its names."""
+        for name in ("sites", "layers", "modules_to_save"):
+            if isinstance(value := getattr(self, name), set | frozenset):
+                setattr(self, name, sorted(value, key=str))
         for name in ("num_virtual_tokens", "encoder_depth"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:

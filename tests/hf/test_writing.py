@@ -87,6 +87,14 @@ writing.replace(Path(sys.argv[1]) / "whole", b"half")
     assert sorted(content(tmp_path)) == ["other", "whole"]
 
 
+def test_sets_have_an_order() -> None:
+    """That of a set of texts is another in each process."""
+    names = [f"name {number}" for number in range(9)]
+    config = PrefixConfig(sites={"encoder", "decoder", "cross"}, modules_to_save=set(names), layers={2, 0})
+    assert (config.sites, config.layers) == (("cross", "decoder", "encoder"), (0, 2))
+    assert config.modules_to_save == names
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
 def test_what_is_not_finite_is_refused(kind: str, value: float, tmp_path: Path) -> None:
