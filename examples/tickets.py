@@ -43,7 +43,7 @@ def prefix_attn(*arguments: object, interrupt_at: int | None = None) -> None:
     process, said, expected = subprocess.Popen(command, stderr=subprocess.PIPE), b"", 0
     while piece := os.read(process.stderr.fileno(), 4096):
         said += piece
-        done = max(map(int, re.findall(rb"(\d+)/\d+ \[", said)), default=0)
+        done = max(map(int, re.findall(rb"train\w*: [^\r]*?(\d+)/\d+ \[", said)), default=0)
         if interrupt_at and not expected and done >= interrupt_at:
             process.send_signal(signal.SIGINT)
             expected = 130
