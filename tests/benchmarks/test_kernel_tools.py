@@ -1,4 +1,4 @@
-"""benchmarks/kernels/: what may spill where, and what a run with a profiler asks the machine for."""
+"""benchmarks/kernels/: what may spill where, what a run with a profiler asks for, and shares of the machine."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.kernels import compile_kernels, dram, tune
+from benchmarks import operator
+from benchmarks.kernels import compile_kernels, dram, shares, tune
 from benchmarks.kernels.compile_kernels import TIMED_SPILLS, Kernel
 from prefix_attn.backends.triton import table
 
@@ -46,3 +47,19 @@ def test_ncu_leaves_the_clocks_alone(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     asked = (tmp_path / "asked").read_text().splitlines()
     assert len(asked) == len(dram.CASES)
     assert all("--clock-control none" in line for line in asked)
+
+
+def test_shares_take_the_fastest_of_all_processes() -> None:
+    """Each time and each ceiling on its own: what else ran on the machine slowed either."""
+    ceilings = {"memory": 1e10, "float32": 5e10, "bfloat16": 1e12}
+    limits = [operator.roofline(c, "decode", ceilings) for c in shares.CASES]
+    slow = {name: rate / 2 for name, rate in ceilings.items()}
+    about = {"processor": "a processor", "instructions": "avx2"}
+    found = [
+        {"ceilings": slow, "seconds": [2 * limit for limit in limits], **about},
+        {"ceilings": ceilings, "seconds": [9 * limit for limit in limits], **about},
+    ]
+    rows = shares.table(found).splitlines()
+    assert rows[0] == "a processor, avx2, one thread, 2 processes; memory 10 G/s, float32 50 G/s, bfloat16 1000 G/s"
+    assert [row.split(" | ")[4] for row in rows[4:]] == ["50%"] * 4
+    assert [row.split(" | ")[3] for row in rows[4:]] == ["memory", "products", "memory", "memory"]
