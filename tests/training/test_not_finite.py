@@ -98,7 +98,7 @@ def test_training_stops_and_keeps_the_last_checkpoint(changes: dict[str, Any], m
     with pytest.raises(FloatingPointError, match=f"{message}.*the last good prefix is .*checkpoint-4$"):
         run(tmp_path, **changes)
     assert loads(tmp_path / "checkpoint-4")
-    assert {path.name for path in tmp_path.iterdir()} <= {"checkpoint-2", "checkpoint-4"}
+    assert {path.name for path in tmp_path.iterdir()} <= {"checkpoint-2", "checkpoint-4", "settings.json"}
 
 
 @pytest.mark.parametrize("form", [{}, MLP], ids=["flat", "mlp"])
@@ -109,7 +109,7 @@ def test_a_prefix_that_overflows_is_not_saved(form: dict[str, Any], tmp_path: Pa
     ) as error:
         run(tmp_path, model(**form), learning_rate=1e39)
     assert "take a lower learning rate than 1e+39; no prefix was saved before" in str(error.value)
-    assert not list(tmp_path.iterdir())
+    assert [path.name for path in tmp_path.iterdir()] == ["settings.json"]
 
 
 def test_the_cause_is_named_in_the_step_after_too(tmp_path: Path) -> None:
