@@ -111,6 +111,8 @@ def check_adapter(adapter: str | Path, model: str | None = None, **options: Any)
     from prefix_attn.hf.load import check_base, check_options
 
     check_options(**options)
+    if "/" not in str(adapter) and not Path(adapter).exists():  # no request, which takes a second
+        raise ValueError(f"{adapter}: neither a folder nor the id of a Hub repository, which is owner/name")
     found = find(adapter, "adapter_config.json")
     if found.is_dir() and not any(found.iterdir()):
         raise ValueError(f"{adapter}: the folder is empty, and holds no prefix")
