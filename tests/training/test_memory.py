@@ -48,7 +48,8 @@ def test_activations_of_a_short_row_tell_those_of_a_batch(name: str, most: float
     found = memory.training_memory(model)
     grown = kept(4, 40, name, 3) - kept(2, 40, name, 3)
     layers = 2 * 3 if name == "t5" else 3
-    estimated = found.token * 2 * 40 * layers / (layers + 1)  # without the working memory of one layer
+    # Without the working memory of one layer, and the holes of a heap.
+    estimated = found.token * 2 * 40 * layers / (layers + 1) / memory.HOLES[False]
     assert 0.9 < estimated / grown < most
     assert not model.base_model.training
 
@@ -63,7 +64,7 @@ def test_what_is_trained_and_checkpointed_counts() -> None:
     assert mlp.fixed - flat.fixed > 12 * 64 * 3 * 2 * 16  # the last layer of the MLP
     model = get_prefix_model(tiny("llama", num_hidden_layers=8), PrefixConfig(4))
     whole, some = (memory.training_memory(model, gradient_checkpointing=on) for on in (False, True))
-    assert some.token < whole.token / 2
+    assert some.token / memory.HOLES[True] < whole.token / memory.HOLES[False] / 2
     assert some.loaded == whole.loaded > sum(p.nbytes for p in model.parameters())
 
 
