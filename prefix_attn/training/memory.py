@@ -32,7 +32,7 @@ from prefix_attn.training.tokens import IGNORED
 LIBRARIES = 450_000_000  # of a process on a CPU that has imported torch and transformers
 SHORT, LONG = 8, 24  # tokens of the rows that are counted
 COPIES = 4  # of the logits, in float32
-# What a process on a CPU takes for each byte of activations, without and with gradient checkpointing: glibc's heap keeps
+# What a process on a CPU takes for each byte of activations, without and with gradient checkpointing: glibc's heap has
 # holes between what is kept. Measured on SmolLM2-135M: docs/training.md.
 HOLES = {False: 1.5, True: 4.0}
 SHARE = 0.7  # of the free memory is planned with
