@@ -65,7 +65,7 @@ def main(out: str = "runs/tickets", model: str = "smollm2", rows: str = "3000", 
     options = ("--data", folder / "tickets.csv", "--target-column", "reply", "--template", "chat", *take)
     limits = ("--validation-share", 0.05, "--max-length", 256, "--steps", steps)
     train = ("train", "--model", model, *options, *limits, "--output", run, "--resume")
-    prefix_attn(*train, interrupt_at=int(steps) // 3)  # before the first checkpoint
+    prefix_attn(*train, interrupt_at=max(1, int(steps) // 10))  # before the first checkpoint
     prefix_attn(*train)
     answers = folder / "answers.csv"
     prefix_attn("generate", run, "--data", folder / "new.csv", *take, "--output", answers, "--resume")
