@@ -81,13 +81,14 @@ def attend(call: Call, backend: str) -> tuple[Tensor, Tensor]:
 
 
 def _watched() -> bool:
-    """Whether a mode, a tracer or a transform has to see the op."""
+    """Whether a mode, a tracer, a transform or the profiler has to see the op."""
     return bool(
         torch._C._len_torch_dispatch_stack()
         or torch._C._len_torch_function_stack()  # of them one traces before dispatch
         or torch._C._get_tracing_state()
         or torch._C._are_functorch_transforms_active()
         or forward_ad._current_level >= 0
+        or torch.autograd._profiler_enabled()
     )
 
 

@@ -217,6 +217,11 @@ def test_what_must_see_the_op_sees_it() -> None:
     assert "prefix_attn.forward.default" in mode.seen
     with Functions():
         torch.testing.assert_close(call(query, prefix), expected)
+    for needs_grad, names in ((False, {"forward"}), (True, {"forward", "backward"})):
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+            out = call(query, prefix.clone().requires_grad_(needs_grad)).sum()
+            out.backward() if needs_grad else None
+        assert {f"prefix_attn::{name}" for name in names} <= {event.key for event in profile.key_averages()}
     for options in ({}, {"tracing_mode": "symbolic"}, {"tracing_mode": "fake"}, {"pre_dispatch": True}):
         graph = make_fx(call, **options)(query, prefix)
         assert "prefix_attn.forward" in graph.code, options
