@@ -293,6 +293,8 @@ PRIVATE = {
     *("_patch_lang_tensor", "_prefix_attn_repaired"),
     # transformers has setters, but nothing public that reads these back.
     *("_attn_implementation", "_can_set_attn_implementation", "_name_or_path"),
+    # Whose queue_callback calls something at the end of a backward, as torch's own FSDP has it called.
+    "_execution_engine",
     # What nn.Module calls to move parameters and buffers.
     "_apply",
     # Resuming and saving as a Trainer does, what our Trainer does around it, and the tokenizer that transformers wraps.

@@ -361,12 +361,9 @@ class PrefixModel(PeftWords):
 
     def _kv_of(self, name: str, encoder: PrefixEncoder) -> Tensor:
         """The keys and values of a prefix for a forward, which trains it."""
-        if not torch.is_grad_enabled() or len(self.prefix_configs) == 1:
+        if not torch.is_grad_enabled():
             return encoder()
-        self._wake(name)
-        kv = encoder()
-        self._resting.runs(name, kv)
-        return kv
+        return self._resting.made(name, partial(self._parameters_of, name), encoder)
 
     def _stacks(self) -> set[nn.Module]:
         return self.attachment.runner.stacks

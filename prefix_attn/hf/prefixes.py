@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -57,7 +58,7 @@ class NamedPrefixes(Wrapper):
         self.active_prefix = name
         for other in self.prefix_configs:
             if other != name:
-                self._resting.rest(other, self._parameters_of(other))
+                self._resting.rest(other, partial(self._parameters_of, other))
         self._wake(name)
 
     def delete_prefix(self, name: str) -> None:
@@ -107,8 +108,7 @@ class NamedPrefixes(Wrapper):
         return dict(parts.named_parameters())
 
     def _wake(self, name: str) -> None:
-        if self._resting.rests(name):
-            self._resting.wake(name, self._parameters_of(name))
+        self._resting.wake(name, partial(self._parameters_of, name))
 
     # For other modules ------------------------------------------------------------------------------------------------
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import sys
+import threading
 from typing import Any
 
 import pytest
@@ -118,3 +120,54 @@ def test_an_optimizer_that_holds_all_of_them_moves_the_active_one() -> None:
         optimizer.zero_grad()
         moved = {n.split(".")[0] for n, p in model.prefixes.named_parameters() if not torch.equal(p, before[n])}
         assert moved == {name}
+
+
+@pytest.mark.parametrize("when", ["it is made", "its gradient comes", "it was alone"])
+def test_another_is_set_in_the_middle(when: str) -> None:
+    """By a callback or another thread: the prefix that runs keeps its gradient."""
+    model = several()
+    if when == "it was alone":
+        model = get_prefix_model(tiny("llama"), PrefixConfig(num_virtual_tokens=P))
+    else:
+        model.set_prefix("default")
+    encoder = model.prefixes["default"]
+    if when == "it is made":
+        encoder.register_forward_pre_hook(lambda *_: model.set_prefix("b"))
+    if when == "its gradient comes":
+        encoder.embedding.register_hook(lambda _: model.set_prefix("b"))
+    here = loss(model)
+    if when == "it was alone":
+        model.add_prefix("b", PrefixConfig(num_virtual_tokens=P))
+        model.set_prefix("b")
+    here.backward()
+    assert encoder.embedding.grad.abs().max() > 0
+    model.set_prefix("b")
+    assert trainable(model) == {"b"}
+
+
+def test_threads_train_while_others_are_set() -> None:
+    """Of 7 backwards 5 came to nothing, and then a loss had no gradient at all."""
+    model, lost, interval = several(), [], sys.getswitchinterval()
+
+    def train(name: str) -> None:
+        parameters = list(model.prefixes[name].parameters())
+        for _ in range(10):
+            for parameter in parameters:
+                parameter.grad = None
+            try:
+                loss(model, prefix_names=[name] * len(tokens())).backward()
+            except RuntimeError as error:
+                lost.append(error)
+            lost.extend(name for parameter in parameters if parameter.grad is None)
+
+    threads = [threading.Thread(target=train, args=(name,)) for name in ("default", "b")]
+    sys.setswitchinterval(1e-5)
+    try:
+        for thread in threads:
+            thread.start()
+        while any(thread.is_alive() for thread in threads):
+            for name in ("loaded", "default", "b"):
+                model.set_prefix(name)
+    finally:
+        sys.setswitchinterval(interval)
+    assert not lost
