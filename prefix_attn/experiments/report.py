@@ -111,6 +111,8 @@ def plot(results: Sequence[Result], axis: str, out: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
+    from prefix_attn.hf.io.writing import replace_figure
+
     if axis not in AXES:
         raise ValueError(f"axis must be one of {AXES}, got {axis!r}")
     measures: dict[str, Callable[[Result], float | None]] = {"validation loss (nats per target token)": _last_loss}
@@ -137,7 +139,7 @@ def plot(results: Sequence[Result], axis: str, out: Path) -> None:
         axes.grid(alpha=0.3)
         if axis != "method":
             axes.legend(fontsize="small")
-    figure.savefig(out, dpi=150)
+    replace_figure(out, figure, dpi=150)
     pyplot.close(figure)
 
 

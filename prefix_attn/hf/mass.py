@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from prefix_attn.hf.attach.infix import IGNORED, start_of_targets
 from prefix_attn.hf.attach.ranks import heads_mesh, of_all_processes
 from prefix_attn.hf.attach.wrapper import device_of, evaluating
+from prefix_attn.hf.io.writing import replace_figure
 from prefix_attn.hf.model import PrefixModel
 
 BARS = "▁▂▃▄▅▆▇█"  # of shares in eighths
@@ -115,7 +116,7 @@ def plot_mass(mass: Mapping[str, Tensor], layers: Mapping[str, list[int]], path:
         axis.set_yticks(range(0, len(values), step), layers[site][::step])
     figure.colorbar(image, ax=list(axes[0]), label="share of softmax mass on the prefix")
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
+    replace_figure(path, figure, dpi=120)
     pyplot.close(figure)
 
 

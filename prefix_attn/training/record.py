@@ -15,6 +15,7 @@ import torch
 
 from prefix_attn import __version__
 from prefix_attn.hf.config import PrefixConfig
+from prefix_attn.hf.io.writing import replace_figure
 from prefix_attn.training.settings import TrainingSettings
 
 WIDTH = 50  # of a line of losses
@@ -95,5 +96,5 @@ def plot(metrics: Mapping[str, Any], path: Path) -> None:
     axes.set(xlabel="step", ylabel="loss (nats per target token)")
     axes.grid(alpha=0.3)
     axes.legend()
-    figure.savefig(path, dpi=120)
+    replace_figure(path, figure, dpi=120)
     pyplot.close(figure)

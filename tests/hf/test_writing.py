@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import importlib.util
 import json
 import os
 import resource
@@ -22,6 +23,7 @@ from torch import Tensor
 from prefix_attn import PrefixConfig, PrefixModel, PrefixTuning, get_prefix_model
 from prefix_attn.hf.io import checkpoint, files, writing
 from prefix_attn.hf.io.convert import convert
+from prefix_attn.training import record
 from tests.hf.models import tiny
 
 P = 4
@@ -257,6 +259,69 @@ def test_a_folder_that_vanished_or_may_not_be_written(tmp_path: Path, monkeypatc
     monkeypatch.setattr(Path, "open", refuse)  # tests of root may write anywhere
     with pytest.raises(OSError, match=r"Read-only file system; not saved: '.*prompt.json'"):
         writing.replace(tmp_path / "prompt.json", b"")
+
+
+def test_permissions_are_those_of_any_file(tmp_path: Path) -> None:
+    """New files have what umask leaves. What was made private, or read-only, stays so."""
+    before = os.umask(0o027)
+    try:
+        writing.replace_all(tmp_path, {"new": b"", "private": b"", "closed": b""})
+        for name, mode in {"private": 0o600, "closed": 0o444}.items():
+            (tmp_path / name).chmod(mode)
+        (tmp_path / "link").symlink_to(tmp_path / "private")
+        writing.replace_all(tmp_path, dict.fromkeys(("new", "private", "closed", "link"), b"2"))
+    finally:
+        os.umask(before)
+    modes = {path.name: path.lstat().st_mode & 0o7777 for path in tmp_path.iterdir()}
+    assert modes == {"new": 0o640, "private": 0o600, "closed": 0o444, "link": 0o640}
+
+
+def test_other_names_of_a_file_keep_the_old_content(tmp_path: Path) -> None:
+    """As in a backup by hard links."""
+    writing.replace(tmp_path / "a", b"1")
+    (tmp_path / "backup").hardlink_to(tmp_path / "a")
+    writing.replace(tmp_path / "a", b"2")
+    assert content(tmp_path) == {"a": b"2", "backup": b"1"}
+
+
+@pytest.mark.parametrize("number", [errno.EBADF, errno.ENOLCK, errno.ENOTSUP, None])
+def test_without_locks_each_file_is_whole(number: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """NFS, and systems that do not know fcntl. Whose temporary files lie there nobody knows: they stay."""
+    (tmp_path / f".prefix_attn-{'0' * 16}.tmp").write_bytes(b"of another")
+    if number is None:
+        monkeypatch.setitem(sys.modules, "fcntl", None)
+        spec = importlib.util.spec_from_file_location("writing", writing.__file__)
+        assert spec is not None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+    else:
+        module = writing
+
+        def refuse(*_: Any) -> None:
+            raise OSError(number, os.strerror(number))
+
+        monkeypatch.setattr(writing, "flock", refuse)
+    module.replace(tmp_path / "a", b"a")
+    with module.locked(tmp_path):
+        assert len(content(tmp_path)) == 2
+    assert content(tmp_path)["a"] == b"a"
+
+
+def test_a_plot_is_whole(tmp_path: Path) -> None:
+    """It was written in place, and through links."""
+    (tmp_path / "secret").write_bytes(b"secret")
+    (tmp_path / "loss.png").symlink_to(tmp_path / "secret")
+    metrics = {"train_loss": [[1, 2.0]], "validation_loss": []}
+    record.plot(metrics, tmp_path / "loss.png")
+    record.plot(metrics, tmp_path / "loss.svg")
+    assert (tmp_path / "secret").read_bytes() == b"secret"
+    assert (tmp_path / "loss.png").read_bytes()[:4] == b"\x89PNG"
+    assert b"<svg" in (tmp_path / "loss.svg").read_bytes()
+    before = content(tmp_path)
+    with size_limit(100), pytest.raises(OSError, match=r"not saved: '.*loss\.png'"):
+        record.plot(metrics, tmp_path / "loss.png")
+    assert content(tmp_path) == before
 
 
 # Several at once ------------------------------------------------------------------------------------------------------

@@ -25,6 +25,7 @@ from prefix_attn.hf.io import pickles
 from prefix_attn.quoting import quoted, shortened
 
 Shapes = Mapping[str, tuple[int, ...]]
+_OPEN = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
 _KINDS = {
     stat.S_IFDIR: "a folder",
     stat.S_IFIFO: "a FIFO",
@@ -74,7 +75,7 @@ def opened(path: Path) -> BinaryIO:
         ValueError: there is no such file, or it is none. OSError: it may not be read.
     """
     try:
-        number = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        number = os.open(path, _OPEN)
     except (FileNotFoundError, NotADirectoryError):
         raise ValueError(f"{path}: no such file") from None
     except ValueError as error:  # half a character, or a 0

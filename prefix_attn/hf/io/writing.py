@@ -9,23 +9,35 @@ file is still whole.
 from __future__ import annotations
 
 import errno
-import fcntl
 import json
 import logging
 import os
 import secrets
+import stat
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
-from io import FileIO
+from contextlib import ExitStack, contextmanager, suppress
+from io import BytesIO, FileIO
 from pathlib import Path
+from typing import Any
 
 from safetensors.torch import save
 from torch import Tensor
 
+try:
+    from fcntl import LOCK_EX, LOCK_NB, LOCK_SH, LOCK_UN, flock
+except ImportError:  # not Unix: as on a file system without locks
+    LOCK_EX = LOCK_NB = LOCK_SH = LOCK_UN = 0
+
+    def flock(fd: Any, operation: int, /) -> None:
+        """Nothing can be locked."""
+        raise OSError(errno.ENOTSUP, os.strerror(errno.ENOTSUP))
+
+
 _log = logging.getLogger(__name__)
 _BEGIN, _END = ".prefix_attn-", ".tmp"  # of temporary names
 _PATIENCE = 10.0  # seconds to wait for a lock: whoever is stopped while holding one must not stop a training
+_OPEN = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
 _NO_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.EBADF, errno.EACCES)  # of folders, on some file systems
 
 
@@ -34,11 +46,18 @@ def replace(path: Path, content: bytes) -> None:
     replace_all(path.parent, {path.name: content})
 
 
+def replace_figure(path: Path, figure: Any, *, dpi: int) -> None:
+    """Write a figure of matplotlib, in the format that the name says: see ``replace_all``."""
+    image = BytesIO()
+    figure.savefig(image, format=path.suffix[1:] or None, dpi=dpi)
+    replace(path, image.getvalue())
+
+
 def replace_all(folder: Path, contents: Mapping[str, bytes | None]) -> None:
     """Write files of these names into ``folder``, or remove those without a content.
 
     Nothing is renamed before everything is on the disk. A symbolic link at one of the names is replaced, not followed:
-    it may lead into a cache that others read.
+    it may lead into a cache that others read. A file that is replaced keeps its permissions.
 
     Raises:
         OSError: a file cannot be written; the message names it. Files that were there stay as they were.
@@ -54,6 +73,7 @@ def replace_all(folder: Path, contents: Mapping[str, bytes | None]) -> None:
                     raise OSError(errno.EISDIR, os.strerror(errno.EISDIR))
                 if content is not None:
                     file, temporaries[name] = _temporary(folder, stack)
+                    _keep_mode(file, path)
                     left = memoryview(content)
                     while left:
                         left = left[file.write(left) :]
@@ -87,7 +107,7 @@ def make_folder(folder: Path) -> None:
 def locked(folder: Path, *, exclusive: bool = False) -> Iterator[None]:
     """A context that no other saver shares; readers do, unless it is ``exclusive``. Not for reading and then saving."""
     try:
-        place = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
+        place = os.open(folder, os.O_RDONLY)
     except OSError:  # whatever is wrong with it, reading or writing it says so
         yield
         return
@@ -95,13 +115,13 @@ def locked(folder: Path, *, exclusive: bool = False) -> Iterator[None]:
         _wait(place, folder, exclusive=exclusive)
         yield
     finally:
-        _try_lock(place, fcntl.LOCK_UN)  # closing is not enough where a forked process has the same file
+        _try_lock(place, LOCK_UN)  # closing is not enough where a forked process has the same file
         os.close(place)
 
 
 def _wait(place: int, folder: Path, *, exclusive: bool) -> None:
     end, pause = time.monotonic() + _PATIENCE, 0.001
-    while not _try_lock(place, fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH):
+    while not _try_lock(place, LOCK_EX if exclusive else LOCK_SH):
         if time.monotonic() > end:
             _log.warning("%s: locked by another process for %g s; this one goes on without waiting", folder, _PATIENCE)
             return
@@ -112,7 +132,7 @@ def _wait(place: int, folder: Path, *, exclusive: bool) -> None:
 def _try_lock(file: int, kind: int) -> bool:
     """Whether nobody else has it locked. Where there are no locks, nobody has."""
     try:
-        fcntl.flock(file, kind | fcntl.LOCK_NB)
+        flock(file, kind | LOCK_NB)
     except BlockingIOError:
         return False
     except OSError:
@@ -128,19 +148,27 @@ def _temporary(folder: Path, stack: ExitStack) -> tuple[FileIO, Path]:
         file = stack.enter_context(path.open("xb", buffering=0))
         stack.callback(path.unlink, missing_ok=True)
         # A saver that sweeps may have been faster than the lock.
-        if _try_lock(file.fileno(), fcntl.LOCK_EX) and os.fstat(file.fileno()).st_nlink:
+        if _try_lock(file.fileno(), LOCK_EX) and os.fstat(file.fileno()).st_nlink:
             return file, path
+
+
+def _keep_mode(file: FileIO, old: Path) -> None:
+    """Give ``file`` the permissions of ``old``, if that is a file: what its user made private stays so."""
+    with suppress(OSError):  # there is none, or a file system without permissions
+        mode = os.lstat(old).st_mode
+        if stat.S_ISREG(mode):
+            os.fchmod(file.fileno(), mode & 0o777)
 
 
 def _sweep(folder: Path) -> None:
     """Remove temporary files whose process is dead: those of a living one are locked."""
     for path in folder.glob(f"{_BEGIN}*{_END}"):
         try:
-            file = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+            file = os.open(path, _OPEN)
         except OSError:
             continue
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            flock(file, LOCK_EX | LOCK_NB)
             path.unlink(missing_ok=True)
         except OSError as error:
             _log.debug("%s stays: %s", path, error)
@@ -151,7 +179,7 @@ def _sweep(folder: Path) -> None:
 def _sync(folder: Path) -> None:
     """Put the names of the files in ``folder`` on the disk."""
     try:
-        place = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
+        place = os.open(folder, os.O_RDONLY)
     except PermissionError:  # one that may be written and not read
         return
     try:
