@@ -83,6 +83,7 @@ CASES: dict[str, tuple[tuple[str, ...], str]] = {
         "--mlp-activation must be one of ('elu', 'gelu', ...",
     ),
     "frozen": ((*GOOD, "--frozen-tokens", "11"), "--frozen-tokens must lie in 0..10 of 10, got 11"),
+    "all frozen": ((*GOOD, "--frozen-tokens", "10"), "--frozen-tokens 10 of --virtual-tokens 10 leave nothing to..."),
     "template": ((*GOOD, "--template", "{source} {target}"), "template '{source} {target}' may name {source}..."),
     "brace": ((*GOOD, "--template", "{source"), "template '{source': expected '}' before end of string; write..."),
     "encoding": ((*GOOD, "--encoding", "latin-99"), "encoding must be one that Python knows, such as utf-8..."),

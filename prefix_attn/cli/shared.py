@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -102,6 +103,7 @@ def load(model: str, **options: Any) -> tuple[Any, Any]:
     with ERR.status(f"loading {escape(model)} (a GGUF file is converted once: about a minute)"):
         from prefix_attn.hf.load import load_base  # with transformers, which takes seconds
 
+        logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it says at every product what it rounds
         return load_base(model, **options)
 
 

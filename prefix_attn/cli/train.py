@@ -236,6 +236,9 @@ def _check(options: Options) -> None:
         raise ValueError("--packing takes rows of --data and --mode kv: leave it out")
     if options["mlp"] is None and (options["mlp_depth"], options["mlp_activation"]) != (1, "tanh"):
         raise ValueError("--mlp-depth and --mlp-activation need --mlp, the width of the MLP")
+    if options["gate"] is None and options["virtual_tokens"] == options["frozen_tokens"]:
+        count = options["frozen_tokens"]
+        raise ValueError(f"--frozen-tokens {count} of --virtual-tokens {count} leave nothing to train: take fewer")
     if options["template"] is not None:
         Prompt(unescaped(options["template"]), system=options["system"])
     check_reading(options["delimiter"], options["encoding"])

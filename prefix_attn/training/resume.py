@@ -27,6 +27,7 @@ SETTINGS = ("batch_size", "gradient_accumulation_steps", "max_length", "packing"
 PREFIX = (
     *("num_virtual_tokens", "mode", "sites", "layers", "gate", "num_frozen_tokens", "position_mode", "dropout"),
     *("prefix_projection", "encoder_hidden_size", "encoder_depth", "encoder_activation", "modules_to_save"),
+    *("init", "init_path"),
 )
 
 

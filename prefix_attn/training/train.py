@@ -39,7 +39,14 @@ from prefix_attn.training.resume import (
 from prefix_attn.training.row_file import RowFile
 from prefix_attn.training.settings import TrainingSettings, default_learning_rate
 from prefix_attn.training.tokens import DEFAULT, Collator, Encoder, Row, batches
-from prefix_attn.training.trainer import EarlyStopping, Intervals, Objective, PrefixTrainer, StopWhenTold
+from prefix_attn.training.trainer import (
+    EarlyStopping,
+    Intervals,
+    Objective,
+    PrefixTrainer,
+    StopWhenTold,
+    WhenItBegins,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -73,7 +80,8 @@ def train(
         ``trainable_share``, and what ``record.costs`` and ``record.configuration`` say.
 
     Raises:
-        ValueError: there are no examples, or none to validate on where the best prefix is to be kept; a target does not
+        ValueError: there are no examples, or none to validate on where the best prefix is to be kept; nothing of the
+            prefix is trainable, or no gradient reaches it; a target does not
             fit into ``max_length``; ``settings.output`` holds checkpoints of another training, or of one with other
             settings or data.
         FloatingPointError: a loss, a gradient or the prefix is not finite. What was saved before is left as it is.
@@ -157,25 +165,23 @@ def fit(
     if settings.keeps_best and measure is None:
         name = "early_stopping" if settings.early_stopping else "load_best_model_at_end"
         raise ValueError(f"{name} needs rows to validate on, and there are none")
+    if not model.get_nb_trainable_parameters()[0]:
+        raise ValueError(f"nothing to train: all {_config(model).num_virtual_tokens} virtual tokens are frozen")
     ranks = PartialState(cpu=model.device.type == "cpu")  # joins the other processes of torchrun
     facts = facts_of_training(settings, _config(model), rows, held_out, prompt)
-    facts |= {"dtype": str(model.dtype).removeprefix("torch."), **(task or {})}
+    facts |= {"dtype": str(model.dtype).removeprefix("torch."), "quantization": _quantization(model), **(task or {})}
     facts["processes"] = ranks.num_processes
     checkpoint = find_checkpoint(settings, facts)
     if checkpoint is None and settings.resume:
         _log.warning("%s: no checkpoint to resume from: training begins from the start", settings.output)
-    if is_first():
-        keep(settings.output, facts)
-        if prompt is not None:
-            prompt.save(settings.output)
-        if options is not None:
-            dataclasses.replace(settings, learning_rate=facts["learning_rate"]).keep(options)
     if settings.gradient_checkpointing:
         set_checkpointing(model, use_reentrant=False)
+    record = partial(_record, settings, facts, prompt, options)
     with signals_noted() as noted:
-        trainer = make_trainer(model, rows, pad_id, measure, settings, objective, [StopWhenTold(noted)])
+        callbacks = [WhenItBegins(record), StopWhenTold(noted)]
+        trainer = make_trainer(model, rows, pad_id, measure, settings, objective, callbacks)
         trainer.args.eval_on_start = measure is not None and checkpoint is None
-        finished = _run(trainer, settings, checkpoint)
+        finished = _run(trainer, settings, checkpoint, record)
         stopped = signal.Signals(noted[0]).name if noted and not finished else None
         metrics = {**_metrics(trainer, model, settings, facts), "interrupted": stopped, **extra}
         model.save_pretrained(settings.output)
@@ -215,7 +221,20 @@ def make_trainer(
     return trainer
 
 
-def _run(trainer: PrefixTrainer, settings: TrainingSettings, checkpoint: Path | None) -> bool:
+def _record(settings: TrainingSettings, facts: Facts, prompt: Prompt | None, options: Mapping[str, Any] | None) -> None:
+    """Write what is trained, once nothing refuses it: files of a training that goes on stay as they are until then."""
+    if not is_first():
+        return
+    keep(settings.output, facts)
+    if prompt is not None:
+        prompt.save(settings.output)
+    if options is not None:
+        dataclasses.replace(settings, learning_rate=facts["learning_rate"]).keep(options)
+
+
+def _run(
+    trainer: PrefixTrainer, settings: TrainingSettings, checkpoint: Path | None, record: Callable[[], None]
+) -> bool:
     """Train, from ``checkpoint`` on if there is one. Return whether it came to its end."""
     steps = trainer.state.max_steps
     if checkpoint is None:
@@ -231,12 +250,23 @@ def _run(trainer: PrefixTrainer, settings: TrainingSettings, checkpoint: Path | 
     trainer.state = state
     best = settings.output / f"checkpoint-{state.best_global_step}"
     trainer._load_from_checkpoint(str(best if settings.keeps_best and best.is_dir() else checkpoint))
+    record()
     return True
 
 
 def _is_over(state: TrainerState, steps: int, settings: TrainingSettings) -> bool:
     patience = settings.early_stopping
     return state.global_step >= steps or (patience is not None and EarlyStopping(patience).is_over(state))
+
+
+def _quantization(model: PrefixModel) -> str | None:
+    """Of the weights, which have the dtype of the activations."""
+    found = getattr(model.config, "quantization_config", None)
+    if found is None:
+        return None
+    values = found if isinstance(found, dict) else found.to_dict()
+    on = [name.removeprefix("load_in_") for name, value in values.items() if name.startswith("load_in_") and value]
+    return " ".join([str(values.get("quant_method")), *on])
 
 
 def _config(model: PrefixModel) -> PrefixConfig:

@@ -100,6 +100,11 @@ class PrefixTrainer(Trainer):
         norm = super()._clip_grad_norm(model)
         if not math.isfinite(norm):
             raise not_finite(self, self.state.global_step + 1, f"the norm of the gradient is {float(norm)}, not finite")
+        if norm == 0 and self.state.global_step == 0:
+            raise ValueError(
+                "no gradient reaches the prefix: it is 0 in the first step. The weights of the base model let none "
+                "through, as quantised ones may, or its outputs are the same whatever the prefix is"
+            )
         return norm
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
@@ -214,6 +219,18 @@ class Intervals(TrainerCallback):
     def on_train_begin(self, args: Any, state: TrainerState, control: Any, **_: Any) -> None:
         """After a checkpoint was loaded."""
         state.compute_steps(args, state.max_steps)
+
+
+class WhenItBegins(TrainerCallback):
+    """Calls something after a checkpoint was loaded, and before the first validation and step."""
+
+    def __init__(self, then: Callable[[], None]) -> None:
+        """``then`` is called by every process."""
+        self._then = then
+
+    def on_train_begin(self, *_: Any, **__: Any) -> None:
+        """Call it."""
+        self._then()
 
 
 class Bar(TrainerCallback):

@@ -62,7 +62,7 @@ def errors(base: PreTrainedModel) -> tuple[str, str]:
     else:
         training = "yes"
         pairs["gradient"] = torch.autograd.grad((logits * weight).sum(), leaf)[0], wanted
-    found = {name: float((got - wanted).norm() / wanted.norm()) for name, (got, wanted) in pairs.items()}
+    found = {name: float(((got - wanted).norm() / wanted.norm()).detach()) for name, (got, wanted) in pairs.items()}
     assert max(found.values()) <= 0.1
     return ", ".join(f"{name} {error:.0e}" for name, error in found.items()), training
 

@@ -124,6 +124,15 @@ def test_a_model_that_is_not_finite_is_no_matter_of_the_rate(tmp_path: Path) -> 
         run(tmp_path, objective=objective(1, add(NAN)))
 
 
+def test_no_gradient_is_no_training(tmp_path: Path) -> None:
+    """It ended with "trained, saved": the optimizer had nothing to go by, or nothing to change."""
+    with pytest.raises(ValueError, match="no gradient reaches the prefix: it is 0 in the first step"):
+        run(tmp_path, objective=objective(1, lambda _, loss: 0 * loss))
+    with pytest.raises(ValueError, match="nothing to train: all 4 virtual tokens are frozen"):
+        run(tmp_path, model(num_frozen_tokens=4))
+    assert not (tmp_path / "adapter_model.safetensors").exists()
+
+
 def test_resuming_changes_nothing_of_what_is_there(tmp_path: Path) -> None:
     """Also the adapter that the run before has saved at its end."""
     run(tmp_path, steps=4)

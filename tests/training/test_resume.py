@@ -151,6 +151,7 @@ OTHERS: dict[str, tuple[dict[str, Any], str]] = {
     "fewer epochs": ({"steps": None, "epochs": 1}, "4 steps are done, and 2 are asked for"),
     "dropout": ({"prefix": {"dropout": 0.5}}, "dropout was 0.0 and is 0.5"),
     "mode": ({"prefix": {"mode": "infix"}}, "mode was 'kv' and is 'infix'; position_mode was 'shift' and is 'none'"),
+    "start": ({"prefix": {"init": "zero"}}, "init was 'random' and is 'zero'"),
     "data": ({"examples": EXAMPLES[:3]}, "training_data was '"),
     "order": ({"examples": EXAMPLES[:4][::-1]}, "training_data was '"),
     "validation": ({"validation": EXAMPLES[5:]}, "validation_data was '"),
@@ -177,9 +178,25 @@ def test_another_training_is_refused_by_name(case: str, trained: Path) -> None:
     with pytest.raises(ValueError, match=message):
         train(
             model(**given["prefix"]), byte_tokenizer(), given["examples"], given["validation"], chosen,
-            prompt=given["prompt"],
+            prompt=given["prompt"], options={"steps": None, "seed": None},
         )  # fmt: skip
     assert {path: path.read_bytes() for path in trained.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize("case", ["another base model", "quantised"])
+def test_other_weights_are_refused(case: str, tmp_path: Path) -> None:
+    """And nothing is written: run.yaml was, with the model that was refused. Quantised weights were taken."""
+    run(tmp_path, model(base_model_name_or_path="tiny"), steps=2)
+    of = model(base_model_name_or_path="another" if case == "another base model" else "tiny")
+    message = "the training to resume is of tiny, and this base model is another"
+    if case == "quantised":
+        of.config.quantization_config = {"quant_method": "bitsandbytes", "load_in_4bit": True, "load_in_8bit": False}
+        message = "quantization was None and is 'bitsandbytes 4bit'"
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    chosen = settings(tmp_path, resume=True)
+    with pytest.raises(ValueError, match=message):
+        train(of, byte_tokenizer(), EXAMPLES[:4], EXAMPLES[4:], chosen, options={"steps": None})
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 
 
 def test_what_changes_no_step_may_change(trained: Path) -> None:

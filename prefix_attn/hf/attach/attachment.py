@@ -14,7 +14,7 @@ from prefix_attn.hf.attach.probe import Probe, check_class
 from prefix_attn.hf.attach.ranks import gathering
 from prefix_attn.hf.attach.running import Runner
 from prefix_attn.hf.attach.slots import Slot
-from prefix_attn.hf.attach.trained import freeze
+from prefix_attn.hf.attach.trained import freeze, keep_differentiable
 from prefix_attn.hf.attach.wrapper import check_base
 
 ATTACHMENTS = "prefix_attn_attachments"  # the attribute of a base model: its attachments, oldest first
@@ -50,6 +50,7 @@ class Attachment:
         self._trained: dict[nn.Parameter, bool] = {}  # whether parameters were, if that may change
         self._all = vars(_inner(base)).setdefault(ATTACHMENTS, [])
         self._all.append(self)
+        keep_differentiable(base)  # before the probe runs it
         self.runner = Runner(base)
         self.probe = Probe(base, self.runner)
         try:

@@ -32,6 +32,23 @@ def freeze(base: PreTrainedModel) -> None:
         parameter.requires_grad_(False)
 
 
+def keep_differentiable(base: nn.Module) -> None:
+    """Keep bitsandbytes from packing 4-bit weights for inference, as it does on CPUs with bfloat16 units.
+
+    No gradient gets through packed weights, silently: a prefix would stay where it started. Those that were packed in
+    an earlier forward stay so; a warning says it.
+    """
+    quantised: list[Any] = [module for module in base.modules() if hasattr(module, "support_avx512bf16_for_cpu")]
+    for module in quantised:
+        module.support_avx512bf16_for_cpu = False
+    if any(getattr(module.weight.quant_state, "packing_format_for_cpu", False) for module in quantised):
+        _log.warning(
+            "the 4-bit weights of %s were run before the prefix was added, and bitsandbytes packed them: no gradient "
+            "gets through. Load the model anew to train",
+            type(base).__name__,
+        )
+
+
 def trained_names(base: nn.Module) -> set[str]:
     """The trainable parameters of ``base``, and the buffers of the modules that have some of their own.
 
