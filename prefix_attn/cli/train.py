@@ -245,6 +245,8 @@ def _check(options: Options) -> None:
     check_options(**_loading(options))
     if options["steps"] is not None and options["epochs"] is not None:
         raise ValueError("--steps and --epochs exclude one another")
+    if options["learning_rate"] == 0:
+        raise ValueError("--learning-rate must be positive, such as 0.01, got 0")
     best = "--early-stopping" if options["early_stopping"] else "--load-best-model-at-end"
     if (options["early_stopping"] or options["load_best_model_at_end"]) and not _validates(options):
         raise ValueError(f"{best} needs data to validate on: give --validation FILE or --validation-share 0.05")

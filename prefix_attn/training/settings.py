@@ -86,7 +86,7 @@ class TrainingSettings:
         if self.epochs is None and self.steps is None:
             object.__setattr__(self, "steps", STEPS)
         rate = self.learning_rate
-        if rate is not None and not 0 < rate < float("inf"):
+        if rate is not None and not 0 <= rate < float("inf"):
             raise ValueError(f"learning_rate must be positive, such as 0.01, got {rate}")
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"seed must lie in 0..{2**32 - 1}, got {self.seed}")
