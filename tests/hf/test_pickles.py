@@ -16,8 +16,10 @@ import pytest
 import torch
 from torch import nn
 
-from prefix_attn.hf.io import files, formats, pickles
+from prefix_attn import PrefixConfig, PrefixModel, get_prefix_model
+from prefix_attn.hf.io import checkpoint, files, formats, pickles
 from tests.hf import foreign
+from tests.hf.models import tiny
 from tests.memory import peak_growth
 
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.uint8, torch.bool)
@@ -128,6 +130,21 @@ def old_with(data: bytes) -> bytes:
 
 HUGE = (1 << 34) - 1
 TUPLES = b"\x80\x02}(" + b")\x85" + b"q\x00h\x00\x86" * 60 + b"K\x01u."  # takes 2**60 steps to hash
+SAME_HASH = (
+    b"\x80\x02}(" + b"".join(pickle.dumps(n * (2**61 - 1), 2)[2:-1] + b"N" for n in range(1, 4000)) + b"u."
+)  # each is compared with all before
+MEMOS = b"r\x00\x00\x00\x00", b"r\x01\x00\x00\x00"
+
+
+def copies(function: bytes, argument: bytes) -> bytes:
+    """A pickle that calls ``function`` 3,000 times with one and the same ``argument``."""
+    return b"\x80\x02(c" + function + MEMOS[0] + argument + b"\x85" + MEMOS[1] + b"h\x00h\x01R" * 3000 + b"t."
+
+
+TEXT = b"X" + struct.pack("<I", 1 << 20) + b"x" * (1 << 20)
+ENTRIES = b"}(" + b"".join(b"J" + struct.pack("<i", n) + b"N" for n in range(3000)) + b"u"
+NUMBERS = b"}(" + b"".join(b"U\x04%dN" % n for n in range(1000, 2200)) + b"u"
+LISTS = b"ctorch.nn.modules.container\nParameterList\n)\x81" + NUMBERS + MEMOS[0] + b"b" + b"h\x00b" * 2500 + b"."
 BOMBS: dict[str, tuple[Callable[[], bytes], str]] = {
     "bytearray": (lambda: saved({"a": Call(bytearray, HUGE)}), "1\\d+ is no str"),
     "bytes": (lambda: saved({"a": Call(bytes, HUGE)}), "bytes"),
@@ -143,6 +160,10 @@ BOMBS: dict[str, tuple[Callable[[], bytes], str]] = {
     "many sets": (lambda: with_pickle(b"\x80\x04(" + b"\x8f" * 40_000 + b"t."), "too many instructions"),
     "many lists": (lambda: with_pickle(b"\x80\x04(" + b"]" * 40_000 + b"t."), "too many instructions"),
     "names that are tuples": (lambda: with_pickle(TUPLES), "names must be texts"),
+    "numbers of one hash": (lambda: with_pickle(SAME_HASH), "names must be texts"),
+    "copies of a text": (lambda: with_pickle(copies(b"_codecs\nencode\n", TEXT)), "copies of more"),
+    "copies of a dict": (lambda: with_pickle(copies(b"collections\nOrderedDict\n", ENTRIES)), "copies of more"),
+    "copies of a list": (lambda: with_pickle(b"\x80\x02" + LISTS), "copies of more"),
     "a storage larger than its record": (lambda: with_size(False), "2147483647 numbers in 311108 bytes"),
     "an old storage larger than the file": (lambda: with_size(True), "other sizes"),
     "old bytes": (lambda: old_with(b"\x8e" + struct.pack("<Q", HUGE) + b"."), "bytes8"),
@@ -183,6 +204,24 @@ def test_one_tensor_many_times(tmp_path: Path) -> None:
         with peak_growth() as grown, pytest.raises(ValueError, match=message):
             formats.read_all(tmp_path / name)
         assert grown() < 100 << 20
+
+
+def test_tensors_of_many_dimensions(tmp_path: Path) -> None:
+    """They may have as many as the file names, and messages do not list them."""
+    base, dims = tiny("llama"), 20_000
+    model = get_prefix_model(base, PrefixConfig(num_virtual_tokens=4))
+    state: dict[str, Any] = model.state_dict()
+    model.attachment.remove()
+    one = torch.ones(1).as_strided((1,) * dims, (0,) * dims)
+    large = torch.ones(1).as_strided((2,) * 40 + (1,) * dims, (0,) * (dims + 40))
+    path = tmp_path / "state.pt"
+    for tensor, message in {one: "was trained with", large: "claims the size"}.items():
+        torch.save(state | {"base_model.lm_head.weight": tensor}, path)
+        with pytest.raises(ValueError, match=message) as caught:
+            PrefixModel.from_pretrained(base, path)
+        assert len(str(caught.value)) < 600
+    torch.save(state | {"base_model.lm_head.weight": one}, path)
+    assert max(len(str(value)) for value in checkpoint.describe(path).values()) < 1000
 
 
 def test_pickled_code_is_named_and_not_run(tmp_path: Path) -> None:

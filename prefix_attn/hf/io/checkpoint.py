@@ -294,7 +294,7 @@ def describe(path: str | Path) -> dict[str, Any]:
     sizes = {name: stored.sizes.get(name) for name in ("num_layers", "num_attention_heads", "token_dim")}
     made = {} if KEY in stored.tensors else stored.training
     held = {**made, **stored.tensors, **stored.others}
-    tensors = {f"tensor {name}": str(tuple(tensor.shape)) for name, tensor in held.items()}
+    tensors = {f"tensor {name}": quoted(tuple(tensor.shape)) for name, tensor in held.items()}
     parameters = sum(tensor.numel() for tensor in held.values())
     known.setdefault("base_model_name_or_path", None)
     training = bool(stored.training) or (stored.path.parent / TRAINING).is_file()

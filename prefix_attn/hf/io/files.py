@@ -177,7 +177,7 @@ def backed(path: Path, name: str, tensor: Any, *, floating: bool = True) -> Tens
     if floating and not tensor.is_floating_point():
         raise ValueError(f"{path}: {name} must hold finite floating-point numbers, got {tensor.dtype}")
     if tensor.numel() * tensor.element_size() > path.stat().st_size:  # strides of 0, for one
-        raise ValueError(f"{path}: {name} claims the size {tuple(tensor.shape)}, more than the file holds")
+        raise ValueError(f"{path}: {name} claims the size {quoted(tuple(tensor.shape))}, more than the file holds")
     return tensor.detach()
 
 

@@ -68,8 +68,8 @@ def check_others(path: Path, others: Mapping[str, Tensor], base: PreTrainedModel
     for name, tensor in found.items():
         if here.get(name) != tuple(tensor.shape):
             raise ValueError(
-                f"{path}: {shortened(name)} {tuple(tensor.shape)} of the base model was trained with the prefix, and "
-                f"{type(base).__name__} has {here.get(name, 'no such weight')}: make it first, as before training"
+                f"{path}: {shortened(name)} {quoted(tuple(tensor.shape))} of the base model was trained with the "
+                f"prefix, and {type(base).__name__} has {here.get(name, 'no such weight')}: make it first, as before training"
             )
         ours = base.state_dict()[name].dtype
         if tensor.is_floating_point() != ours.is_floating_point or not tensor.isfinite().all():

@@ -148,6 +148,7 @@ class _Machine:
         self.marks: list[int] = []
         self.memo: dict[int, Any] = {}
         self.copies: dict[int, Tensor] = {}
+        self.left = len(mapped)  # entries and bytes that may be copied: a file has each of them once
 
     def run(self) -> Any:
         instructions = pickletools.genops(cast(IO[bytes], self.mapped))
@@ -250,7 +251,10 @@ class _Machine:
         state = self.stack.pop()
         if isinstance(self.stack[-1], list):
             state = _as(dict, state)
-            found = {**_as(dict, state.get("_parameters", {})), **state}
+            parameters = _as(dict, state.get("_parameters", {}))
+            self.pay(state)
+            self.pay(parameters)
+            found = {**parameters, **state}
             numbers = sorted(int(name) for name in found if isinstance(name, str) and name.isdecimal())
             self.stack[-1].extend(found[str(number)] for number in numbers)
         else:
@@ -266,6 +270,12 @@ class _Machine:
             raise ValueError("no storage, or a part of one")
         self.stack.append(self.find(_as(torch.dtype, dtype), key, _size(numel)))
 
+    def pay(self, value: Any) -> None:
+        """Note that ``value`` is copied, which instructions may ask for again and again."""
+        self.left -= len(value) if isinstance(value, str | dict | list) else 0
+        if self.left < 0:
+            raise ValueError("copies of more than the file holds")
+
     def call(self, name: str, args: tuple[Any, ...]) -> Any:
         """What a function gives that a file may name."""
         if name in _TENSORS:
@@ -274,6 +284,8 @@ class _Machine:
             return self.call(args[0].name, _as(tuple, args[2]))
         if name not in _CALLS:
             raise Refused(name)
+        for value in args:
+            self.pay(value)
         return _CALLS[name](*args)
 
     def tensor(self, storage: Any, offset: Any, size: Any, stride: Any, dtype: torch.dtype | None = None) -> Any:
@@ -313,10 +325,11 @@ def _size(value: Any) -> int:
 
 
 def _entries(items: list[Any]) -> dict[Any, Any]:
-    """Names and values in turns. A tuple of tuples as a name could take forever to hash."""
+    """Names and values in turns. Tuples of tuples, and many huge numbers of one hash, would take forever to hash."""
     names = items[::2]
-    if not all(isinstance(name, str | int | float | bytes | None) for name in names):
-        raise TypeError("names must be texts or numbers")
+    for name in names:
+        if not isinstance(name, str | int | float | bytes | None) or (type(name) is int and abs(name) >= 1 << 60):
+            raise TypeError("names must be texts or numbers")
     return dict(zip(names, items[1::2], strict=True))
 
 
