@@ -26,7 +26,7 @@ ORDER = (
     ("prefix_attn.packing", "prefix_attn.dispatch"),
     ("prefix_attn._ops",),
     ("prefix_attn.functional",),
-    ("prefix_attn.nn", "prefix_attn.hf.encoder", "prefix_attn.hf.hub"),
+    ("prefix_attn.nn", "prefix_attn.hf.encoder", "prefix_attn.hf.hub", "prefix_attn.hf.rules"),
     ("prefix_attn.hf.config",),
     ("prefix_attn.hf.attach",),
     ("prefix_attn.hf.io",),
@@ -285,6 +285,7 @@ PRIVATE = {
     *("_C", "_AutoDispatchBelowAutograd", "_are_functorch_transforms_active", "_current_level"),
     "_profiler_enabled",
     *("_len_torch_dispatch_stack", "_len_torch_function_stack", "_get_tracing_state", "_is_zerotensor"),
+    "_profiler_enabled",
     # torch's own CPU kernel, and the folder of a build: neither has a public name.
     *("_scaled_dot_product_flash_attention_for_cpu", "_scaled_dot_product_flash_attention_for_cpu_backward"),
     "_get_build_directory",

@@ -50,8 +50,8 @@ def serve(
     if engine != "transformers":
         raise ValueError(f"--engine {engine!r} is not known: 'transformers' is")
     folders = named_folders(prefix, base)
-    import fastapi  # noqa: F401  it is missing before the model is loaded, not after
-    import uvicorn
+    import fastapi  # noqa: F401  they are missing before the model is loaded, not after
+    import uvicorn  # noqa: F401
 
     from prefix_attn.hf.io.checkpoint import describe
 
@@ -60,12 +60,13 @@ def serve(
     model, tokenizer = load(base)
     from prefix_attn.serve.api import make_app
     from prefix_attn.serve.engine import Engine
+    from prefix_attn.serve.listen import listen
     from prefix_attn.serve.load import with_prefixes
 
     prefixed = with_prefixes(model, folders)
     ERR.print(f"serving {', '.join(map(repr, [base, *folders]))}", highlight=False, markup=False)
-    app = make_app(Engine(prefixed, tokenizer, max_batch=max_batch, max_waiting=max_waiting), list(folders), base)
-    uvicorn.run(app, host=host, port=port, log_level="info")
+    running = Engine(prefixed, tokenizer, max_batch=max_batch, max_waiting=max_waiting)
+    listen(make_app(running, list(folders), base), running, host=host, port=port)
 
 
 def named_folders(given: Sequence[str], base: str) -> dict[str, Path]:

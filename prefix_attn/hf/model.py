@@ -314,8 +314,8 @@ class PrefixModel(PeftWords):
                 prefix is an infix. RuntimeError: the engine failed. ValueError: unknown names.
         """
         names = [self.active_prefix] * len(inputs) if prefix_names is None else list(prefix_names)
-        if len(names) != len(inputs):
-            raise ValueError(f"prefix_names must have a name, or None, for each of {len(inputs)} inputs")
+        if isinstance(prefix_names, str) or len(names) != len(inputs):
+            raise ValueError(f"prefix_names must be a list with a name, or None, for each of {len(inputs)} inputs")
         if self._disabled:
             names = [None] * len(inputs)
         found = {name: self.find_prefix(name) for name in names if name is not None}

@@ -6,14 +6,15 @@ import asyncio
 import json
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from typing import Any
 
 import fastapi
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, StreamingResponse
+from starlette.exceptions import HTTPException
 
-from prefix_attn.serve.engine import Busy, Engine
+from prefix_attn.serve.engine import STOPPING, Busy, Engine, Stopping
 from prefix_attn.serve.prompts import Prompts
 from prefix_attn.serve.protocol import Answer, ChatRequest, CompletionRequest, Request, error_of, usage_of
 from prefix_attn.serve.request import Generation, Piece, Sampling
@@ -41,7 +42,7 @@ class Pieces:
         """Takes the pieces of generation ``index`` in the engine's thread."""
 
         def listen(piece: Piece) -> None:
-            if not self._loop.is_closed():
+            with suppress(RuntimeError):  # the loop was closed, and nobody listens
                 self._loop.call_soon_threadsafe(self._queue.put_nowait, (index, piece))
 
         return listen
@@ -52,17 +53,19 @@ class Pieces:
         Raises:
             ApiError: the engine failed.
         """
+        look = self._loop.time() + CHECK_SECONDS
         while count:
             waiting = asyncio.ensure_future(self._queue.get())
             try:
-                while not (await asyncio.wait({waiting}, timeout=CHECK_SECONDS))[0]:
+                while not (await asyncio.wait({waiting}, timeout=CHECK_SECONDS))[0] or self._loop.time() >= look:
                     if gone is not None and await gone():
                         return
+                    look = self._loop.time() + CHECK_SECONDS
             finally:
                 waiting.cancel()  # nothing, if it is done
             index, piece = waiting.result()
             if piece.error is not None:
-                raise ApiError(500, piece.error, kind="server_error")
+                raise ApiError(503 if piece.error == STOPPING else 500, piece.error, kind="server_error")
             count -= piece.finish_reason is not None
             yield index, piece
 
@@ -86,19 +89,7 @@ def make_app(engine: Engine, names: Sequence[str], base: str) -> fastapi.FastAPI
 
     app = fastapi.FastAPI(title="prefix_attn", lifespan=running)
     served = _Served(engine, Prompts(engine.model, engine.tokenizer), names, base)
-
-    @app.exception_handler(ApiError)
-    async def known(_: fastapi.Request, error: ApiError) -> JSONResponse:
-        return JSONResponse(error.body, error.status, {"Retry-After": "1"} if error.status == 429 else None)
-
-    @app.exception_handler(RequestValidationError)
-    async def invalid(_: fastapi.Request, error: RequestValidationError) -> JSONResponse:
-        first = error.errors()[0]
-        field = next((str(part) for part in first["loc"][1:]), None)
-        message = first["msg"].removeprefix("Value error, ")
-        return JSONResponse(
-            error_of(f"{field}: {message}" if field else message, "invalid_request_error", 400, field), 400
-        )
+    _answer_errors(app)
 
     @app.get("/health")
     async def health() -> dict[str, str]:
@@ -126,6 +117,36 @@ def make_app(engine: Engine, names: Sequence[str], base: str) -> fastapi.FastAPI
     return app
 
 
+def _answer_errors(app: fastapi.FastAPI) -> None:
+    """Every error is answered in OpenAI's form, whoever found it."""
+
+    @app.exception_handler(ApiError)
+    async def known(_: fastapi.Request, error: ApiError) -> JSONResponse:
+        return JSONResponse(error.body, error.status, {"Retry-After": "1"} if error.status in (429, 503) else None)
+
+    @app.exception_handler(RequestValidationError)
+    async def invalid(_: fastapi.Request, error: RequestValidationError) -> JSONResponse:
+        first = error.errors()[0]
+        message, field = first["msg"].removeprefix("Value error, "), None
+        if first["type"] == "json_invalid":
+            message = f"the body is no JSON: {first['ctx']['error']}"
+        elif first["type"] == "model_attributes_type":
+            message = "the body must be a JSON object, sent with the header Content-Type: application/json"
+        elif field := next((str(part) for part in first["loc"][1:]), None):
+            message = f"{field}: {message}"
+        return JSONResponse(error_of(message, "invalid_request_error", 400, field), 400)
+
+    @app.exception_handler(HTTPException)
+    async def http(request: fastapi.Request, error: HTTPException) -> JSONResponse:
+        message = f"{error.detail}: {request.method} {request.url.path}"
+        body = error_of(message, "invalid_request_error", error.status_code)
+        return JSONResponse(body, error.status_code, error.headers)
+
+    @app.exception_handler(Exception)  # it is in the log too
+    async def unknown(_: fastapi.Request, error: Exception) -> JSONResponse:
+        return JSONResponse(error_of(f"{type(error).__name__}: {error}", "server_error", 500), 500)
+
+
 class _Served:
     """Requests become generations, and these become answers."""
 
@@ -150,11 +171,19 @@ class _Served:
 
     def texts(self, body: CompletionRequest) -> list[list[int]]:
         with _as_answer("prompt"):
-            return [self.prompts.text(prompt) for prompt in body.prompts()]
+            prompts = body.prompts()
+            self._check_count(len(prompts) * body.n)
+            return [self.prompts.text(prompt) for prompt in prompts]
 
     def conversation(self, body: ChatRequest) -> list[list[int]]:
+        self._check_count(body.n)
         with _as_answer("messages"):
             return [self.prompts.chat([message.as_template() for message in body.messages])]
+
+    def _check_count(self, count: int) -> None:
+        """Refuse what the queue would never take, before texts are read."""
+        if count > self.engine.max_waiting:
+            raise ApiError(400, f"{count} outputs were asked for, and at most {self.engine.max_waiting} may wait here")
 
     async def answer(
         self,
@@ -178,9 +207,11 @@ class _Served:
             self.engine.submit(generations)
         except Busy as error:
             raise ApiError(429, str(error), kind="rate_limit_error") from None
+        except Stopping as error:
+            raise ApiError(503, str(error), kind="server_error") from None
         count = sum(map(len, prompts))
         if body.stream:
-            return StreamingResponse(_events(answer, body, generations, pieces, count), media_type="text/event-stream")
+            return _Stream(generations, _events(answer, body, generations, pieces, count))
         return await _whole(answer, generations, pieces, count, http)
 
     def _sampling(self, body: Request, max_tokens: int, index: int, kind: str) -> Sampling:
@@ -197,9 +228,10 @@ class _Served:
             top_p=given("top_p", 1.0),
             top_k=given("top_k", 0),
             min_p=given("min_p", 0.0),
+            repetition_penalty=given("repetition_penalty", 1.0),
             seed=None if body.seed is None else body.seed + index,
             stop=stop,
-            stop_ids=(*self.prompts.stop_ids(chat=kind == "chat"), *(body.stop_token_ids or ())),
+            stop_ids=(*self.prompts.stop_ids(stop, chat=kind == "chat"), *(body.stop_token_ids or ())),
         )
 
 
@@ -249,6 +281,18 @@ async def _events(
         yield "data: [DONE]\n\n"
     except ApiError as error:  # the status was sent already
         yield event(error.body)
-    finally:
-        for generation in generations:
-            generation.cancel()
+
+
+class _Stream(StreamingResponse):
+    """Events. When they end, and also where none was ever read, nothing more is generated."""
+
+    def __init__(self, generations: list[Generation], events: AsyncIterator[str]) -> None:
+        super().__init__(events, media_type="text/event-stream")
+        self.generations = generations
+
+    async def __call__(self, *asgi: Any) -> None:
+        try:
+            await super().__call__(*asgi)
+        finally:
+            for generation in self.generations:
+                generation.cancel()

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from prefix_attn.hf.model import PrefixModel
 from prefix_attn.training.chat import Chat
-from prefix_attn.training.prompts import Prompt
+from prefix_attn.training.prompts import Prompt, special_names
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -25,12 +25,17 @@ class Prompts:
     def __init__(self, model: PrefixModel, tokenizer: PreTrainedTokenizerBase) -> None:
         """Take a causal model and its tokenizer."""
         self.model, self.tokenizer = model, tokenizer
-        self._chat = Chat(tokenizer, Prompt(template="chat")) if getattr(tokenizer, "chat_template", None) else None
+        self._chat, self._no_chat = None, ""
+        try:
+            self._chat = Chat(tokenizer, Prompt(template="chat"))
+        except ValueError as error:  # texts are served all the same
+            self._no_chat = str(error)
         config = model.generation_config
         ends = config.eos_token_id if config.eos_token_id is not None else tokenizer.eos_token_id
         self._ends: tuple[int, ...] = tuple(ends) if isinstance(ends, list) else (ends,)
-        values = {name: getattr(config, name, None) for name in ("temperature", "top_p", "top_k", "min_p")}
-        self.defaults = {name: value for name, value in values.items() if config.do_sample and value is not None}
+        drawn = ("temperature", "top_p", "top_k", "min_p") if config.do_sample else ()
+        values = {name: getattr(config, name, None) for name in (*drawn, "repetition_penalty")}
+        self.defaults = {name: value for name, value in values.items() if value is not None}
 
     def text(self, prompt: str | list[int]) -> list[int]:
         """Tokens of a text, with those that the tokenizer puts around one.
@@ -51,15 +56,17 @@ class Prompts:
         """Tokens of a conversation that the model is to answer.
 
         Raises:
-            ValueError: there is no chat template, or it refuses the messages.
+            ValueError: there is no chat template that can be used, or it refuses the messages.
         """
         if self._chat is None:
-            raise ValueError("the model's tokenizer has no chat template: use /v1/completions")
+            raise ValueError(f"there are no chats with this model, use /v1/completions: {self._no_chat}")
         return self._chat.prompt_ids(messages)[0]
 
-    def stop_ids(self, *, chat: bool) -> tuple[int, ...]:
-        """Tokens that end an output."""
-        return (*self._ends, *(self._chat.stop_ids if chat and self._chat else ()))
+    def stop_ids(self, stops: Sequence[str], *, chat: bool) -> tuple[int, ...]:
+        """Tokens that end an output. Special tokens are in no output's text, so those among ``stops`` are tokens."""
+        special = sorted(set(stops) & set(special_names(self.tokenizer)))
+        chats = self._chat.stop_ids if chat and self._chat else ()
+        return (*self._ends, *chats, *self.tokenizer.convert_tokens_to_ids(special))
 
     def room(self, prompt: Sequence[int], prefix: str | None, wanted: int | None) -> int:
         """How many tokens may follow, at most ``wanted``.

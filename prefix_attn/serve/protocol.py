@@ -6,7 +6,7 @@ import time
 import uuid
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
 # What would change the output, and the embedded engine does not do. The values are those that ask for nothing.
 NOTHING: dict[str, tuple[Any, ...]] = {
@@ -22,7 +22,6 @@ NOTHING: dict[str, tuple[Any, ...]] = {
     "modalities": (None, ["text"]),
     "presence_penalty": (None, 0),
     "prompt_logprobs": (None,),
-    "repetition_penalty": (None, 1),
     "response_format": (None, {"type": "text"}),
     "suffix": (None, ""),
     "tool_choice": (None, "none", "auto"),
@@ -30,6 +29,9 @@ NOTHING: dict[str, tuple[Any, ...]] = {
     "top_logprobs": (None, 0),
     "use_beam_search": (None, False),
 }
+# What changes no output, so that nothing is lost where it is not done.
+TAKEN = ("metadata", "parallel_tool_calls", "prediction", "priority", "prompt_cache_key", "prompt_cache_retention")
+TAKEN += ("request_id", "safety_identifier", "service_tier", "store", "user")
 
 
 class StreamOptions(BaseModel):
@@ -39,7 +41,7 @@ class StreamOptions(BaseModel):
 
 
 class Request(BaseModel):
-    """What both kinds of requests have. Fields without an effect on the output, such as ``user``, are taken."""
+    """What both kinds of requests have. Unknown fields are refused, but those that change no output are taken."""
 
     model_config = ConfigDict(extra="allow")
 
@@ -49,12 +51,18 @@ class Request(BaseModel):
     top_p: float | None = Field(None, gt=0, le=1)
     top_k: int | None = Field(None, ge=-1)
     min_p: float | None = Field(None, ge=0, le=1)
+    repetition_penalty: float | None = Field(None, gt=0, le=100)
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
     stop: str | list[str] | None = None
     stop_token_ids: list[int] | None = None
     n: int = Field(1, ge=1, le=128)
     stream: bool = False
     stream_options: StreamOptions | None = None
+
+    @field_validator("n", "stream", mode="before")
+    @classmethod
+    def _null_is_default(cls, value: Any, info: ValidationInfo) -> Any:
+        return {"n": 1, "stream": False}[str(info.field_name)] if value is None else value
 
     @field_validator("stop")
     @classmethod
@@ -70,8 +78,15 @@ class Request(BaseModel):
             ValueError: the request asks for something that is not done.
         """
         for name, value in (self.model_extra or {}).items():
-            if name in NOTHING and value not in NOTHING[name]:
+            if name not in NOTHING and name not in TAKEN:
+                raise ValueError(f"{name:.100} is no field that this server knows: leave it out")
+            nothing = NOTHING.get(name, (value,))
+            if not any(value == none and isinstance(value, bool) == isinstance(none, bool) for none in nothing):
                 raise ValueError(f"{name} is not supported here: leave it out")
+        try:
+            self.model_dump_json()
+        except ValueError:
+            raise ValueError("a text holds half of a character, a surrogate without its other half") from None
 
 
 class CompletionRequest(Request):

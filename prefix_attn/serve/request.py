@@ -9,12 +9,19 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from transformers import LogitsProcessorList, MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+from transformers import (
+    LogitsProcessorList,
+    MinPLogitsWarper,
+    RepetitionPenaltyLogitsProcessor,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 from transformers.generation.logits_process import TemperatureLogitsWarper
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+COLDEST = 1e-5  # a lower temperature takes the likeliest token: what logits are divided by must not overflow them
 UNFINISHED = "\ufffd"  # what a tokenizer writes for a character whose last bytes are still to come
 
 
@@ -28,6 +35,8 @@ class Sampling:
         top_p: draw from the likeliest tokens whose probabilities add up to this.
         top_k: draw from this many of the likeliest tokens. 0 or less: from all.
         min_p: draw from tokens with at least this share of the likeliest one's probability.
+        repetition_penalty: logits of tokens that are in the prompt or the output are divided by it, or multiplied
+            where they are negative.
         seed: of what is drawn. None: another one each time.
         stop: the output ends before the first of these texts.
         stop_ids: the output ends with the first of these tokens.
@@ -38,14 +47,24 @@ class Sampling:
     top_p: float = 1.0
     top_k: int = 0
     min_p: float = 0.0
+    repetition_penalty: float = 1.0
     seed: int | None = None
     stop: tuple[str, ...] = ()
     stop_ids: tuple[int, ...] = ()
 
+    @property
+    def draws(self) -> bool:
+        """Whether tokens are drawn. Else the likeliest is taken."""
+        return self.temperature > COLDEST
+
     def warpers(self) -> LogitsProcessorList:
-        """What changes the logits before a token is drawn."""
+        """What changes the logits before a token is chosen, and where one is drawn, before that."""
         found = LogitsProcessorList()
-        if self.temperature not in (0, 1):
+        if self.repetition_penalty != 1:
+            found.append(RepetitionPenaltyLogitsProcessor(float(self.repetition_penalty)))
+        if not self.draws:
+            return found
+        if self.temperature != 1:
             found.append(TemperatureLogitsWarper(float(self.temperature)))
         if self.top_k > 0:
             found.append(TopKLogitsWarper(self.top_k))
@@ -121,9 +140,11 @@ class Generation:
 
     def choose(self, logits: Tensor) -> Tensor:
         """(V,) scores with which the likeliest token is the one that this generation takes."""
-        if self.sampling.temperature == 0:
+        if not self._warpers and not self.sampling.draws:
             return logits
         scores = self._warpers(torch.tensor([self.prompt + self.tokens]), logits[None].float().cpu())
+        if not self.sampling.draws:
+            return scores[0].to(logits)
         token = torch.multinomial(scores.softmax(-1), 1, generator=self._random)
         return torch.full_like(logits, -torch.inf).scatter(0, token[0].to(logits.device), 0.0)
 
@@ -139,7 +160,7 @@ class Generation:
             return self._end(Piece(text[self._sent :], "stop"))
         if self.left == 0:
             return self._end(Piece(text[self._sent :], "length"))
-        # A character or a stop text may have begun. What begins with white space may yet be cut off by a tokenizer.
+        # A character or a stop text may have begun.
         ready = len(text) - held_back(text, self.sampling.stop)
         if ready > self._sent:
             self._listener(Piece(text[self._sent : ready]))
@@ -147,8 +168,9 @@ class Generation:
         return None
 
     def _end(self, piece: Piece) -> None:
-        self._over.set()
-        self._listener(piece)
+        if not self.is_over:
+            self._over.set()
+            self._listener(piece)
 
 
 def first_of(text: str, stops: Sequence[str]) -> int | None:
@@ -158,7 +180,6 @@ def first_of(text: str, stops: Sequence[str]) -> int | None:
 
 def held_back(text: str, stops: Sequence[str]) -> int:
     """How many characters at the end of ``text`` may be the beginning of a stop, or of a character."""
-    if text.endswith(UNFINISHED):
-        return len(text) - len(text.rstrip(UNFINISHED))
-    begun = (n for stop in stops for n in range(1, len(stop)) if text.endswith(stop[:n]))
-    return max(begun, default=0)
+    whole = text.rstrip(UNFINISHED)
+    begun = (n for stop in stops for n in range(1, len(stop)) if whole.endswith(stop[:n]))
+    return len(text) - len(whole) + max(begun, default=0)

@@ -148,7 +148,7 @@ class Chat:
 
         try:
             return self.tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=asks)
-        except TemplateError as error:
+        except (TemplateError, TypeError) as error:  # such as a text that is added to None
             raise ValueError(f"the chat template refuses the messages: {shortened(error)}") from None
 
     def _marked(self, messages: Sequence[Message], *, asks: bool) -> list[tuple[int, int]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 import pytest
@@ -66,12 +67,47 @@ if TAKES_OTHERS:
             found = model.generate_batch(prompts, None, config(), max_new_tokens=NEW)
         assert [output.generated_tokens for output in found.values()] == [alone(model, p, None) for p in prompts]
 
+    def test_nothing_of_a_call_is_left() -> None:
+        """Neither of one that fails, nor of transformers' own engine, whose blocks have no prefix."""
+        model = served("llama", a={"num_virtual_tokens": 3})
+        base, prompt = model._base(), list(range(8, 40))
+        expected, hooks = alone(model, prompt, "a"), len(base.model._forward_pre_hooks)
+        given = transformers.GenerationConfig(max_new_tokens=NEW)
+        with pytest.raises(KeyError, match="1"):
+            model.generate_batch([prompt], given, config(), prefix_names=["a"], progress={}.__getitem__)
+        handle = base.model.layers[1].register_forward_pre_hook(lambda *_: 1 / 0)
+        with pytest.raises(RuntimeError, match="division by zero"):
+            model.generate_batch([prompt], given, config(), prefix_names=["a"])
+        handle.remove()
+        (found,) = model.generate_batch([prompt], given, config(), prefix_names=["a"]).values()
+        assert found.generated_tokens == expected
+        assert (given.eos_token_id, given.max_new_tokens) == (None, NEW)
+        assert base.config._attn_implementation == "prefix_attn"
+        assert len(base.model._forward_pre_hooks) == hooks
+        assert not [thread for thread in threading.enumerate() if thread is not threading.main_thread()]
+        assert model.generate_batch([], prefix_names=[]) == {}
+
+    @pytest.mark.parametrize("prompts", [[[]], [[5], []], [5, 6], ["ab"], [[5, 10**6]], [[-1]], [[5.0]]])
+    def test_what_is_no_prompt_is_refused(prompts: Any) -> None:
+        """An empty prompt in a batch took its first token from its neighbour."""
+        model = served("llama", a={"num_virtual_tokens": 3})
+        with pytest.raises(ValueError, match=r"input \d (must be the tokens|has .* no token)"):
+            model.generate_batch(prompts, None, config(), max_new_tokens=2)
+
+    @pytest.mark.parametrize("rule", [{"num_beams": 2}, {"repetition_penalty": 1.2}, {"no_repeat_ngram_size": 2}])
+    def test_rules_that_would_be_left_out_are_refused(rule: dict[str, Any]) -> None:
+        model = served("llama", a={"num_virtual_tokens": 3})
+        with pytest.raises(NotImplementedError, match=next(iter(rule))):
+            model.generate_batch([[5, 6]], transformers.GenerationConfig(**rule), config())
+
     def test_what_no_prefix_would_reach_is_refused() -> None:
         model = served("llama", a={"num_virtual_tokens": 3}, infix={"num_virtual_tokens": 3, "mode": "infix"})
         with pytest.raises(NotImplementedError, match="infix is an infix, which generate_batch does not take"):
             model.generate_batch([[5, 6]], None, config(), max_new_tokens=2)
         with pytest.raises(ValueError, match="for each of 1 inputs"):
             model.generate_batch([[5, 6]], None, config(), prefix_names=["a", "a"])
+        with pytest.raises(ValueError, match="for each of 1 inputs"):
+            model.generate_batch([[5, 6]], None, config(), prefix_names="a")
         with pytest.raises(NotImplementedError, match="use_cuda_graph: which prefixes"):
             model.generate_batch([[5, 6]], None, config(use_cuda_graph=True), prefix_names=["a"], max_new_tokens=2)
         model.set_attn_implementation("sdpa")

@@ -30,7 +30,7 @@ def saved_prefix(folder: Path, **options: object) -> Path:
 
 
 def test_the_command_serves_until_it_is_interrupted(tmp_path: Path) -> None:
-    base, tokenizer = spread(tiny("llama", **SIZES)).eval(), byte_tokenizer()
+    base, tokenizer = spread(tiny("llama", **SIZES | {"max_position_embeddings": 1 << 16})).eval(), byte_tokenizer()
     base.save_pretrained(tmp_path / "base")
     tokenizer.save_pretrained(tmp_path / "base")
     saved_prefix(tmp_path / "run", num_virtual_tokens=4)
@@ -42,7 +42,12 @@ def test_the_command_serves_until_it_is_interrupted(tmp_path: Path) -> None:
         url = next(found[0] for line in process.stderr if (found := re.search(r"http://[\d.:]+", line)))
         body = {"model": "mine", "prompt": "hello", "max_tokens": 8, "temperature": 0}
         answer = httpx.post(f"{url}/v1/completions", json=body, timeout=60)
-        process.send_signal(signal.SIGINT)
+        long = body | {"max_tokens": 60000, "stop_token_ids": [], "stream": True}
+        with httpx.stream("POST", f"{url}/v1/completions", json=long, timeout=60) as stream:
+            lines = stream.iter_lines()
+            assert next(lines).startswith("data: ")
+            process.send_signal(signal.SIGINT)
+            assert "the server is stopping" in [line for line in lines if line][-1]
         assert process.wait(30) == 0
     finally:
         process.kill()

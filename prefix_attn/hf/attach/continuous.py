@@ -6,6 +6,7 @@ of its own, so a hook on the stack hands the bank over, not the context of the c
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -23,9 +24,11 @@ from prefix_attn.hf.attach.banks import make_bank
 from prefix_attn.hf.attach.layout import Layout
 from prefix_attn.hf.config import PrefixConfig
 from prefix_attn.hf.encoder import PrefixEncoder
+from prefix_attn.hf.rules import check_rules
 
 PAGED_NAME = f"paged|{NAME}"
 PAGED = "prefix_paged"  # the keyword argument that brings the prefixes
+NEW_TOKENS = 20  # where nobody says how many: as generate
 BY_PYTHON = ("use_cuda_graph", "use_async_batching", "varlen_compile_config", "decode_compile_config")
 
 
@@ -89,24 +92,32 @@ def generate_batch(
     Raises:
         NotImplementedError: the installed transformers, the model or an option does not let prefixes in.
         RuntimeError: the engine failed.
+        ValueError: an input is empty, or has what is no token.
     """
     if bank is not None and "position_ids" not in inspect.signature(bank.stack.forward).parameters:
         raise NotImplementedError(f"{type(base).__name__} takes no position_ids, which continuous batching needs")
     chosen = base.generation_config if generation_config is None else generation_config
-    if (chosen.num_return_sequences or 1) > 1:
-        raise NotImplementedError("generate_batch with prefixes takes num_return_sequences=1: repeat the inputs")
+    check_rules(chosen, "generate_batch")
+    if (chosen.repetition_penalty or 1) != 1:  # transformers would leave it out
+        raise NotImplementedError("generate_batch takes no repetition_penalty; generate does")
+    prompts = _prompts(inputs, base.get_input_embeddings().weight.shape[0])
     ends = next((e for e in (chosen.eos_token_id, base.config.get_text_config().eos_token_id) if e is not None), -1)
-    most = chosen.max_new_tokens if max_new_tokens is None else max_new_tokens
+    chosen = copy.copy(chosen)
+    chosen.eos_token_id = ends
+    most = next((n for n in (max_new_tokens, chosen.max_new_tokens) if n is not None), NEW_TOKENS)
     requests = {f"request_{i}": name for i, name in enumerate(names)}
     results: dict[str, Any] = {}
+    if not requests:
+        return results
     with _selected(base):
+        base.destroy_cached_continuous_batching_manager()  # its blocks have no prefix, or another one
         manager = base.init_continuous_batching(chosen, _config(continuous_batching_config, names))
         injection = None if bank is None else _Injection(manager, bank, requests)
         try:
             manager.start()
-            for request, prompt in zip(requests, inputs, strict=True):
+            for request, prompt in zip(requests, prompts, strict=True):
                 options = {"max_new_tokens": most, "eos_token_id": ends, "record_timestamps": record_timestamps}
-                manager.add_request(list(prompt), request_id=request, **options)
+                manager.add_request(prompt, request_id=request, **options)
             while len(results) < len(requests):
                 result = manager.get_result(timeout=1)
                 if result is not None and result.is_finished():
@@ -125,6 +136,24 @@ def generate_batch(
     if injection is not None and (left := injection.left()):
         raise RuntimeError(f"{type(base).__name__} did not hand the prefix to {left} of its layers")
     return {request: results[request] for request in requests}
+
+
+def _prompts(inputs: Sequence[Sequence[int]], vocabulary: int) -> list[list[int]]:
+    """Tokens as Python's integers.
+
+    Raises:
+        ValueError: a prompt has none, or what is no token.
+    """
+    found = []
+    for place, prompt in enumerate(inputs):
+        tokens = prompt.tolist() if isinstance(prompt, Tensor) else prompt
+        if not isinstance(tokens, list | tuple) or not tokens:
+            raise ValueError(f"input {place} must be the tokens of a prompt, at least one, got {prompt!r:.60}")
+        for token in tokens:
+            if not isinstance(token, int) or not 0 <= token < vocabulary:
+                raise ValueError(f"input {place} has {token!r:.60}, which is no token: 0 to {vocabulary - 1} are")
+        found.append(list(tokens))
+    return found
 
 
 class _Injection:
