@@ -69,7 +69,8 @@ def check_others(path: Path, others: Mapping[str, Tensor], base: PreTrainedModel
         if here.get(name) != tuple(tensor.shape):
             raise ValueError(
                 f"{path}: {shortened(name)} {quoted(tuple(tensor.shape))} of the base model was trained with the "
-                f"prefix, and {type(base).__name__} has {here.get(name, 'no such weight')}: make it first, as before training"
+                f"prefix, and {type(base).__name__} has {here.get(name, 'no such weight')}: make it "
+                "first, as before training"
             )
         ours = base.state_dict()[name].dtype
         if tensor.is_floating_point() != ours.is_floating_point or not tensor.isfinite().all():
