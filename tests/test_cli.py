@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -144,8 +145,13 @@ def test_convert(files: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Ca
     assert not Path("x").exists()
 
 
-def test_inspect_mass(files: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    """JSON, table and heat map show the same numbers."""
+def test_inspect_mass(
+    files: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """JSON, table and heat map show the same numbers. Files are read as by train."""
     monkeypatch.chdir(files)
     data = ("--model", "model", "--data", "data.jsonl", "--virtual-tokens", 3, "--steps", 1, "--batch-size", 1)
     assert run(monkeypatch, "train", "--output", "watched", *data) == 0
@@ -157,8 +163,14 @@ def test_inspect_mass(files: Path, monkeypatch: pytest.MonkeyPatch, capsys: pyte
     assert (site[0], site[1]["layers"]) == ("decoder", [0, 1, 2])
     assert all(len(row) == 4 and all(0 < share < 1 for share in row) for row in site[1]["heads"])
     assert (files / "new" / "mass.png").read_bytes().startswith(b"\x89PNG")
+    Path("messy.csv").write_text("source;target\na;b\nc;\n")
+    messy = ("--mass", "messy.csv", "--delimiter", ";", "--encoding", "utf-8", "--skip-bad-rows")
+    assert run(monkeypatch, *look, *messy, "--template", "Q: {source} A:") == 0
+    assert "1 of 2 rows are left out" in caplog.text
+    capsys.readouterr()
     assert run(monkeypatch, *look) == 0
     out = capsys.readouterr().out
+    assert re.search(r"training_state +│ False", out)
     for row in site[1]["heads"]:
         assert f"{sum(row) / 4:.3f}" in out
         assert "".join("▁▂▃▄▅▆▇█"[int(share * 8)] for share in row) in out

@@ -83,6 +83,12 @@ CASES: dict[str, tuple[tuple[str, ...], str]] = {
         "--mlp-activation must be one of ('elu', 'gelu', ...",
     ),
     "frozen": ((*GOOD, "--frozen-tokens", "11"), "--frozen-tokens must lie in 0..10 of 10, got 11"),
+    "a folder of no data": ((*TRAIN, "--data", "empty"), "'empty' is a folder without WebNLG's .xml files: give..."),
+    "a prefix too long": ((*GOOD, "--virtual-tokens", "128"), "the prefix leaves no room for rows in the model's..."),
+    "scores written before": (
+        ("evaluate", "adapter", "--data", "good.csv", "--metrics", "exact", "--output", "good.csv"),
+        "good.csv: exists already; take another --output",
+    ),
     "all frozen": ((*GOOD, "--frozen-tokens", "10"), "--frozen-tokens 10 of --virtual-tokens 10 leave nothing to..."),
     "template": ((*GOOD, "--template", "{source} {target}"), "template '{source} {target}' may name {source}..."),
     "brace": ((*GOOD, "--template", "{source"), "template '{source': expected '}' before end of string; write..."),

@@ -33,7 +33,7 @@ Seed = Annotated[
 ]
 Stop = Annotated[
     list[str] | None,
-    decoding_option(help="An output ends before this text. Give it several times for several; \\\\n is a line break."),
+    decoding_option(help="An output ends before this text. Give it several times for several; \\n is a line break."),
 ]
 RowsPerBatch = Annotated[
     int | None, typer.Option("--batch-size", min=1, help="Inputs per batch. Default: what memory has room for.")

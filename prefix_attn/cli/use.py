@@ -105,7 +105,7 @@ def evaluate(
     if output is not None:
         if names == ["loss"]:
             raise ValueError("--output holds the texts, and --metrics loss writes none: leave one out")
-        check(output)
+        check(output, resume=None)
         check_writable(output.parent)
     check_adapter(adapter, model, **loading)
     reading = {"source_column": source_column, "target_column": target_column, "delimiter": delimiter}
@@ -202,6 +202,11 @@ def inspect(
     limit: Annotated[int, typer.Option(min=1, help="With --mass: use only this many inputs.")] = 64,
     source_column: Source = "source",
     target_column: Target = "target",
+    delimiter: Delimiter = None,
+    encoding: Encoding = None,
+    skip_bad_rows: SkipBadRows = False,
+    template: Template = None,
+    system: System = None,
     model: Annotated[
         str | None, typer.Option(help="With --mass: the base model. Default: the one that the adapter names.")
     ] = None,
@@ -224,7 +229,7 @@ def inspect(
     found = describe(adapter)
     table = Table(title=Text(str(adapter)), show_header=False)
     for name, value in found.items():
-        table.add_row(name, f"{value:,}" if isinstance(value, int) else Text(shortened(value, 1000)))
+        table.add_row(name, f"{value:,}" if type(value) is int else Text(shortened(value, 1000)))
     if mass is None:
         show(found, as_json, table)
         return
@@ -232,9 +237,12 @@ def inspect(
     from prefix_attn.training.data import read_examples
     from prefix_attn.training.tokens import batches
 
-    examples = read_examples(mass, split="dev", source_column=source_column, target_column=target_column)[:limit]
+    reading = {"source_column": source_column, "target_column": target_column, "delimiter": delimiter}
+    reading |= {"encoding": encoding, "skip_bad_rows": skip_bad_rows}
+    examples = read_examples(mass, split="dev", **reading)[:limit]
+    prompt = prompt_of(adapter, template, system)
     prefixed, tokenizer = prefixed_model(adapter, model, **loading)
-    rows = _rows(prefixed, tokenizer, examples, prompt_of(adapter, None, None))
+    rows = _rows(prefixed, tokenizer, examples, prompt)
     with progress("mass", len(rows)) as advance:
         shares = prefix_mass(prefixed, batches(rows, batch_size, tokenizer.pad_token_id), progress=advance)
     layers = layers_of(prefixed)

@@ -224,6 +224,8 @@ def _kind_of(spec: str, path: Path) -> str:
         raise ValueError(f"{path}: data must be one of {AWS_TASKS} or a file that ends in one of {SUFFIXES}")
     if not path.exists():
         raise ValueError(f"{path}: no such file")
+    if path.is_dir() and not any(path.rglob("*.xml")):
+        raise ValueError(f"{spec!r} is a folder without WebNLG's .xml files: give a file of rows")
     if path.is_dir() or path.suffix == ".xml":
         return "webnlg"
     return {".jsonl": "jsonl", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}.get(path.suffix, "json")

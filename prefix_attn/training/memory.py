@@ -98,6 +98,8 @@ def longest_rows(model: PrefixModel, batch_size: int, *, gradient_checkpointing:
         needed = training_memory(model, gradient_checkpointing=gradient_checkpointing, bf16=bf16)
         rooms.append((needed.longest(batch_size, int(SHARE * free_bytes(model.device))), "memory"))
     length, why = min(rooms, default=(sys.maxsize, "nothing"))
+    if length < 1 and why != "memory":
+        raise ValueError(f"the prefix leaves no room for rows in {why}, {positions}: take fewer virtual tokens")
     if length < 1:
         raise ValueError(f"there is no room ({why}) for {batch_size} rows: take a smaller batch, or another device")
     return length, why

@@ -125,8 +125,8 @@ class OutputFile:
         return max(0, count - 1), end
 
 
-def check(path: Path, *, resume: bool = False) -> None:
-    """Look at the name of a file of outputs before anything else is done.
+def check(path: Path, *, resume: bool | None = False) -> None:
+    """Look at the name of a file of outputs before anything else is done. ``resume`` is None where it cannot be.
 
     Raises:
         ValueError: it has another end than .csv, .tsv and .jsonl, or there is such a file and it is not to be resumed.
@@ -134,7 +134,8 @@ def check(path: Path, *, resume: bool = False) -> None:
     if path.suffix not in (*DELIMITERS, ".jsonl"):
         raise ValueError(f"{path}: an output must end in .csv, .tsv or .jsonl")
     if path.exists() and not resume:
-        raise ValueError(f"{path}: exists already; go on with it by --resume, or take another --output")
+        other = "" if resume is None else "go on with it by --resume, or "
+        raise ValueError(f"{path}: exists already; {other}take another --output")
 
 
 def file_digest(path: Path) -> str | None:
