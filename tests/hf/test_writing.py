@@ -261,6 +261,12 @@ def test_a_folder_that_vanished_or_may_not_be_written(tmp_path: Path, monkeypatc
         writing.replace(tmp_path / "prompt.json", b"")
 
 
+@pytest.mark.parametrize("name", ["a\0b", "a\ud800b", "x" * 300])
+def test_a_lock_leaves_it_to_others_to_say_what_a_name_lacks(name: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"no such file|is none"), writing.locked(tmp_path / name):
+        files.read_json(tmp_path / name)
+
+
 def test_permissions_are_those_of_any_file(tmp_path: Path) -> None:
     """New files have what umask leaves. What was made private, or read-only, stays so."""
     before = os.umask(0o027)

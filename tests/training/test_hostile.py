@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from benchmarks import results as benchmark_results
-from prefix_attn import PrefixConfig
+from prefix_attn import PrefixConfig, PrefixModel, PrefixTuning
 from prefix_attn.cli import config
 from prefix_attn.experiments import results
 from prefix_attn.experiments.plan import Run
@@ -25,6 +25,7 @@ from prefix_attn.training.data import Examples, read_examples
 from prefix_attn.training.prompts import Prompt
 from prefix_attn.training.resume import checkpoints
 from prefix_attn.training.tables import read_text
+from tests.hf.models import tiny
 from tests.memory import peak_growth
 
 BIG = "x" * 1_000_000
@@ -52,6 +53,8 @@ READERS: dict[str, tuple[str, Callable[[Path], Any]]] = {
     "index": (".index.json", formats.read_all),
     "adapter": (".json", beside("adapter_config.json", formats.read_all)),
     "prefixes": (".x", beside("model.safetensors", formats.read_all)),
+    "a model": (".pt", lambda path: PrefixModel.from_pretrained(tiny("llama"), path)),
+    "a table": (".pt", lambda path: PrefixTuning.from_pretrained(tiny("llama"), path)),
 }
 
 

@@ -38,6 +38,7 @@ _log = logging.getLogger(__name__)
 _BEGIN, _END = ".prefix_attn-", ".tmp"  # of temporary names
 _PATIENCE = 10.0  # seconds to wait for a lock: whoever is stopped while holding one must not stop a training
 _OPEN = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
+_OPEN_FOLDER = os.O_RDONLY | getattr(os, "O_DIRECTORY", 0)  # a FIFO at its place would wait for a writer
 _NO_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.EBADF, errno.EACCES)  # of folders, on some file systems
 
 
@@ -107,8 +108,8 @@ def make_folder(folder: Path) -> None:
 def locked(folder: Path, *, exclusive: bool = False) -> Iterator[None]:
     """A context that no other saver shares; readers do, unless it is ``exclusive``. Not for reading and then saving."""
     try:
-        place = os.open(folder, os.O_RDONLY)
-    except OSError:  # whatever is wrong with it, reading or writing it says so
+        place = os.open(folder, _OPEN_FOLDER)
+    except (OSError, ValueError):  # whatever is wrong with it, reading or writing it says so
         yield
         return
     try:
@@ -179,7 +180,7 @@ def _sweep(folder: Path) -> None:
 def _sync(folder: Path) -> None:
     """Put the names of the files in ``folder`` on the disk."""
     try:
-        place = os.open(folder, os.O_RDONLY)
+        place = os.open(folder, _OPEN_FOLDER)
     except PermissionError:  # one that may be written and not read
         return
     try:
