@@ -284,6 +284,7 @@ PRIVATE = {
     # torch offers no other way to dispatch an op below autograd, or to tell what runs it.
     *("_C", "_AutoDispatchBelowAutograd", "_are_functorch_transforms_active", "_current_level"),
     *("_len_torch_dispatch_stack", "_len_torch_function_stack", "_get_tracing_state", "_is_zerotensor"),
+    "_profiler_enabled",
     # torch's own CPU kernel, and the folder of a build: neither has a public name.
     *("_scaled_dot_product_flash_attention_for_cpu", "_scaled_dot_product_flash_attention_for_cpu_backward"),
     "_get_build_directory",
