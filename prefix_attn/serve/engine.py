@@ -14,6 +14,7 @@ from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria,
 
 from prefix_attn.hf.model import PrefixModel
 from prefix_attn.hf.rules import check_rules
+from prefix_attn.serve.prompts import limit_of, shift_of
 from prefix_attn.serve.request import Generation
 
 if TYPE_CHECKING:
@@ -136,13 +137,15 @@ class Engine:
         mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
         # An infix stands behind the prompt, not behind what was written since.
         starts = torch.tensor([width - len(row.tokens) - 1 for row in rows], device=device)
+        # Rows that are over go on unseen until the batch ends, which is before one of them has no position left.
+        taken = max(shift_of(self.model, row.prefix) + len(row.prompt) + len(row.tokens) for row in rows)
         infix = any(config.mode == "infix" for config in self.model.prefix_configs.values())
         self.model.generate(
             input_ids=ids,
             attention_mask=mask,
             prefix_names=[row.prefix for row in rows],
             infix_start=starts if infix else None,
-            max_new_tokens=max(row.left for row in rows),
+            max_new_tokens=min(limit_of(self.model) - taken, max(row.left for row in rows)),
             do_sample=False,
             pad_token_id=pad,
             eos_token_id=None,

@@ -15,6 +15,16 @@ if TYPE_CHECKING:
 UNLIMITED = 1 << 20  # tokens, of models that name no limit
 
 
+def limit_of(model: PrefixModel) -> int:
+    """The number of positions that a model has."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None) or UNLIMITED
+
+
+def shift_of(model: PrefixModel, prefix: str | None) -> int:
+    """How many positions a prefix takes."""
+    return model.prefix_configs[prefix].shift if prefix is not None else 0
+
+
 class Prompts:
     """Turns what clients send into tokens.
 
@@ -74,8 +84,7 @@ class Prompts:
         Raises:
             ValueError: the prompt, or the prompt and what is wanted, do not fit into the model's positions.
         """
-        limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None) or UNLIMITED
-        taken = self.model.prefix_configs[prefix].shift if prefix is not None else 0
+        limit, taken = limit_of(self.model), shift_of(self.model, prefix)
         room = limit - taken - len(prompt)
         if room < (wanted or 1):
             behind = f" behind a prefix of {taken}" if taken else ""

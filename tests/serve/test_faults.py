@@ -140,6 +140,19 @@ def test_a_tokenizer_needs_no_padding_token(model: PrefixModel, tokenizer: Any) 
     assert texts([found]) == [alone(model, "a"), alone(model, "abcdef")]
 
 
+def test_rows_that_are_over_take_no_positions(tokenizer: Any) -> None:
+    """In a table of 128: rows of a batch end where others, without a prefix or with shorter prompts, go on."""
+    torch.manual_seed(0)
+    model = PrefixModel(spread(tiny("gpt2", **SIZES)))
+    model.add_prefix("p", PrefixConfig(num_virtual_tokens=40))
+    bodies = [ASK | {"max_tokens": 40}, ASK | {"model": "base", "max_tokens": 120}, ASK | {"prompt": "a" * 80}]
+    bodies[2]["max_tokens"] = 8
+    found = answers(Engine(model.eval(), tokenizer), *map(post, bodies))
+    assert [answer.status_code for answer in found] == [200] * 3
+    alone = [answers(Engine(model, tokenizer), post(body))[0] for body in bodies]
+    assert texts(found) == texts(alone)
+
+
 def test_a_chat_template_that_cannot_be_used_leaves_completions(model: PrefixModel, tokenizer: Any) -> None:
     tokenizer.chat_template = "{% for m in messages %}{{ m.role + m.content }}{% endfor %}|"
     chat = {"model": "p", "messages": [{"role": "user", "content": "a"}]}
