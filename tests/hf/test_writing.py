@@ -238,6 +238,8 @@ PLACES: dict[str, tuple[Callable[[Path], Path], type[Exception], str]] = {
     "a file": (a_file, ValueError, "x: must be a folder, and is a file"),
     "within a file": (lambda p: a_file(p) / "y", NotADirectoryError, "x/y"),
     "a link to nothing": (a_link, ValueError, "x: must be a folder, and is none"),
+    "a name with a 0": (lambda p: p / "a\0b", ValueError, r"x/a\\x00b: no folder can have this name"),
+    "half a character": (lambda p: p / "a\ud800", ValueError, r"x/a\\ud800: no folder can have this name"),
     "a folder for a file": (a_folder_of_a_folder, IsADirectoryError, "not saved: .*adapter_model.safetensors"),
 }
 

@@ -24,6 +24,8 @@ from typing import Any
 from safetensors.torch import save
 from torch import Tensor
 
+from prefix_attn.quoting import shortened
+
 try:
     from fcntl import LOCK_EX, LOCK_NB, LOCK_SH, LOCK_UN, flock
 except ImportError:  # not Unix: as on a file system without locks
@@ -94,13 +96,16 @@ def make_folder(folder: Path) -> None:
     """Make ``folder`` and those above it, where they are not there.
 
     Raises:
-        ValueError: something else has its name.
+        ValueError: something else has its name, or nothing can have it.
     """
     if folder.is_dir():
         return
     if folder.is_symlink() or folder.exists():
         raise ValueError(f"{folder}: must be a folder, and is {'a file' if folder.is_file() else 'none'}")
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except ValueError as error:  # half a character, or a 0
+        raise ValueError(f"{shortened(folder)}: no folder can have this name ({shortened(error)})") from None
     _sync(folder.parent)
 
 
