@@ -68,7 +68,8 @@ if TAKES_OTHERS:
         assert [output.generated_tokens for output in found.values()] == [alone(model, p, None) for p in prompts]
 
     def test_nothing_of_a_call_is_left() -> None:
-        """Neither of one that fails, nor of transformers' own engine, whose blocks have no prefix."""
+        """Neither in the model nor in its process, also where the call fails."""
+        threads = set(threading.enumerate())
         model = served("llama", a={"num_virtual_tokens": 3})
         base, prompt = model._base(), list(range(8, 40))
         expected, hooks = alone(model, prompt, "a"), len(base.model._forward_pre_hooks)
@@ -84,8 +85,20 @@ if TAKES_OTHERS:
         assert (given.eos_token_id, given.max_new_tokens) == (None, NEW)
         assert base.config._attn_implementation == "prefix_attn"
         assert len(base.model._forward_pre_hooks) == hooks
-        assert not [thread for thread in threading.enumerate() if thread is not threading.main_thread()]
+        assert set(threading.enumerate()) <= threads
         assert model.generate_batch([], prefix_names=[]) == {}
+
+    def test_blocks_of_an_engine_that_was_kept_are_not_used() -> None:
+        """They have no prefix."""
+        torch.manual_seed(0)
+        base, prompt = spread(tiny("llama", **SIZES)).eval(), list(range(8, 60))
+        given = transformers.GenerationConfig(max_new_tokens=2, eos_token_id=1)
+        base.generate_batch([prompt], given, config(), persistent_manager=True, warmup=False)
+        model = PrefixModel(base)
+        model.add_prefix("a", PrefixConfig(num_virtual_tokens=3))
+        torch.nn.init.normal_(next(model.prefixes["a"].parameters()).data)
+        (found,) = model.eval().generate_batch([prompt], None, config(), max_new_tokens=NEW).values()
+        assert found.generated_tokens == alone(model, prompt, "a")
 
     @pytest.mark.parametrize("prompts", [[[]], [[5], []], [5, 6], ["ab"], [[5, 10**6]], [[-1]], [[5.0]]])
     def test_what_is_no_prompt_is_refused(prompts: Any) -> None:
