@@ -170,10 +170,11 @@ def test_inspect_mass(
     capsys.readouterr()
     assert run(monkeypatch, *look) == 0
     out = capsys.readouterr().out
-    assert re.search(r"training_state +│ False", out)
     for row in site[1]["heads"]:
         assert f"{sum(row) / 4:.3f}" in out
         assert "".join("▁▂▃▄▅▆▇█"[int(share * 8)] for share in row) in out
+    assert run(monkeypatch, "inspect", "watched") == 0
+    assert re.search(r"prefix_projection +│ False", capsys.readouterr().out)
 
 
 ERRORS = {
