@@ -9,19 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from transformers import (
-    LogitsProcessorList,
-    MinPLogitsWarper,
-    RepetitionPenaltyLogitsProcessor,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-)
-from transformers.generation.logits_process import TemperatureLogitsWarper
+from transformers import LogitsProcessorList, RepetitionPenaltyLogitsProcessor
+
+from prefix_attn.training.decoding import COLDEST, first_of
+from prefix_attn.training.generate import warpers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-COLDEST = 1e-5  # a lower temperature takes the likeliest token: what logits are divided by must not overflow them
 UNFINISHED = "\ufffd"  # what a tokenizer writes for a character whose last bytes are still to come
 
 
@@ -64,14 +59,8 @@ class Sampling:
             found.append(RepetitionPenaltyLogitsProcessor(float(self.repetition_penalty)))
         if not self.draws:
             return found
-        if self.temperature != 1:
-            found.append(TemperatureLogitsWarper(float(self.temperature)))
-        if self.top_k > 0:
-            found.append(TopKLogitsWarper(self.top_k))
-        if self.top_p < 1:
-            found.append(TopPLogitsWarper(self.top_p))
-        if self.min_p > 0:
-            found.append(MinPLogitsWarper(self.min_p))
+        top_k = self.top_k if self.top_k > 0 else None
+        found.extend(warpers(self.temperature, top_k, self.top_p, self.min_p or None))
         return found
 
 
@@ -171,11 +160,6 @@ class Generation:
         if not self.is_over:
             self._over.set()
             self._listener(piece)
-
-
-def first_of(text: str, stops: Sequence[str]) -> int | None:
-    """Where the first of ``stops`` begins in ``text``."""
-    return min((at for stop in stops if (at := text.find(stop)) >= 0), default=None)
 
 
 def held_back(text: str, stops: Sequence[str]) -> int:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+
+COLDEST = 1e-5  # logits that are divided by less overflow
 
 
 @dataclass(frozen=True)
@@ -34,6 +37,8 @@ class Decoding:
         """Raise a ValueError for what cannot be decoded."""
         if self.temperature is not None and not 0 <= self.temperature < float("inf"):
             raise ValueError(f"temperature must be 0 or more, got {self.temperature:g}")
+        if self.temperature is not None and 0 < self.temperature < COLDEST:
+            raise ValueError(f"temperature must be 0 or at least {COLDEST:g}, got {self.temperature:g}")
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise ValueError(f"top_p must be between 0 and 1, such as 0.9, got {self.top_p:g}")
         if self.top_k is not None and self.top_k < 1:
@@ -52,4 +57,9 @@ class Decoding:
 
     def until_stop(self, text: str) -> str:
         """``text`` before the first text of ``stop``."""
-        return text[: min((at for stop in self.stop if (at := text.find(stop)) >= 0), default=len(text))]
+        return text[: first_of(text, self.stop)]
+
+
+def first_of(text: str, stops: Sequence[str]) -> int | None:
+    """Where the first of ``stops`` begins in ``text``."""
+    return min((at for stop in stops if (at := text.find(stop)) >= 0), default=None)

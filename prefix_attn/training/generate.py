@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import (
     LogitsProcessor,
     LogitsProcessorList,
+    MinPLogitsWarper,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
@@ -36,15 +37,25 @@ MOST_ROWS = {"cpu": 16, "cuda": 64}  # of a batch that is chosen; more gain litt
 _log = logging.getLogger(__name__)
 
 
+def warpers(
+    temperature: float | None, top_k: int | None, top_p: float | None, min_p: float | None = None
+) -> LogitsProcessorList:
+    """What changes logits before a token is drawn, in the order of transformers. None changes nothing."""
+    found = LogitsProcessorList()
+    if temperature is not None and temperature != 1:
+        found.append(TemperatureLogitsWarper(float(temperature)))
+    if top_k is not None:
+        found.append(TopKLogitsWarper(top_k))
+    if top_p is not None and top_p != 1:
+        found.append(TopPLogitsWarper(top_p))
+    if min_p is not None:
+        found.append(MinPLogitsWarper(min_p))
+    return found
+
+
 def drawing(decoding: Decoding, seeds: Sequence[int]) -> LogitsProcessorList:
     """Draws a token for each row, whose draws have these ``seeds``."""
-    found = LogitsProcessorList()
-    if decoding.temperature is not None and decoding.temperature != 1:
-        found.append(TemperatureLogitsWarper(float(decoding.temperature)))
-    if decoding.top_k is not None:
-        found.append(TopKLogitsWarper(decoding.top_k))
-    if decoding.top_p is not None and decoding.top_p != 1:
-        found.append(TopPLogitsWarper(decoding.top_p))
+    found = warpers(decoding.temperature, decoding.top_k, decoding.top_p)
     return LogitsProcessorList([*found, _Draw(seeds)])
 
 

@@ -150,6 +150,7 @@ def test_draws_have_the_model_s_probabilities() -> None:
     [
         ({"temperature": -1.0}, "temperature must be 0 or more, got -1"),
         ({"temperature": float("nan")}, "temperature must be 0 or more, got nan"),
+        ({"temperature": 1e-40}, "temperature must be 0 or at least 1e-05, got 1e-40"),
         ({"top_p": 0.0}, "top_p must be between 0 and 1"),
         ({"top_k": 0}, "top_k must be at least 1, got 0"),
         ({"temperature": 0.0, "top_p": 0.9}, "temperature 0 draws nothing"),
