@@ -251,7 +251,7 @@ def test_sanitizers_find_nothing(checkout: Path) -> None:
     compiler, torch_folder = os.environ.get("CXX", "c++"), Path(torch.__file__).parent
     flags = [
         "-O1",
-        "-g",
+        "-g1",
         "-shared",
         "-fPIC",
         "-fsanitize=address,undefined",

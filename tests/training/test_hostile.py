@@ -6,6 +6,8 @@ import gzip
 import json
 import os
 import socket
+import subprocess
+import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -153,6 +155,35 @@ def test_a_parquet_bomb_is_stopped(kind: str, tmp_path: Path, monkeypatch: pytes
         for _ in read:
             pass
     assert grown() < 200 << 20
+
+
+def test_no_byte_of_a_parquet_footer_ends_the_process(tmp_path: Path) -> None:
+    """pyarrow aborts where it is asked for the sizes of a column whose statistics are damaged."""
+    import pyarrow
+    from pyarrow import parquet
+
+    path = tmp_path / "a.parquet"
+    rows = [{"source": word, "target": word} for word in ("a", "b")]
+    parquet.write_table(pyarrow.Table.from_pylist(rows), path, store_schema=False)
+    code = """
+import sys
+from pathlib import Path
+from prefix_attn.training.tables import parquet_records
+
+path = Path(sys.argv[1])
+data = path.read_bytes()
+refused = 0
+for at in range(len(data) - 8 - int.from_bytes(data[-8:-4], "little"), len(data)):
+    path.write_bytes(data[:at] + bytes([(data[at] + 1) % 256]) + data[at + 1 :])
+    try:
+        list(parquet_records(path, {"source", "target"}))
+    except ValueError:
+        refused += 1
+print(refused)
+"""
+    done = subprocess.run([sys.executable, "-c", code, path], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) > 100
 
 
 def test_a_template_is_no_bomb(tmp_path: Path) -> None:
