@@ -12,11 +12,10 @@ from __future__ import annotations
 import argparse
 import concurrent.futures
 import contextlib
+import io
 import multiprocessing
 import re
-import subprocess
 import sys
-import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -302,23 +301,22 @@ def resources(kernel: Any, arch: str) -> tuple[int, int, int, str]:
         # Memory of a lane. Scalar registers spill into lanes of a vector register, not into memory, and do not count.
         spilled = _number(r"\.private_segment_fixed_size:\s+(\d+)", text)
         return _number(r"\.vgpr_count:\s+(\d+)", text), spilled, shared, product
-    log = _assemble(text, arch)
+    log = _assembled(kernel)
     spilled = _number(r"(\d+) bytes spill stores", log) + _number(r"(\d+) bytes spill loads", log)
     return _number(r"Used (\d+) registers", log), spilled, shared, product
 
 
-def _assemble(ptx: str, arch: str) -> str:
-    """What the assembler says. Triton 3.9 also gives it --regAllocOptLevel=2: see "Tiles" in docs/kernels.md."""
-    from triton.backends.nvidia.compiler import get_ptxas
+def _assembled(kernel: Any) -> str:
+    """What the assembler says, called by Triton itself: versions give it other options, and with them others spill."""
+    from triton import knobs
+    from triton.compiler.compiler import make_backend
 
-    tool = get_ptxas(int(arch[3:]))
-    name = re.search(r"\.target\s+(sm_\w+)", ptx)
-    assert name is not None
-    with tempfile.TemporaryDirectory() as folder:
-        source = Path(folder, "kernel.ptx")
-        source.write_text(ptx)
-        command = [tool.path, "-v", f"-arch={name[1]}", str(source), "-o", str(source.with_suffix(".cubin"))]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    backend = make_backend(kernel.metadata.target)
+    said = io.StringIO()
+    with knobs.nvidia.scope(), contextlib.redirect_stdout(said):
+        knobs.nvidia.dump_ptxas_log = True
+        backend.make_cubin(kernel.asm["ptx"], {}, kernel.metadata, backend.target.arch)
+    return said.getvalue()
 
 
 def _number(pattern: str, text: str) -> int:
