@@ -29,15 +29,20 @@ class Explanation(NamedTuple):
         return "\n".join(lines)
 
 
-def _auto() -> tuple[ModuleType, ...]:
-    """``AUTO``, but where ``cpu`` is slow it comes after torch's own kernels."""
+def _auto(call: Call) -> tuple[ModuleType, ...]:
+    """``AUTO``, but where ``cpu`` is slow it comes after torch's own kernels, and ``composed`` is for CPUs.
+
+    On a GPU that waits for the device, to read ids and lengths, which no graph captures: it runs there by its name.
+    """
+    if call.query.device.type != "cpu":
+        return tuple(backend for backend in AUTO if backend is not composed)
     return (composed, cpu, *AUTO[2:]) if cpu.slow() else AUTO
 
 
 def select(call: Call, backend: str = "auto") -> ModuleType:
     """The backend for ``call``. A named one is used or the call raises: there is no silent fallback."""
     if backend == "auto":
-        return next(b for b in _auto() if not list(b.refuse(call)))
+        return next(b for b in _auto(call) if not list(b.refuse(call)))
     if backend in NOT_IN_THIS_VERSION:
         raise NotImplementedError(f"backend={backend!r} is not part of this version; it has {sorted(BY_NAME)}")
     if backend not in BY_NAME:
@@ -49,7 +54,7 @@ def select(call: Call, backend: str = "auto") -> ModuleType:
 
 def select_packed(call: Call, backend: str = "auto") -> ModuleType | None:
     """The backend that takes this call's packed sequences as they lie; None = they must be padded first."""
-    able = (b for b in (_auto() if backend == "auto" else ORDER) if backend in ("auto", b.NAME) and b.PACKED)
+    able = (b for b in (_auto(call) if backend == "auto" else ORDER) if backend in ("auto", b.NAME) and b.PACKED)
     return next((b for b in able if not list(b.refuse(call))), None)
 
 

@@ -1,4 +1,4 @@
-"""The Triton kernels on a device: everything that the interpreter cannot show.
+"""The Triton kernels, and ``composed``, on a device: everything that the interpreter cannot show.
 
     pytest -m gpu                                  every check is one test
     python -m tests.test_gpu --jobs 12             the same without pytest; exit status 1 if one fails
@@ -77,15 +77,15 @@ def poisoned(on: bool = True) -> Iterator[None]:
         torch.use_deterministic_algorithms(before)
 
 
-def matches(case: Case, dtype: torch.dtype, device: str) -> None:
+def matches(case: Case, dtype: torch.dtype, device: str, backend: str = "triton") -> None:
     """Output, lse and gradients at most twice as wrong as plain torch, each against float64."""
     arguments = case.arguments(dtype, device)
-    asked = arguments | {name: arguments[name].detach() for name in frozen("triton", arguments)}
-    reasons = explain(**asked).refused.get("triton")
+    asked = arguments | {name: arguments[name].detach() for name in frozen(backend, arguments)}
+    reasons = explain(**asked).refused.get(backend)
     assert not reasons, reasons
     half = dtype.itemsize < 4
-    with poisoned():
-        got = run("triton", arguments, lse_gradient=not half)
+    with poisoned(backend == "triton"):
+        got = run(backend, arguments, lse_gradient=not half)
     with poisoned(False):
         exact = run("eager", widen(arguments), lse_gradient=not half)
         rough = [run(peer, arguments, lse_gradient=not half) for peer in peers(arguments)]
@@ -262,6 +262,12 @@ def _checks() -> dict[str, Callable[[str], None]]:
     found |= {"dropout": dropout, "packed": packed}
     for name in ("long", "decode"):
         found[f"compile {name}"] = functools.partial(compiles, ODD[name], torch.float32)
+    # The last: should one of them end the device's context, the kernels were checked before.
+    for name, case in (CASES | ODD).items():
+        if "softcap" not in case.options:  # which torch's kernels do not have
+            for short in ("f32", "bf16"):
+                matching = functools.partial(matches, case, DTYPES[short], backend="composed")
+                found[f"composed {name}-{short}"] = matching
     return found
 
 

@@ -21,7 +21,12 @@ MAX_LINES = 600
 # folder. The longest matching name decides.
 ORDER = (
     ("prefix_attn.call", "prefix_attn.quoting"),
-    ("prefix_attn.backends._native", "prefix_attn.backends.outputs", "prefix_attn.backends.visibility"),
+    (
+        "prefix_attn.backends._native",
+        "prefix_attn.backends.gpu_attention",
+        "prefix_attn.backends.outputs",
+        "prefix_attn.backends.visibility",
+    ),
     ("prefix_attn.backends",),
     ("prefix_attn.packing", "prefix_attn.dispatch"),
     ("prefix_attn._ops",),
@@ -285,8 +290,10 @@ PRIVATE = {
     *("_C", "_AutoDispatchBelowAutograd", "_are_functorch_transforms_active", "_current_level"),
     *("_len_torch_dispatch_stack", "_len_torch_function_stack", "_get_tracing_state", "_is_zerotensor"),
     "_profiler_enabled",
-    # torch's own CPU kernel, and the folder of a build: neither has a public name.
+    # torch's own attention with a log-sum-exp, and the folder of a build: none has a public name.
     *("_scaled_dot_product_flash_attention_for_cpu", "_scaled_dot_product_flash_attention_for_cpu_backward"),
+    *("_scaled_dot_product_flash_attention", "_scaled_dot_product_flash_attention_backward"),
+    *("_scaled_dot_product_efficient_attention", "_scaled_dot_product_efficient_attention_backward"),
     "_get_build_directory",
     # Which units the processor has: torch.cpu says it under these names alone.
     *("_is_avx512_bf16_supported", "_is_amx_tile_supported"),

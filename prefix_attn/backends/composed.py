@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from prefix_attn.backends import visibility
+from prefix_attn.backends import gpu_attention, visibility
 from prefix_attn.backends.outputs import rescaled
 from prefix_attn.call import Call
 
@@ -33,8 +33,11 @@ _backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.
 
 def refuse(call: Call) -> Iterator[str]:
     """Reasons why torch's kernel cannot run this call."""
-    if call.query.device.type != "cpu":
-        yield f"tensors are on {call.query.device.type}; torch's flash attention with a log-sum-exp is wired for cpu"
+    device = call.query.device.type
+    if device == "cuda":
+        yield from gpu_attention.refuse(call)
+    elif device != "cpu":
+        yield f"tensors are on {device}; torch's flash attention with a log-sum-exp is wired for cpu and cuda"
     if call.softcap is not None:
         yield "torch's flash attention has no softcap"
     if call.dropout_p:
@@ -142,6 +145,8 @@ def _sequence(call: Call) -> tuple[Tensor, Tensor] | None:
         lse = lse.masked_fill((mask == -torch.inf).all(-1), -torch.inf)
     elif (seen := visibility.sequence_rows(call)) is not None:
         lse = lse.masked_fill(~seen, -torch.inf)
+    if _on_gpu(out) and mask is not None:  # where a row without keys need not be 0
+        out = out.masked_fill((lse == -torch.inf)[..., None], 0.0)
     return out, lse
 
 
@@ -276,7 +281,10 @@ def _attend(
     """torch's kernel, which wants equal head sizes: the smaller are padded with zeros."""
     D, Dv = query.shape[-1], value.shape[-1]
     query, key, value = _pad((query, key, value), max(D, Dv))
-    out, lse = _forward(query, key, value, 0.0, causal, attn_mask=mask, scale=scale)
+    if _on_gpu(query):
+        out, lse = gpu_attention.attend(query, key, value, scale, mask, causal)
+    else:
+        out, lse = _forward(query, key, value, 0.0, causal, attn_mask=mask, scale=scale)
     return out[..., :Dv], lse
 
 
@@ -303,8 +311,15 @@ def _attend_backward(
         grad_out = torch.cat([grad_out, grad_lse[..., None].to(grad_out.dtype)], dim=-1)
     padded = _pad((query, key, value, out, grad_out), max(D, value.shape[-1]))
     query, key, value, out, grad_out = padded
-    grads = _backward(grad_out, query, key, value, out, lse, 0.0, causal, attn_mask=mask, scale=scale)
+    if _on_gpu(query):
+        grads = gpu_attention.attend_backward(query, key, value, out, lse, grad_out, scale, mask, causal)
+    else:
+        grads = _backward(grad_out, query, key, value, out, lse, 0.0, causal, attn_mask=mask, scale=scale)
     return grads[0][..., :D], grads[1][..., :D], grads[2][..., :Dv]
+
+
+def _on_gpu(tensor: Tensor) -> bool:
+    return tensor.is_cuda
 
 
 def _pad(tensors: tuple[Tensor, ...], size: int) -> list[Tensor]:
@@ -312,5 +327,7 @@ def _pad(tensors: tuple[Tensor, ...], size: int) -> list[Tensor]:
 
     torch.cat and F.pad take a last dimension of one for channels-last, and may give it a stride; the kernel reads rows.
     """
+    if _on_gpu(tensors[0]):
+        size = gpu_attention.head_size(size)
     padded = [t if t.shape[-1] == size else F.pad(t, (0, size - t.shape[-1])) for t in tensors]
     return [t if t.stride(-1) == 1 else t.contiguous(memory_format=torch.contiguous_format) for t in padded]
