@@ -8,7 +8,7 @@ natural too: masks are made of finfo.min, and that times log2(e) is -inf.
 
 Program indices become int64 before they meet a stride: their product wraps at 2**31 in int32.
 
-Arguments travel in named tuples, which Triton 3.4 to 3.9 take alike, from the host and from kernels. Two things are
+Arguments travel in named tuples, which Triton 3.6 to 3.9 take alike, from the host and from kernels. Two things are
 not portable, so nothing here does them: a function that returns a tuple with a None in it, and constants in a tuple,
 which become tensors when the tuple gets a name.
 """
