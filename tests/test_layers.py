@@ -69,6 +69,7 @@ HEAVY = {
     "triton": ("prefix_attn.backends.triton",),
     "typer": ("prefix_attn.cli",),
     "peft": ("prefix_attn.experiments.methods",),
+    "vllm": ("prefix_attn.serve.vllm.connector",),
 }
 
 
@@ -170,6 +171,7 @@ def test_imports_go_one_way(path: Path) -> None:
         ("prefix_attn.training.tokens", "transformers.cache_utils"),
         ("prefix_attn.training.train", "typer"),
         ("prefix_attn.backends.composed", "triton"),
+        ("prefix_attn.serve.vllm.middleware", "vllm.config"),
     ],
 )
 def test_the_order_forbids(name: str, imported: str) -> None:

@@ -50,10 +50,7 @@ def load_base(
     check_base(name, dtype=dtype, device=device, quantize=quantize)
     from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
-    options = _options(dtype, device, quantize)
-    source: str | Path = smollm2_file() if str(name) == "smollm2" else name
-    if Path(source).suffix == ".gguf":
-        source = _converted(Path(source), "smollm2" if str(name) == "smollm2" else Path(source).stem)
+    options, source = _options(dtype, device, quantize), base_source(name)
     try:
         with _quiet():
             tokenizer = AutoTokenizer.from_pretrained(source)
@@ -64,6 +61,17 @@ def load_base(
     _agree_on_special_tokens(model, tokenizer)
     model.config._name_or_path = str(name)  # what an adapter says it was trained for: not a folder in a cache
     return (model if "device_map" in options else model.to(_device(device))).eval(), tokenizer
+
+
+def base_source(name: str | Path) -> str | Path:
+    """What transformers, and engines of others, load ``name`` from: a folder, or a name on the Hub.
+
+    A GGUF file is dequantised into a folder, if that was not done before.
+    """
+    source: str | Path = smollm2_file() if str(name) == "smollm2" else name
+    if Path(source).suffix != ".gguf":
+        return name
+    return _converted(Path(source), "smollm2" if str(name) == "smollm2" else Path(source).stem)
 
 
 def check_base(name: str | Path, *, dtype: Dtype = None, device: Device = None, quantize: int | None = None) -> None:
@@ -213,8 +221,12 @@ def _cache_folder(file: Path, name: str) -> Path:
     with file.open("rb") as stream:
         head = stream.read(_HEAD)
     key = hashlib.sha256(f"{file.name} {file.stat().st_size} {transformers.__version__} ".encode() + head).hexdigest()
-    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return base / "prefix_attn" / f"{re.sub(r'[^A-Za-z0-9._-]+', '_', name)}-{key[:12]}"
+    return cache_folder(f"{re.sub(r'[^A-Za-z0-9._-]+', '_', name)}-{key[:12]}")
+
+
+def cache_folder(name: str) -> Path:
+    """A folder of this name under ``$XDG_CACHE_HOME/prefix_attn`` (default ~/.cache/prefix_attn)."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "prefix_attn" / name
 
 
 def _convert(file: Path, folder: Path) -> None:

@@ -7,12 +7,13 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
 import torch
 
-from prefix_attn.cli.serve import named_folders
+from prefix_attn.cli.serve import named_folders, serve
 from prefix_attn.hf.config import PrefixConfig
 from prefix_attn.hf.model import PrefixModel, get_prefix_model
 from prefix_attn.serve.load import with_prefixes
@@ -76,6 +77,32 @@ def test_wrong_prefix_arguments_are_refused(
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match=message):
         named_folders(given, "base")
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"engine": "sglang"}, ValueError, "'sglang' is not known: 'vllm' and 'transformers' are"),
+        ({"prefix": []}, ValueError, "nothing to serve"),
+        ({"prefixes": Path("nowhere")}, ValueError, "--prefixes: there is no folder nowhere"),
+        ({"engine": "vllm", "max_waiting": 3}, ValueError, "--max-waiting is for --engine transformers"),
+        ({"arguments": ["--block-size", "32"]}, ValueError, "'--block-size', are for --engine vllm"),
+        ({"allow_loading": True}, ValueError, "--allow-loading is for --engine vllm"),
+        ({"engine": "vllm"}, ModuleNotFoundError, "pip install vllm"),
+    ],
+)
+def test_wrong_options_are_refused(
+    options: dict[str, Any],
+    error: type[Exception],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    (tmp_path / "run").mkdir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)  # vLLM is nowhere
+    with pytest.raises(error, match=message):
+        serve("base", **{"prefix": ["a=run"], **options})
 
 
 def test_what_cannot_be_served_is_refused_by_name(tmp_path: Path) -> None:

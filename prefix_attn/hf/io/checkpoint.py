@@ -172,7 +172,7 @@ def _resolved(stored: Stored, attachment: Attachment) -> tuple[PrefixConfig, tup
     if stored.peft_slots is not None and not attachment.probe.has_decoder:
         name = type(attachment.base).__name__
         raise ValueError(f"{stored.path}: a prefix of an encoder-decoder model, and {name} is none")
-    check_base(stored.path, stored.config, stored.metadata, attachment.base)
+    check_base(stored.path, stored.config, stored.metadata, attachment.base.config)
     try:
         config = attachment.resolver.resolve(stored.config)
         _, slots, heads, head_dim = attachment.resolver.layout(config)
@@ -264,7 +264,7 @@ def load_table(path: str | Path, base: PreTrainedModel, **hub: Any) -> tuple[Ten
             f"{folder / ADAPTER_CONFIG}: peft_type must be PROMPT_TUNING, got {quoted(peft.get('peft_type'))}"
         )
     metadata = files.read_metadata(folder / ADAPTER)
-    check_base(folder, PrefixConfig(base_model_name_or_path=peft.get("base_model_name_or_path")), metadata, base)
+    check_base(folder, PrefixConfig(base_model_name_or_path=peft.get("base_model_name_or_path")), metadata, base.config)
     wanted = {KEY: (peft.get("num_virtual_tokens", 0), int(base.get_input_embeddings().weight.shape[1]))}
     tensors = files.read_tensors(folder / ADAPTER)
     others = {name: tensors.pop(name) for name in list(tensors) if name.startswith(TASK_HEAD)}
@@ -333,7 +333,7 @@ def read_resumable(folder: Path, base: PreTrainedModel, name: str | None) -> Map
     if (folder / ADAPTER).is_file():
         if file is None:
             raise ValueError(f"{folder}: has an adapter, and none of {STATES}, of which a training goes on")
-        check_base(folder, PrefixConfig(), files.read_metadata(folder / ADAPTER), base)
+        check_base(folder, PrefixConfig(), files.read_metadata(folder / ADAPTER), base.config)
         theirs = files.read_json(folder / ADAPTER_CONFIG).get("base_model_name_or_path")
         if theirs and name and Path(str(theirs)).name != Path(name).name:
             raise ValueError(

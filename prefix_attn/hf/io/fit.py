@@ -26,12 +26,12 @@ def fingerprint(base: PreTrainedConfig) -> dict[str, Any]:
     return {name: getattr(config, name) for name in ("model_type", "hidden_size")}
 
 
-def check_base(folder: Path, config: PrefixConfig, metadata: Mapping[str, str], base: PreTrainedModel) -> None:
+def check_base(folder: Path, config: PrefixConfig, metadata: Mapping[str, str], base: PreTrainedConfig) -> None:
     """Refuse a base model of another kind, size or name. The same name in another place is only worth a warning."""
-    ours = json.dumps(fingerprint(base.config))
+    ours = json.dumps(fingerprint(base))
     if metadata.get("base", ours) != ours:
         raise ValueError(f"{folder}: trained for a base model {shortened(metadata['base'])}, this one is {ours}")
-    theirs, here = config.base_model_name_or_path, base.config._name_or_path
+    theirs, here = config.base_model_name_or_path, base._name_or_path
     if not isinstance(theirs, str) or not here or Path(theirs).name == Path(here).name:
         return  # the same model may lie in another folder or under another owner
     if files.is_hub_id(theirs) and files.is_hub_id(here):
