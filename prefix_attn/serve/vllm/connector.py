@@ -13,6 +13,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorBase_V1,
     KVConnectorMetadata,
     KVConnectorRole,
+    KVConnectorTransferResults,
     SupportsHMA,
 )
 from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorPromMetrics, KVConnectorStats
@@ -48,6 +49,7 @@ class Loads(KVConnectorMetadata):
     """What the scheduler tells the workers in a step."""
 
     loads: list[Load] = field(default_factory=list)
+    failing: list[str] = field(default_factory=list)  # requests that are to fail
 
 
 class PrefixStats(KVConnectorStats):
@@ -114,6 +116,7 @@ class PrefixConnector(KVConnectorBase_V1, SupportsHMA):
             self.counts = self.source.counts
             self.layers: list[tuple[int, Any]] = []
             self.failed: set[int] = set()
+            self.failing: set[str] = set()
 
     @property
     def requires_kv_delivery(self) -> bool:
@@ -122,9 +125,9 @@ class PrefixConnector(KVConnectorBase_V1, SupportsHMA):
 
     # In the scheduler.
 
-    def get_num_new_matched_tokens(self, request: Request, num_computed_tokens: int) -> tuple[int | None, bool]:
+    def get_num_new_matched_tokens(self, request: Request, num_computed_tokens: int) -> tuple[int, bool]:
         """The tokens of the prefix that are not in the cache."""
-        return self.planner.matched(request, num_computed_tokens), False
+        return self.planner.matched(request, num_computed_tokens)
 
     def update_state_after_alloc(self, request: Request, blocks: KVCacheBlocks, num_external_tokens: int) -> None:
         """Their blocks are known now."""
@@ -132,7 +135,7 @@ class PrefixConnector(KVConnectorBase_V1, SupportsHMA):
 
     def build_connector_meta(self, scheduler_output: SchedulerOutput) -> KVConnectorMetadata:
         """What the workers are to write in this step."""
-        return Loads(self.planner.take())
+        return Loads(*self.planner.take())
 
     def request_finished(self, request: Request, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
         """Its blocks may be freed."""
@@ -167,10 +170,8 @@ class PrefixConnector(KVConnectorBase_V1, SupportsHMA):
         """Write what this step needs. Where that fails, the requests fail, and the others go on."""
         metadata = self._get_connector_metadata()
         assert isinstance(metadata, Loads)
+        self.failing.update(metadata.failing)
         for load in metadata.loads:
-            if load.choice is None:
-                self.failed.update(load.blocks)
-                continue
             try:
                 self._write(load, self.source.get(load.name, load.choice))
             except (ValueError, OSError) as error:
@@ -192,6 +193,11 @@ class PrefixConnector(KVConnectorBase_V1, SupportsHMA):
         """The blocks that nothing was written to."""
         failed, self.failed = self.failed, set()
         return failed
+
+    def get_transfer_results(self, finished_req_ids: set[str]) -> KVConnectorTransferResults:
+        """The requests that are to fail."""
+        failing, self.failing = self.failing, set()
+        return KVConnectorTransferResults(finished_recving=failing, failed_recving=failing)
 
     def wait_for_layer_load(self, layer_name: str) -> None:
         """All is written before the forward."""

@@ -24,7 +24,6 @@ class Request(Protocol):
     request_id: str
     cache_salt: str | None
     prompt_token_ids: Sequence[int] | None
-    num_prompt_tokens: int
     kv_transfer_params: Mapping[str, Any] | None
     skip_reading_prefix_cache: bool
 
@@ -34,13 +33,13 @@ class Load(NamedTuple):
 
     Attributes:
         name: under which the prefix is found.
-        choice: what has to be found there. None: the request is to fail.
+        choice: what has to be found there.
         first: the first token to write, which begins a block. Those before it are in the cache already.
-        blocks: where they go, from that of ``first`` on. Nobody else has read them yet.
+        blocks: all of the request's from that of ``first`` on. What is computed in any of them is wrong if this fails.
     """
 
     name: str
-    choice: Choice | None
+    choice: Choice
     first: int
     blocks: tuple[int, ...]
 
@@ -61,29 +60,29 @@ class Planner:
         self.vocabulary, self.block_size = vocabulary, block_size
         self.counts = Counter[str]()
         self._claims: dict[str, Claim] = {}
-        self._planned: list[Load] = []
+        self._loads: list[Load] = []
+        self._failing: list[str] = []
 
-    def matched(self, request: Request, computed: int) -> int | None:
-        """How many tokens after the first ``computed`` will be written. None: the request must wait, and for ever.
+    def matched(self, request: Request, computed: int) -> tuple[int, bool]:
+        """How many tokens after the first ``computed`` will be written, and whether that takes longer than a step.
 
-        A request that cannot be answered is claimed too. Its load then fails, and the request with it.
+        A request that cannot be answered claims a token which takes longer, and never comes: so nothing of the request
+        is computed, or gets into the cache, until it fails.
         """
         try:
             choice = choice_of(request.cache_salt, request.prompt_token_ids, self.vocabulary)
             if choice is None:
-                return 0
+                return 0, False
             if request.skip_reading_prefix_cache:
                 raise Refused("prompt_logprobs are not computed over a prefix")
         except Refused as refused:
             _log.error("request %s fails: %s", request.request_id, refused)
-            if request.num_prompt_tokens - computed < 2:  # vLLM computes the last token itself
-                return None
             request.skip_reading_prefix_cache = False  # else it would ask for nothing, and run without a prefix
             claim = Claim(None, computed, 1)
         else:
             claim = Claim(choice, computed, max(0, choice.length - computed))
         self._claims[request.request_id] = claim
-        return claim.number
+        return claim.number, claim.choice is None
 
     def plan(self, request: Request, blocks: Sequence[int], number: int) -> None:
         """Note that ``number`` tokens are to be written into ``blocks``, which are those of ``request``.
@@ -98,20 +97,23 @@ class Planner:
             )
         if claim is None:
             return
-        if number == 0:
+        if claim.choice is None:
+            self.counts["refused"] += 1
+            self._failing.append(request.request_id)
+        elif number == 0:
             self.counts["hits"] += 1
-            return
-        params = request.kv_transfer_params
-        name = params.get(NAME) if isinstance(params, Mapping) else None
-        begin, end = claim.first // self.block_size, -(-(claim.first + number) // self.block_size)
-        self._planned.append(Load(str(name), claim.choice, claim.first, tuple(blocks[begin:end])))
-        self.counts["refused" if claim.choice is None else "injections"] += 1
-        self.counts["tokens"] += number if claim.choice else 0
+        else:
+            self.counts["injections"] += 1
+            self.counts["tokens"] += number
+            params = request.kv_transfer_params
+            name = params.get(NAME) if isinstance(params, Mapping) else None
+            behind = tuple(blocks[claim.first // self.block_size :])
+            self._loads.append(Load(str(name), claim.choice, claim.first, behind))
 
-    def take(self) -> list[Load]:
-        """What is to be written in the next step."""
-        planned, self._planned = self._planned, []
-        return planned
+    def take(self) -> tuple[list[Load], list[str]]:
+        """What is to be written in the next step, and the requests that are to fail."""
+        taken, self._loads, self._failing = (self._loads, self._failing), [], []
+        return taken
 
     def forget(self, request_id: str) -> None:
         """The request is over."""
