@@ -122,15 +122,15 @@ def check_adapter(adapter: str | Path, model: str | None = None, **options: Any)
         check_base(model, **options)
 
 
-def check_writable(folder: Path) -> None:
+def check_writable(folder: Path, file: Path | None = None) -> None:
     """Refuse a folder that cannot be made or written.
 
     Raises:
-        ValueError: it names the folder.
+        ValueError: it names the folder, or the ``file`` that is to be in it.
     """
     there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
-        raise ValueError(f"{folder}: cannot be written: {there} is no folder that you may write to")
+        raise ValueError(f"{file or folder}: cannot be written: {there} is no folder that you may write to")
 
 
 def prefixed_model(adapter: Path, model: str | None, **options: Any) -> tuple[Any, Any]:

@@ -106,7 +106,7 @@ def evaluate(
         if names == ["loss"]:
             raise ValueError("--output holds the texts, and --metrics loss writes none: leave one out")
         check(output, resume=None)
-        check_writable(output.parent)
+        check_writable(output.parent, output)
     check_adapter(adapter, model, **loading)
     reading = {"source_column": source_column, "target_column": target_column, "delimiter": delimiter}
     read = Examples(data, split=split, encoding=encoding, skip_bad_rows=skip_bad_rows, **reading)
@@ -145,7 +145,8 @@ def _measure(
                 generator = Generator(model, tokenizer, prompt=prompt, **limits)
                 with progress(name, len(examples)) as advance:
                     texts[name] = generator.texts([example.prompt for example in examples], advance)
-                generator.warn_of_cuts()
+                if name == "prefix":  # without it the same ones are
+                    generator.warn_of_cuts()
                 found = score(texts[name], [example.references for example in examples], of_texts)
             if "loss" in names:
                 found["loss"] = validation_loss(model, loss_batches)
@@ -178,10 +179,10 @@ def _write_texts(path: Path, examples: list[Example], texts: dict[str, list[str]
 
 def _rows(model: Any, tokenizer: Any, examples: list[Example], prompt: Prompt) -> list[Row]:
     """Rows of ``examples``, as long as the model has positions for."""
+    from prefix_attn.training.positions import room_for_rows
     from prefix_attn.training.tokens import encode
 
-    longest = getattr(model.config, "max_position_embeddings", None) or sys.maxsize
-    longest -= max((config.num_virtual_tokens for config in model.prefix_configs.values()), default=0)
+    longest = room_for_rows(model) or sys.maxsize
     rows, cut = encode(tokenizer, examples, longest, prompt=prompt, encoder_decoder=model.config.is_encoder_decoder)
     if cut:
         ERR.print(f"{cut} of {len(rows)} rows are longer than the model's {longest} positions: cut")
@@ -223,6 +224,8 @@ def inspect(
     loading: dict[str, Any] = {"dtype": dtype, "device": device, "quantize": quantize}
     if mass is None and plot is not None:
         raise ValueError("--plot is the heat map of --mass: give data with --mass")
+    if plot is not None:
+        check_writable(plot.parent, plot)
     check_adapter(adapter, model, **loading)
     from prefix_attn.hf.io.checkpoint import describe
 

@@ -25,6 +25,7 @@ from prefix_attn.training.evaluate import validation_loss
 from prefix_attn.training.examples import Example
 from prefix_attn.training.generate import generate_text
 from prefix_attn.training.metrics import score
+from prefix_attn.training.positions import check_new_tokens, check_rows
 from prefix_attn.training.prompts import Prompt
 from prefix_attn.training.tokens import Row, batches, encode
 from prefix_attn.training.train import VALIDATION_BATCH, has_bfloat16
@@ -71,6 +72,9 @@ def execute(run: Run, folders: Mapping[str, Path], device: str | None = None) ->
         weights_to_bfloat16(base)  # they are frozen, and autocast would cast them in every step
     torch.manual_seed(run.seed)
     model = wrap(base, tokenizer, run)
+    check_rows(model, run.max_length)  # what is too long is said before hours of training
+    if run.test is not None and run.max_new_tokens is not None:
+        check_new_tokens(model, run.max_new_tokens, 1)
     validation, stop_by = (
         batches(rows, VALIDATION_BATCH, tokenizer.pad_token_id) for rows in (data.validation, data.stop_by)
     )

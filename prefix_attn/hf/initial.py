@@ -48,6 +48,12 @@ def initial_kv(attachment: Attachment, config: PrefixConfig, tokenizer: PreTrain
         and any(slot.site != "decoder" for slot in slots)
     ):
         raise ValueError(f"init={config.init!r}: the encoder of {type(base).__name__} reads {base.main_input_name}")
+    limits = [stack.limit for stack in attachment.runner.positions.values() if stack.limit is not None]
+    if (most := min(limits, default=P)) < P:
+        raise ValueError(
+            f"num_virtual_tokens must be at most {most}, the positions of {type(base).__name__}, or start from numbers "
+            f"with init='zero' or 'uniform', got {P}"
+        )
     first = (getattr(base.config.get_text_config(), name, None) for name in ("bos_token_id", "decoder_start_token_id"))
     tables = attachment.probe.embeddings()
     ids = [_initial_ids(embeddings, i, config, tokenizer) for embeddings, i in zip(tables, first)]

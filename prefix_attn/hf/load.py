@@ -253,13 +253,19 @@ def _convert(file: Path, folder: Path) -> None:
 
 
 def _agree_on_special_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """One end-of-text and one padding token for tokenizer, model and generation: the tokenizer's."""
+    """One end-of-text and one padding token for tokenizer, model and generation: the tokenizer's.
+
+    A model with a list of ends, as those that chat have, keeps all of them.
+    """
     if tokenizer.eos_token_id is None:
         raise ValueError(f"{tokenizer.name_or_path}: the tokenizer has no end-of-text token")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
-    for config in (model.config, model.generation_config):
-        config.eos_token_id = tokenizer.eos_token_id
+    configs = (model.generation_config, model.config)
+    found = next((ends for config in configs if isinstance(ends := config.eos_token_id, list)), [])
+    ends = list(dict.fromkeys([*found, tokenizer.eos_token_id]))
+    for config in configs:
+        config.eos_token_id = ends if found else tokenizer.eos_token_id
         config.pad_token_id = tokenizer.pad_token_id
 
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from prefix_attn.hf.model import PrefixModel
 from prefix_attn.training.chat import Chat
+from prefix_attn.training.positions import positions_of
 from prefix_attn.training.prompts import Prompt, special_names
 
 if TYPE_CHECKING:
@@ -17,7 +18,7 @@ UNLIMITED = 1 << 20  # tokens, of models that name no limit
 
 def limit_of(model: PrefixModel) -> int:
     """The number of positions that a model has."""
-    return getattr(model.config.get_text_config(), "max_position_embeddings", None) or UNLIMITED
+    return positions_of(model) or UNLIMITED
 
 
 def shift_of(model: PrefixModel, prefix: str | None) -> int:

@@ -142,10 +142,11 @@ class Generation:
         if self.is_over:
             return None
         self.tokens.append(token)
-        text = self._tokenizer.decode(self.tokens, skip_special_tokens=True)
+        ends = token in self.sampling.stop_ids  # not all tokenizers know their ends as special tokens
+        text = self._tokenizer.decode(self.tokens[:-1] if ends else self.tokens, skip_special_tokens=True)
         if (at := first_of(text, self.sampling.stop)) is not None:
             return self._end(Piece(text[self._sent : at], "stop"))
-        if token in self.sampling.stop_ids:
+        if ends:
             return self._end(Piece(text[self._sent :], "stop"))
         if self.left == 0:
             return self._end(Piece(text[self._sent :], "length"))

@@ -101,6 +101,11 @@ class _Shown(TextStreamer):
         super().__init__(generator.tokenizer, skip_prompt=True, skip_special_tokens=True)
         self._generator, self._show, self._whole, self.text = generator, show, "", ""
 
+    def put(self, value: Tensor) -> None:
+        """Leave out what ends an output: not all tokenizers know it as a special token."""
+        if self.next_tokens_are_prompt or value.item() not in self._generator.stop_ids:
+            super().put(value)
+
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
         self._whole += text
         decoding = self._generator.decoding

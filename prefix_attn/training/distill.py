@@ -18,6 +18,7 @@ from prefix_attn.hf.attach.wrapper import evaluating
 from prefix_attn.hf.config import PrefixConfig
 from prefix_attn.hf.model import PrefixModel, get_prefix_model
 from prefix_attn.training.head import sum_over
+from prefix_attn.training.positions import check_rows, positions_of, room_for_rows
 from prefix_attn.training.ranks import share, sums
 from prefix_attn.training.row_file import digest
 from prefix_attn.training.settings import TrainingSettings
@@ -70,7 +71,8 @@ def distill(
     if config is not None and config.mode == "infix":
         raise ValueError("an infix stands within a row, and cannot stand for a text in front: take mode='kv'")
     ids = tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"]
-    length = settings.max_length or LENGTH
+    length = settings.max_length or min(LENGTH, room_for_rows(model) or LENGTH)
+    check_rows(model, length)
     teacher = Teacher(model.base_model, ids, length, top_k)
     rows = pieces(ids, length)
     if validation is None:
@@ -126,7 +128,7 @@ class Teacher:
             raise ValueError(f"top_k must be positive, got {top_k}")
         if len(ids) < 2:
             raise ValueError(f"the document must have at least 2 tokens, got {len(ids)}")
-        window = getattr(base.config.get_text_config(), "max_position_embeddings", None)
+        window = positions_of(base)
         if window is not None and len(ids) + row_length > window:
             raise ValueError(
                 f"the document has {len(ids)} tokens, which with {row_length} behind them do not fit into the model's"

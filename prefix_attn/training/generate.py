@@ -21,11 +21,11 @@ from transformers import (
 )
 
 from prefix_attn.hf.attach.wrapper import device_of, evaluating
-from prefix_attn.hf.model import PrefixModel
 from prefix_attn.training.chat import Chat
 from prefix_attn.training.decoding import Decoding
 from prefix_attn.training.examples import Message
 from prefix_attn.training.head import can_leave_out_logits
+from prefix_attn.training.positions import check_new_tokens, room_for_rows, taken_by_prefix
 from prefix_attn.training.prompts import Prompt
 from prefix_attn.training.tokens import DEFAULT, prompt_ids, shortened, source_ids
 
@@ -113,7 +113,7 @@ class Generator:
         self._is_chosen = batch_size is None
         self._room, self._tail = _room(model, tokenizer, prompt, self.decoding.max_new_tokens)
         self._chat = Chat(tokenizer, prompt) if prompt.is_chat else None
-        self.stop_ids: int | list[int] = self._chat.stop_ids if self._chat else tokenizer.eos_token_id
+        self.stop_ids = _ends(model, self._chat.stop_ids if self._chat else [tokenizer.eos_token_id])
         self._seen: Counter[str] = Counter()
 
     def texts(self, sources: Sequence[Source], progress: Callable[[int], object] | None = None) -> list[str]:
@@ -217,9 +217,9 @@ class Generator:
 
     def text_of(self, output: Tensor) -> str:
         """The text of new tokens, up to where it ends."""
-        ends = torch.tensor(self.stop_ids, device=output.device)
-        text = self.tokenizer.decode(output, skip_special_tokens=True)
-        whole = bool(torch.isin(output, ends).any()) or len(output) < self.decoding.max_new_tokens
+        ends = torch.isin(output, torch.tensor(self.stop_ids, device=output.device)).nonzero()
+        text = self.tokenizer.decode(output[: ends[0]] if len(ends) else output, skip_special_tokens=True)
+        whole = len(ends) > 0 or len(output) < self.decoding.max_new_tokens
         cut = self.decoding.until_stop(self.written(text))
         self.unfinished += not whole and len(cut) == len(self.written(text))
         return cut
@@ -229,6 +229,12 @@ class Generator:
         if self.prompt.one_line:
             return next((line.strip() for line in text.splitlines() if line.strip()), "")
         return text if self.model.config.is_encoder_decoder or self._chat else text.removeprefix(self.prompt.lead)
+
+
+def _ends(model: Any, known: Sequence[int]) -> list[int]:
+    """The tokens that end an output: those ``known``, and those of a model whose generation config lists several."""
+    listed = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    return list(dict.fromkeys([*known, *(listed if isinstance(listed, list) else ())]))
 
 
 def generate_text(
@@ -275,31 +281,20 @@ def inputs_of(model: Any, pad_id: int, prompts: Sequence[list[int]]) -> dict[str
 
 
 def default_new_tokens(model: Any, wanted: int = 256) -> int:
-    """``wanted``, or half of the model's positions where these are fewer than twice as many."""
-    positions = None if model.config.is_encoder_decoder else getattr(model.config, "max_position_embeddings", None)
-    return wanted if positions is None else max(1, min(wanted, (positions - _prefix_length(model)) // 2))
-
-
-def _prefix_length(model: Any) -> int:
-    if not isinstance(model, PrefixModel):
-        return 0
-    return max((config.num_virtual_tokens for config in model.prefix_configs.values()), default=0)
+    """``wanted``, or half of the model's positions where these are fewer than twice as many, of a decoder all."""
+    room = room_for_rows(model)
+    return wanted if room is None else max(1, min(wanted, room if model.config.is_encoder_decoder else room // 2))
 
 
 def _room(model: Any, tokenizer: PreTrainedTokenizerBase, prompt: Prompt, new_tokens: int) -> tuple[int | None, int]:
     """How many tokens a prompt may have (None: any number), and how many of its last ones stay when it is cut."""
-    positions = getattr(model.config, "max_position_embeddings", None)
+    room = room_for_rows(model)
     if model.config.is_encoder_decoder:
-        part, taken, tail = "encoder", 0, 1
-    else:
-        part, taken, tail = "model", new_tokens + _prefix_length(model), 1
-        if not prompt.is_chat:
-            tail = prompt.tail(tokenizer)
-    if positions is None:
-        return None, tail
-    if positions - taken < tail:
-        raise ValueError(f"the {part} has {positions} positions, of which outputs and prefix take {taken}: too many")
-    return positions - taken, tail
+        check_new_tokens(model, new_tokens, 0)
+        return room, 1
+    tail = 1 if prompt.is_chat else prompt.tail(tokenizer)
+    check_new_tokens(model, new_tokens, tail)
+    return None if room is None else room - new_tokens, tail
 
 
 # Memory ---------------------------------------------------------------------------------------------------------------
@@ -313,7 +308,7 @@ def _bytes_of_a_row(model: Any, width: int, decoding: Decoding) -> int:
     head_dim = getattr(config, "head_dim", None) or hidden // heads
     key_value = 2 * (getattr(config, "num_key_value_heads", None) or heads) * head_dim * config.num_hidden_layers
     wide = 6 * hidden + 3 * (getattr(config, "intermediate_size", None) or 4 * hidden)
-    cache = (width + decoding.max_new_tokens + _prefix_length(model)) * key_value * decoding.num_beams
+    cache = (width + decoding.max_new_tokens + taken_by_prefix(model)) * key_value * decoding.num_beams
     logits = config.vocab_size * decoding.num_beams * (24 if decoding.draws else 8)
     return (cache + width * wide) * size + logits
 

@@ -27,6 +27,7 @@ from torch import Tensor
 from prefix_attn.hf.model import PrefixModel
 from prefix_attn.training.evaluate import target_loss
 from prefix_attn.training.head import AT_ONCE, base_of
+from prefix_attn.training.positions import room_for_rows
 from prefix_attn.training.tokens import IGNORED
 
 LIBRARIES = 450_000_000  # of a process on a CPU that has imported torch and transformers
@@ -87,19 +88,12 @@ def longest_rows(model: PrefixModel, batch_size: int, *, gradient_checkpointing:
     Raises:
         ValueError: there is no room for any.
     """
-    rooms = []
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if positions is not None:
-        config = model.prefix_configs[model.active_prefix or "default"]
-        rooms.append(
-            (positions - (config.position_mode == "shift") * config.num_virtual_tokens, "the model's positions")
-        )
+    room = room_for_rows(model)
+    rooms = [] if room is None else [(room, "the model's positions")]
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         needed = training_memory(model, gradient_checkpointing=gradient_checkpointing, bf16=bf16)
         rooms.append((needed.longest(batch_size, int(SHARE * free_bytes(model.device))), "memory"))
     length, why = min(rooms, default=(sys.maxsize, "nothing"))
-    if length < 1 and why != "memory":
-        raise ValueError(f"the prefix leaves no room for rows in {why}, {positions}: take fewer virtual tokens")
     if length < 1:
         raise ValueError(f"there is no room ({why}) for {batch_size} rows: take a smaller batch, or another device")
     return length, why

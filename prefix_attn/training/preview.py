@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from prefix_attn.hf.attach.infix import IGNORED
 from prefix_attn.training.examples import Example
 from prefix_attn.training.memory import longest_rows, training_memory
+from prefix_attn.training.positions import check_rows
 from prefix_attn.training.prompts import Prompt
 from prefix_attn.training.settings import TrainingSettings
 from prefix_attn.training.tokens import Encoder, Row
@@ -50,6 +51,8 @@ def preview(
         ValueError: as ``Encoder`` and its ``rows``.
     """
     how: dict[str, bool] = {"gradient_checkpointing": settings.gradient_checkpointing, "bf16": bf16}
+    if settings.max_length is not None:
+        check_rows(model, settings.max_length)
     limit = settings.max_length or longest_rows(model, settings.batch_size, **how)[0]
     seq2seq = bool(model.config.is_encoder_decoder)
     encoder = Encoder(tokenizer, sys.maxsize, encoder_decoder=seq2seq, prompt=prompt)

@@ -112,15 +112,15 @@ class Encoder:
         if self._chat is not None:
             self._make = self._chat_rows
 
-    def rows(self, examples: Iterable[Example], *, skip_bad_rows: bool = False) -> Iterator[Row]:
-        """Rows of all ``examples``, one example at a time.
+    def rows(self, examples: Iterable[Example], *, skip_bad_rows: bool = False, name: str = "data") -> Iterator[Row]:
+        """Rows of all ``examples``, one example at a time. Messages call them ``name``.
 
         Raises:
             ValueError: targets do not fit even without their sources, or the chat template refuses a conversation, and
                 these are not to be skipped. All are counted first.
             NotImplementedError: see ``source_ids``.
         """
-        bad, needed = BadRows("data", "example"), 0
+        bad, needed = BadRows(name, "example"), 0
         for number, example in enumerate(examples, start=1):
             try:
                 made = self._make(example)

@@ -26,6 +26,7 @@ from prefix_attn.training.examples import Example
 from prefix_attn.training.interrupt import Interrupted, signals_noted
 from prefix_attn.training.memory import longest_rows
 from prefix_attn.training.packing import check_packing, pack
+from prefix_attn.training.positions import check_rows
 from prefix_attn.training.prompts import Prompt
 from prefix_attn.training.record import configuration, costs, losses, plot
 from prefix_attn.training.resume import (
@@ -99,7 +100,7 @@ def train(
     rows = RowFile(encoder.rows(shown, skip_bad_rows=skip_bad_rows), settings.output)
     if not rows:
         raise ValueError("no examples to train on")
-    held_out = list(other.rows(validation, skip_bad_rows=skip_bad_rows))
+    held_out = list(other.rows(validation, skip_bad_rows=skip_bad_rows, name="validation data"))
     settings = dataclasses.replace(settings, max_length=settings.max_length or max(encoder.longest, other.longest))
     _say_length(encoder, len(rows), settings, why)
     if settings.packing:
@@ -113,6 +114,7 @@ def train(
 def _longest(model: PrefixModel, settings: TrainingSettings) -> tuple[int, str]:
     """How many tokens a row may have, and what says so."""
     if settings.max_length is not None:
+        check_rows(model, settings.max_length)
         return settings.max_length, "max_length"
     return longest_rows(
         model,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import math
 import time
 from pathlib import Path
@@ -63,6 +64,17 @@ def test_a_folder_gets_one_end_and_one_padding_token(tmp_path: Path) -> None:
         assert config.eos_token_id == config.pad_token_id == END
     model, _ = load_base(str(tmp_path), dtype=torch.bfloat16, device="cpu")
     assert model.dtype == torch.bfloat16
+
+
+def test_a_list_of_ends_stays(tmp_path: Path) -> None:
+    """As of Llama 3, which ends its turns with <|eot_id|> and its texts with <|end_of_text|>."""
+    folder = saved(tmp_path)
+    for file in ("config.json", "generation_config.json"):
+        told = json.loads((folder / file).read_text())
+        (folder / file).write_text(json.dumps(told | {"eos_token_id": [7, 9]}))
+        model, tokenizer = load_base(folder, device="cpu")
+        assert model.generation_config.eos_token_id == model.config.eos_token_id == [7, 9, END]
+        assert model.generation_config.pad_token_id == tokenizer.eos_token_id == END
 
 
 def test_conversion_happens_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

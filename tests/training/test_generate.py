@@ -10,6 +10,9 @@ import torch
 
 from prefix_attn.hf.config import PrefixConfig
 from prefix_attn.hf.model import get_prefix_model
+from prefix_attn.serve.prompts import Prompts
+from prefix_attn.serve.request import Generation, Piece, Sampling
+from prefix_attn.training.conversation import Conversation
 from prefix_attn.training.decoding import Decoding
 from prefix_attn.training.generate import Generator, default_new_tokens, drawing, generate_text
 from prefix_attn.training.prompts import Prompt
@@ -166,6 +169,31 @@ def test_what_cannot_be_decoded(options: dict[str, Any], message: str) -> None:
 # Ends -----------------------------------------------------------------------------------------------------------------
 
 
+def test_an_output_ends_at_each_end_of_the_model() -> None:
+    """A list in the generation config. None of its tokens needs to be special for the tokenizer."""
+    model, tokenizer = get_prefix_model(spread(tiny("llama", **SIZES)), PrefixConfig(3)), byte_tokenizer()
+    ids = tokenizer("a\n=>", return_tensors="pt")["input_ids"]
+    options: dict[str, Any] = {"max_new_tokens": 12, "attention_mask": torch.ones_like(ids), "do_sample": False}
+    written = model.generate(ids, **options)[0, ids.shape[1] :].tolist()
+    at = next(n for n, token in enumerate(written) if n > 2 and token not in written[:n])
+    whole = tokenizer.decode(written)
+    model.generation_config.eos_token_id = [END, 255, written[at]]
+    expected = tokenizer.decode(written[:at])
+    generator = Generator(model, tokenizer, max_new_tokens=12)
+    assert generator.texts(["a"]) == [expected] != [whole]
+    assert generator.unfinished == 0
+    shown: list[str] = []
+    talk = Conversation(model, tokenizer, prompt=Prompt(), max_new_tokens=12)
+    assert talk.answer("a", shown.append) == "".join(shown) == expected
+    pieces: list[Piece] = []
+    chosen = Sampling(12, temperature=0, stop_ids=Prompts(model, tokenizer).stop_ids((), chat=False))
+    generation = Generation(ids[0].tolist(), "default", chosen, tokenizer, pieces.append)
+    for token in written[: at + 1]:
+        assert not generation.is_over
+        generation.add(token)
+    assert ("".join(piece.text for piece in pieces), pieces[-1].finish_reason) == (expected, "stop")
+
+
 def test_an_output_ends_before_a_stop_text() -> None:
     """Each row at its own, and generation ends with the last of them."""
     model, tokenizer = spread(tiny("llama", **SIZES)).eval(), byte_tokenizer()
@@ -205,7 +233,8 @@ def test_the_default_length_fits_the_model() -> None:
     assert default_new_tokens(tiny("llama", **SIZES)) == 64
     prefixed = get_prefix_model(tiny("llama", **SIZES), PrefixConfig(num_virtual_tokens=8))
     assert default_new_tokens(prefixed) == 60
-    assert default_new_tokens(tiny("bart", **SIZES)) == 256
+    assert default_new_tokens(tiny("bart", **SIZES)) == 128  # its outputs have positions of their own
+    assert default_new_tokens(tiny("t5", vocab_size=257)) == 256
 
 
 # Memory ---------------------------------------------------------------------------------------------------------------
