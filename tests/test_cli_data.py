@@ -111,3 +111,30 @@ def test_errors_are_one_line(
     assert len(lines) == 1
     assert re.search(message, lines[0])
     assert not Path("x").exists()
+
+
+TABLE = ("--data", "t.csv", *COLUMNS, "--skip-bad-rows", "--dry-run")
+WARNED: dict[str, tuple[object, ...]] = {
+    "a table": (*TABLE, "--validation", "t.csv"),
+    "a share": (*TABLE, "--validation-share", 0.5),
+    "a document": ("--distill-from", "d.txt", "--validation", "d.txt", "--max-length", 8),
+}
+
+
+@pytest.mark.parametrize("case", WARNED)
+def test_what_is_odd_about_a_file_is_said_once(
+    case: str,
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """However often it is read, and under however many options."""
+    monkeypatch.chdir(folder)
+    Path("d.txt").write_bytes("müde und froh".encode("cp1252"))
+    assert run(monkeypatch, "train", *WARNED[case], "--model", "model", "--output", "once", *TRAIN) == 0
+    capsys.readouterr()
+    said = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert sum("read as cp1252" in text for text in said) == 1
+    assert sum("2 of 4 rows are left out" in text for text in said) == (case != "a document")
+    assert len(said) == len(set(said))

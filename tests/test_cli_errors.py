@@ -57,6 +57,9 @@ FILES = {
     "notes.docx": b"PK",
     "blank.txt": b" \n",
     "good.csv": b"source,target\na,b\n",
+    "data.yaml": b"data: nowhere.csv\n",
+    "empty.yaml": b"data: good.csv\nsites: ''\n",
+    "nul.yaml": b'data: "a\\0b.csv"\n',
     "file": b"",
 }
 TRAIN = ("train", "--model", "model", "--output", "x")
@@ -83,7 +86,7 @@ CASES: dict[str, tuple[tuple[str, ...], str]] = {
         "--mlp-activation must be one of ('elu', 'gelu', ...",
     ),
     "frozen": ((*GOOD, "--frozen-tokens", "11"), "--frozen-tokens must lie in 0..10 of 10, got 11"),
-    "a folder of no data": ((*TRAIN, "--data", "empty"), "'empty' is a folder without WebNLG's .xml files: give..."),
+    "a folder of no data": ((*TRAIN, "--data", "empty"), "--data 'empty' is a folder without WebNLG's .xml..."),
     "a prefix too long": ((*GOOD, "--virtual-tokens", "128"), "the prefix leaves no room for rows in the model's..."),
     "scores written before": (
         ("evaluate", "adapter", "--data", "good.csv", "--metrics", "exact", "--output", "good.csv"),
@@ -100,15 +103,15 @@ CASES: dict[str, tuple[tuple[str, ...], str]] = {
     "bits": ((*GOOD, "--quantize", "5"), "quantize must be 4 or 8, for bits, got 5"),
     "two lengths": ((*GOOD, "--steps", "5", "--epochs", "2"), "--steps and --epochs exclude one another"),
     "nothing to stop by": ((*GOOD, "--early-stopping", "2"), "--early-stopping needs data to validate on: give..."),
-    "no model folder": ((*GOOD, "--model", "./nowhere"), f"./nowhere: {NO_MODEL} (there is no such folder)"),
-    "empty model": ((*GOOD, "--model", "empty"), "empty: no model found: the folder has no config.json"),
-    "broken model": ((*GOOD, "--model", "broken"), f"broken: {NO_MODEL} (It looks like the config file at..."),
-    "no weights": ((*GOOD, "--model", "light"), f"light: {NO_MODEL} (Error no file named..."),
-    "no GGUF": ((*GOOD, "--model", "a.gguf"), "a.gguf: no such file"),
+    "no model folder": ((*GOOD, "--model", "./nowhere"), f"--model ./nowhere: {NO_MODEL} (there is no such folder)"),
+    "empty model": ((*GOOD, "--model", "empty"), "--model empty: no model found: the folder has no config.json"),
+    "broken model": ((*GOOD, "--model", "broken"), f"--model broken: {NO_MODEL} (It looks like the config file at..."),
+    "no weights": ((*GOOD, "--model", "light"), f"--model light: {NO_MODEL} (Error no file named..."),
+    "no GGUF": ((*GOOD, "--model", "a.gguf"), "--model a.gguf: no such file"),
     "a file for a folder": ((*GOOD, "--output", "file"), "Invalid value for '--output': dir 'file' is a file..."),
-    "below a file": ((*GOOD, "--output", "file/x"), "file/x: cannot be written: ..."),
-    "empty table": ((*TRAIN, "--data", "empty.csv"), "empty.csv: empty, at least one row is needed"),
-    "a head alone": ((*TRAIN, "--data", "head.csv"), "head.csv: empty, at least one row is needed"),
+    "below a file": ((*GOOD, "--output", "file/x"), "--output file/x: cannot be written: ..."),
+    "empty table": ((*TRAIN, "--data", "empty.csv"), "--data empty.csv: empty, at least one row is needed"),
+    "a head alone": ((*TRAIN, "--data", "head.csv"), "--data head.csv: empty, at least one row is needed"),
     "column twice": ((*TRAIN, "--data", "twice.csv"), "twice.csv, line 1: more than one column is named 'source'..."),
     "a list": ((*TRAIN, "--data", "list.jsonl"), "list.jsonl, line 1: must be a JSON object, got list; mend it, ..."),
     "half a row": ((*TRAIN, "--data", "half.jsonl"), "half.jsonl, line 2: not JSON (Unterminated string..."),
@@ -116,11 +119,17 @@ CASES: dict[str, tuple[tuple[str, ...], str]] = {
     "no answer": ((*TRAIN, "--data", "asked.jsonl"), "asked.jsonl, line 1: 'messages' has no message of the role..."),
     "no chat template": ((*TRAIN, "--data", "chat.jsonl"), "the tokenizer has no chat template, which rows with..."),
     "open quote": ((*TRAIN, "--data", "quote.csv"), "quote.csv, line 2: not CSV: unexpected end of data; mend it..."),
-    "no Parquet": ((*TRAIN, "--data", "not.parquet"), "not.parquet: not Parquet (Parquet file size is 6 bytes..."),
-    "a document": ((*TRAIN, "--data", "notes.docx"), "notes.docx: data must be one of ('aws', 'aws-summary') or..."),
-    "no validation": ((*GOOD, "--validation", "nowhere.csv"), "nowhere.csv: no such file"),
-    "no start": ((*GOOD, "--init-path", "./nowhere"), "./nowhere: not a folder with an adapter, nor a file"),
-    "blank text": ((*TRAIN, "--distill-from", "blank.txt"), "blank.txt: holds no text; give a file that does"),
+    "no Parquet": ((*TRAIN, "--data", "not.parquet"), "--data not.parquet: not Parquet (Parquet file size is 6..."),
+    "a document": ((*TRAIN, "--data", "notes.docx"), "--data notes.docx: data must be one of ('aws', ..."),
+    "no validation": (
+        (*GOOD, "--validation", "nowhere.csv"),
+        "--validation nowhere.csv: no such file; give one that is there",
+    ),
+    "no start": ((*GOOD, "--init-path", "./nowhere"), "--init-path ./nowhere: not a folder with an adapter, nor..."),
+    "blank text": (
+        (*TRAIN, "--distill-from", "blank.txt"),
+        "--distill-from blank.txt: holds no text; give a file that does",
+    ),
     "no config": ((*GOOD, "--config", "nowhere.yaml"), "Invalid value for '--config': nowhere.yaml: no such file..."),
     "empty adapter": (("inspect", "empty"), "empty: the folder is empty, and holds no prefix"),
     "a model for an adapter": (("inspect", "model"), "model/model.safetensors: a state_dict of a PrefixModel has..."),
@@ -129,7 +138,7 @@ CASES: dict[str, tuple[tuple[str, ...], str]] = {
     "temperature": (("generate", "adapter", "a", "--temperature", "-1"), "temperature must be 0 or more, got -1"),
     "no table": (
         ("generate", "adapter", "a", "--output", "a.doc"),
-        "a.doc: an output must end in .csv...",
+        "--output a.doc: an output must end in .csv...",
     ),
     "no test data": (("evaluate", "adapter"), "Missing option '--data': 'aws', 'aws-summary', or a file: ..."),
     "metric": ((*EVALUATE, "--metrics", "blue"), "there is no metric 'blue'; there are bleu, nist, meteor, ..."),
@@ -138,13 +147,71 @@ CASES: dict[str, tuple[tuple[str, ...], str]] = {
     "in place": (("convert", "adapter", "adapter"), "adapter: must be a folder other than that of the source"),
     "no results": (("report", "empty.jsonl"), "empty.jsonl: holds no results"),
     "other results": (("report", "list.jsonl"), "list.jsonl, line 1: not a result, which is an object with 'run'"),
-    "nothing to check": (("check", "--model", "./nowhere"), f"./nowhere: {NO_MODEL} (there is no such folder)"),
+    "nothing to check": (("check", "--model", "./nowhere"), f"--model ./nowhere: {NO_MODEL} (there is no such folder)"),
     "no training file": (
         ("reproduce", "e2e", "--model", "model", "--out", "x", "--train", "nowhere.csv"),
-        "[Errno 2] No such file or directory: 'nowhere.csv'",
+        "--train nowhere.csv: no such file or directory; give one that is there",
     ),
+    "no document": (
+        (*TRAIN, "--distill-from", "nowhere"),
+        "--distill-from nowhere: no such file or directory; give one that is there",
+    ),
+    "no document to start from": ((*GOOD, "--init-document", "nowhere"), "--init-document nowhere: no such file or..."),
+    "a folder for a text": (
+        (*TRAIN, "--distill-from", "good.csv", "--validation", "empty"),
+        "--validation empty: is a directory; give a file",
+    ),
+    "no file to test on": (
+        ("ablate", "mode", "--model", "model", "--out", "x", "--train", "good.csv", "--test", "nowhere"),
+        "--test nowhere: no such file or directory; give one that is there",
+    ),
+    "no data for the mass": (("inspect", "adapter", "--mass", "nowhere.csv"), "--mass nowhere.csv: no such file..."),
+    "no inputs": (("generate", "adapter", "--data", "nowhere.csv"), "--data nowhere.csv: no such file..."),
+    "a plot below a file": (
+        ("inspect", "adapter", "--mass", "good.csv", "--plot", "file/x.png"),
+        "--plot file/x.png: cannot be written: ...",
+    ),
+    "outputs below a file": (("generate", "adapter", "a", "--output", "file/x.csv"), "--output file/x.csv: cannot..."),
+    "a file of a file": ((*TRAIN, "--config", "data.yaml"), "--data nowhere.csv: no such file..."),
     "what to vary": (("ablate", "width", "--model", "model"), "Invalid value for 'kind': 'width' is not one of..."),
 }
+
+
+EMPTY: dict[str, tuple[str, ...]] = {
+    "--output": ("train", "--model", "model", "--data", "good.csv", "--output", ""),
+    "--model": ("train", "--model", " ", "--data", "good.csv", "--output", "x"),
+    "--data": (*TRAIN, "--data", ""),
+    "--validation": (*GOOD, "--validation", ""),
+    "--sites": (*GOOD, "--sites", ""),
+    "--report-to": (*GOOD, "--report-to", ""),
+    "--init-path": (*GOOD, "--init-path", ""),
+    "--init-text": (*GOOD, "--init-text", ""),
+    "--distill-from": (*TRAIN, "--distill-from", ""),
+    "--config": (*GOOD, "--config", ""),
+    "'sites'": (*TRAIN, "--config", "empty.yaml"),
+    "'data'": (*TRAIN, "--config", "nul.yaml"),
+    "adapter": ("inspect", ""),
+    "--file": ("generate", "adapter", "--file", ""),
+    "target": ("convert", "adapter", ""),
+    "base": ("serve", "", "--prefix", "a=adapter"),
+    "--prefix": ("serve", "model", "--prefix", ""),
+    "--out": ("reproduce", "e2e", "--model", "model", "--train", "good.csv", "--out", ""),
+    "file": ("report", ""),
+}
+
+
+@pytest.mark.parametrize("name", EMPTY)
+def test_nothing_is_not_the_current_folder(
+    name: str, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A path of no characters would be."""
+    monkeypatch.chdir(folder)
+    before = sorted(folder.iterdir())
+    assert run(monkeypatch, *EMPTY[name]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert name in line
+    assert ("a name cannot hold a NUL" if name == "'data'" else "it is empty; give a value") in line
+    assert sorted(folder.iterdir()) == before
 
 
 @pytest.mark.parametrize("case", CASES)

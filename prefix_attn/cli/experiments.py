@@ -242,6 +242,8 @@ def report(
     """
     from prefix_attn.experiments import report as reporting
 
+    if plot is not None:
+        check_writable(plot.parent, plot)
     found = results.read(file)
     if not found:
         raise ValueError(f"{file}: holds no results")

@@ -154,7 +154,7 @@ def _check_output(output: Path | None, resume: bool) -> None:
         raise ValueError("--resume goes on with a file: give its --output")
     if output is not None:
         check(output, resume=resume)
-        check_writable(output.parent)
+        check_writable(output.parent, output)
 
 
 def _inputs(

@@ -7,7 +7,7 @@ import shlex
 import shutil
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +36,7 @@ from prefix_attn.cli.shared import (
     show,
     unescaped,
 )
-from prefix_attn.cli.train_checks import READING, Options, check, check_files, loading_of, prefix_of
+from prefix_attn.cli.train_checks import Options, check, check_files, loading_of, prefix_of, texts_of
 from prefix_attn.cli.train_options import (
     Accumulation,
     Checkpointing,
@@ -76,9 +76,8 @@ from prefix_attn.cli.train_options import (
     VirtualTokens,
 )
 from prefix_attn.hf.config import PrefixConfig
-from prefix_attn.training.aws import AWS_TASKS
-from prefix_attn.training.data import Examples, hold_out, read_examples
-from prefix_attn.training.examples import Example
+from prefix_attn.training.data import Examples, hold_out
+from prefix_attn.training.examples import Example, group
 from prefix_attn.training.interrupt import Interrupted
 from prefix_attn.training.prompts import Prompt, default_template
 from prefix_attn.training.record import curve
@@ -86,6 +85,7 @@ from prefix_attn.training.resume import facts_of_settings, find_checkpoint, last
 from prefix_attn.training.settings import TrainingSettings
 from prefix_attn.training.tables import read_text
 
+Tables = Mapping[str, Examples]  # of the options that name them
 EXCLUSIVE = (
     ("steps", "epochs"),
     ("data", "distill_from"),
@@ -168,13 +168,16 @@ def train(
     options = command_line_first(context, dict(locals()), EXCLUSIVE)
     check(options)
     prefix, settings = prefix_of(options), TrainingSettings(**_fields_of(TrainingSettings, options))
-    check_files(options)
+    tables = check_files(options)
     if dry_run:
-        _dry_run(prefix, settings, options)
+        _dry_run(prefix, settings, options, tables)
         return
     find_checkpoint(settings, facts_of_settings(settings, prefix))
     try:
-        metrics = (_distill if options["distill_from"] else _train)(prefix, settings, options)
+        if options["distill_from"]:
+            metrics = _distill(prefix, settings, options)
+        else:
+            metrics = _train(prefix, settings, options, tables)
     except Interrupted as stop:
         show(stop.metrics, as_json, _summary(stop.metrics, output))
         typer.echo(f"{stop}. To go on: {_resume_command()}", err=True)
@@ -201,13 +204,10 @@ def _fields_of(kind: Any, options: Options) -> dict[str, Any]:
     return {field.name: options[field.name] for field in dataclasses.fields(kind) if field.name in options}
 
 
-def _rows(options: Options) -> tuple[Iterator[Example], list[Example], Prompt]:
+def _rows(options: Options, tables: Tables) -> tuple[Iterator[Example], list[Example], Prompt]:
     """Examples to train on and to validate on, all rows of them checked, and what stands around them."""
-    data, validation, rows = options["data"], options["validation"], options["validation_rows"]
-    share = options["validation_share"]
-    reading = {name: options[name] for name in READING}
-    examples = Examples(data, **reading)
-    with ERR.status(f"reading {escape(data)}"):
+    examples, rows, share = tables["data"], options["validation_rows"], options["validation_share"]
+    with ERR.status(f"reading {escape(options['data'])}"):
         examples.check()
     template = options["template"] and unescaped(options["template"])
     prompt = Prompt(
@@ -219,13 +219,14 @@ def _rows(options: Options) -> tuple[Iterator[Example], list[Example], Prompt]:
     trained, held_out = iter(examples), list[Example]()
     if share is not None:
         trained, held_out = hold_out(examples, share, rows)
-    elif validation or data in AWS_TASKS:
-        held_out = read_examples(validation or data, split="dev", **reading)[:rows]
+    elif "validation" in tables:
+        other = tables["validation"]
+        held_out = group(other if other is examples else other.checked())[:rows]
     return trained, held_out, prompt
 
 
-def _train(config: PrefixConfig, settings: TrainingSettings, options: Options) -> dict[str, Any]:
-    trained, held_out, prompt = _rows(options)
+def _train(config: PrefixConfig, settings: TrainingSettings, options: Options, tables: Tables) -> dict[str, Any]:
+    trained, held_out, prompt = _rows(options, tables)
     model, tokenizer = _prefixed(config, settings.seed, options)
     from prefix_attn.training.train import train as run
 
@@ -234,8 +235,8 @@ def _train(config: PrefixConfig, settings: TrainingSettings, options: Options) -
     return run(model, tokenizer, trained, held_out, settings, prompt=prompt, skip_bad_rows=skip, options=kept)
 
 
-def _dry_run(config: PrefixConfig, settings: TrainingSettings, options: Options) -> None:
-    trained, _, prompt = _rows(options)
+def _dry_run(config: PrefixConfig, settings: TrainingSettings, options: Options, tables: Tables) -> None:
+    trained, _, prompt = _rows(options, tables)
     model, tokenizer = _prefixed(config, settings.seed, options)
     from prefix_attn.training.preview import preview
     from prefix_attn.training.train import has_bfloat16
@@ -258,15 +259,23 @@ def _dry_run(config: PrefixConfig, settings: TrainingSettings, options: Options)
 
 
 def _distill(config: PrefixConfig, settings: TrainingSettings, options: Options) -> dict[str, Any]:
-    validation = options["validation"]
-    document = _text(options["distill_from"])
-    other = _text(validation) if validation else None
-    model, tokenizer = _prefixed(config, settings.seed, options)
+    texts = _texts(options)
+    document, other = texts["distill_from"], texts.get("validation")
+    model, tokenizer = _prefixed(config, settings.seed, options, texts)
     from prefix_attn.training.distill import TOP_K, distill
 
     top_k = options["top_k"] or TOP_K
     kept = _kept(options, top_k=top_k)
     return distill(model, tokenizer, document, settings, validation=other, top_k=top_k, options=kept)
+
+
+def _texts(options: Options) -> dict[str, str]:
+    """The texts by the options that name them. A file that several name is read once."""
+    read: dict[str, str] = {}
+    for path in (str(options[name]) for name in texts_of(options)):
+        if path not in read:
+            read[path] = _text(path)
+    return {name: read[str(options[name])] for name in texts_of(options)}
 
 
 def _text(path: str | Path) -> str:
@@ -281,12 +290,15 @@ def _kept(options: Options, **found: Any) -> dict[str, Any]:
     return {name: found.get(key, options[key]) for key, name in names.items()}
 
 
-def _prefixed(config: PrefixConfig, seed: int, options: Options) -> tuple[Any, Any]:
+def _prefixed(
+    config: PrefixConfig, seed: int, options: Options, texts: Mapping[str, str] | None = None
+) -> tuple[Any, Any]:
     """A new prefix on its base model, and the tokenizer."""
     import torch
 
     if config.init == "document":
-        text = _text(options["init_document"] or options["distill_from"])
+        texts = texts or _texts(options)
+        text = texts["init_document" if options["init_document"] is not None else "distill_from"]
         config = dataclasses.replace(config, init_text=text)
     torch.manual_seed(seed)
     base, tokenizer = load(options["model"], **loading_of(options))

@@ -113,23 +113,39 @@ def _start(options: Options) -> dict[str, Any]:
     return {"init": kind or init or "random", "init_text": given["text"], "init_path": given["path"]}
 
 
-def check_files(options: Options) -> None:
-    """Refuse files and folders that are not there or cannot be written. None is read but for the heads of tables."""
+def check_files(options: Options) -> dict[str, Examples]:
+    """Refuse files and folders that are not there or cannot be written. None is read but for the heads of tables.
+
+    Returns:
+        The tables of "data" and "validation", so that what their heads show is found and said once. A file that is
+        both is one.
+    """
     check_writable(options["output"])
-    texts = [options["init_document"], options["distill_from"]]
-    tables = [options["data"], options["validation"]]
-    if options["distill_from"] is not None:
-        texts, tables = [*texts, options["validation"]], []
-    for path in texts:
-        if path is not None:
-            with open(path, encoding="utf-8"):  # an OSError names it
-                pass
-    for spec in tables:
-        if spec is not None:
-            Examples(spec, **{name: options[name] for name in READING})
+    for name in texts_of(options):
+        with open(options[name], encoding="utf-8"):  # an OSError names it
+            pass
+    tables = _tables(options) if options["distill_from"] is None else {}
     if options["init_path"] is not None:
         check_adapter(options["init_path"])
     check_base(options["model"], **loading_of(options))
+    return tables
+
+
+def texts_of(options: Options) -> list[str]:
+    """The options that name a text."""
+    distilled = ["distill_from", "validation"] if options["distill_from"] is not None else []
+    return [name for name in ("init_document", *distilled) if options[name] is not None]
+
+
+def _tables(options: Options) -> dict[str, Examples]:
+    data, validation = options["data"], options["validation"]
+    reading = {name: options[name] for name in READING}
+    found = {"data": Examples(data, **reading)}
+    if validation is not None and validation == data and data not in AWS_TASKS:
+        found["validation"] = found["data"]
+    elif validation is not None or (data in AWS_TASKS and options["validation_share"] is None):
+        found["validation"] = Examples(validation or data, split="dev", **reading)
+    return found
 
 
 def loading_of(options: Options) -> dict[str, Any]:

@@ -223,7 +223,7 @@ def _kind_of(spec: str, path: Path) -> str:
     if not path.is_dir() and not path.name.endswith(SUFFIXES):
         raise ValueError(f"{path}: data must be one of {AWS_TASKS} or a file that ends in one of {SUFFIXES}")
     if not path.exists():
-        raise ValueError(f"{path}: no such file")
+        raise ValueError(f"{path}: no such file; give one that is there")
     if path.is_dir() and not any(path.rglob("*.xml")):
         raise ValueError(f"{spec!r} is a folder without WebNLG's .xml files: give a file of rows")
     if path.is_dir() or path.suffix == ".xml":
