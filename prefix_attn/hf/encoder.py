@@ -46,7 +46,7 @@ class PrefixEncoder(nn.Module):
     any, ``state_dict`` has them as an entry of numbers, because files of tensors hold nothing else.
     """
 
-    frozen: Tensor | None
+    frozen: nn.Parameter | None
     gate: nn.Parameter | None
 
     def __init__(
@@ -76,7 +76,9 @@ class PrefixEncoder(nn.Module):
         self.dropout = nn.Dropout(dropout)
         self.mlp: nn.Module | None = None
         self.unshown: dict[str, Any] = {}
-        self.register_buffer("frozen", torch.zeros(num_frozen_tokens, width) if num_frozen_tokens else None)
+        # A parameter, as in PEFT: DistributedDataParallel sends buffers in every forward.
+        rows = nn.Parameter(torch.zeros(num_frozen_tokens, width), requires_grad=False)
+        self.register_parameter("frozen", rows if num_frozen_tokens else None)
         self.gate = None if gate_heads is None else nn.Parameter(torch.zeros(num_layers, gate_heads))
         trained = num_virtual_tokens - num_frozen_tokens
         if hidden_size is None:
@@ -136,12 +138,11 @@ class PrefixEncoder(nn.Module):
             self.embedding = nn.Parameter(self._trained().detach().clone(), self.embedding.requires_grad)
             self.mlp = None
 
-    def _apply(self, fn: Any, recurse: bool = True) -> PrefixEncoder:
-        """As of any module, but ``frozen`` keeps its values: who moves a model to the meta device fills parameters."""
-        frozen = self.frozen
-        super()._apply(fn, recurse)
-        if frozen is not None and self.frozen is not None and self.frozen.is_meta:
-            self.frozen = frozen
+    def requires_grad_(self, requires_grad: bool = True) -> PrefixEncoder:
+        """As of any module, but what is frozen stays so."""
+        super().requires_grad_(requires_grad)
+        if self.frozen is not None:
+            self.frozen.requires_grad_(False)
         return self
 
     def _trained(self) -> Tensor:
@@ -149,7 +150,7 @@ class PrefixEncoder(nn.Module):
         return self.embedding if self.mlp is None else self.mlp(self.embedding)
 
     def _after_frozen(self, rows: Tensor) -> Tensor:
-        return rows if self.frozen is None else torch.cat([self.frozen, rows])
+        return rows if self.frozen is None else torch.cat([self.frozen.detach(), rows])
 
 
 def _tell(encoder: PrefixEncoder, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any]) -> None:

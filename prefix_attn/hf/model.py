@@ -229,7 +229,7 @@ class PrefixModel(PeftWords):
         for own, parts in made.items():
             self._install(own, *parts)
         first = "default" if "default" in made else next(iter(made))
-        self.active_prefix = next((own for own in made if found[own].active), first)
+        self.make_active(next((own for own in made if found[own].active), first))
 
     def forward(
         self,

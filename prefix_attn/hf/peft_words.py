@@ -35,13 +35,13 @@ class PeftWords(NamedPrefixes):
         """``add_prefix``, but the active prefix stays, if there is one."""
         active = self.active_prefix
         self.add_prefix(adapter_name, peft_config)
-        self.active_prefix = active or adapter_name
+        self.make_active(active or adapter_name)
 
     def load_adapter(self, model_id: str | Path, adapter_name: str, is_trainable: bool = False, **options: Any) -> None:
         """``load_prefix``, but the active prefix stays, if there is one."""
         active = self.active_prefix
         self.load_prefix(model_id, adapter_name, is_trainable=is_trainable, **options)
-        self.active_prefix = active or adapter_name
+        self.make_active(active or adapter_name)
 
     def set_adapter(self, adapter_name: str) -> None:
         """``set_prefix``."""

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from prefix_attn.hf.attach.attachment import Attachment
 from prefix_attn.hf.attach.banks import NO_PREFIX
-from prefix_attn.hf.attach.ranks import gathering
+from prefix_attn.hf.attach.ranks import gathering, several_processes
 from prefix_attn.hf.attach.task_heads import train_copies
 from prefix_attn.hf.attach.wrapper import Wrapper, device_of
 from prefix_attn.hf.config import PrefixConfig
@@ -149,6 +149,15 @@ class NamedPrefixes(Wrapper):
         if not name or "." in name or hasattr(self.prefixes, name):
             raise ValueError(f"a prefix cannot be named {name!r}: its name becomes that of a module")
 
+    def make_active(self, name: str) -> None:
+        """Make a new prefix the active one. Of several processes each then trains it alone, as by ``set_prefix``.
+
+        One process may train several at once, so all stay trainable there.
+        """
+        if several_processes():
+            self.set_prefix(name)
+        self.active_prefix = name
+
     def make_encoder(self, config: PrefixConfig) -> PrefixEncoder:
         """An encoder with the shapes that the resolved ``config`` has on this model; its values are arbitrary."""
         _, slots, heads, size = self.attachment.resolver.layout(config)
@@ -184,4 +193,4 @@ class NamedPrefixes(Wrapper):
         self.heads[name] = task_heads
         self.prefixes[name] = encoder.to(device_of(self.base_model.get_input_embeddings()))
         self.prefix_configs[name] = config
-        self.active_prefix = name
+        self.make_active(name)

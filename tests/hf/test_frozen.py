@@ -61,6 +61,28 @@ def test_start_and_gradient_are_those_of_a_prefix_without_frozen_tokens(form: st
         assert torch.equal(grads[0], grads[1][F:])
 
 
+@pytest.mark.parametrize("name", ["llama", "bart"])
+def test_distributed_data_parallel_has_no_buffer_to_send(name: str) -> None:
+    """It sends those that it does not ignore in every forward. What is frozen is no buffer, and is never trained."""
+    model = prefixed(name)
+    assert [name for name, _ in model.named_buffers() if name not in model._ddp_params_and_buffers_to_ignore] == []
+    encoder = model.prefixes["default"].requires_grad_(True)
+    assert {name: p.requires_grad for name, p in encoder.named_parameters()} == {"embedding": True, "frozen": False}
+    encoder.frozen.requires_grad_(True)  # as a loop over all parameters would
+    model(tokens(), labels=tokens()).loss.backward()
+    assert encoder.frozen.grad is None
+    assert encoder.embedding.grad is not None
+
+
+def test_a_state_of_a_buffer_loads() -> None:
+    """As frozen tokens were, under the same name."""
+    model, other = prefixed(), prefixed(**FORMS["mlp"])
+    for one in (model, other):
+        state = {name: tensor + 1 for name, tensor in one.state_dict().items()}
+        one.load_state_dict(state)
+        assert torch.equal(one.prefixes["default"].frozen, state["prefixes.default.frozen"])
+
+
 def test_dropout_is_for_trained_tokens() -> None:
     encoder = prefixed(dropout=0.5).train().prefixes["default"]
     kv = encoder()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import sys
 import threading
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ import torch
 from torch import nn
 
 from prefix_attn import PrefixConfig, PrefixModel, get_prefix_model
+from prefix_attn.hf import edit
 from tests.hf.models import tiny, tokens
 
 P = 4
@@ -51,6 +53,34 @@ def test_the_active_prefix_alone_is_trainable() -> None:
     model.delete_prefix("loaded")
     assert model.active_prefix == "default"
     assert trainable(model) == {"default"}
+
+
+def test_each_way_to_make_a_prefix_leaves_one_trainable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The active one, whichever that is, where several processes train: none waits for the gradients of another."""
+    for name, value in {"is_initialized": True, "get_world_size": 2, "get_rank": 0}.items():
+        monkeypatch.setattr(torch.distributed, name, lambda value=value: value)
+    model = get_prefix_model(tiny("llama"), PrefixConfig(num_virtual_tokens=P))
+    model.add_prefix("added", PrefixConfig(num_virtual_tokens=P))
+    assert trainable(model) == {"added"}
+    model.save_pretrained(tmp_path, selected_adapters=["added"])
+    model.load_prefix(tmp_path / "added", "loaded", is_trainable=True)
+    assert trainable(model) == {"loaded"}
+    edit.concatenate(model, ["added", "default"], "made", is_trainable=True)
+    assert trainable(model) == {"made"}
+    model.add_adapter("adapter", PrefixConfig(num_virtual_tokens=P))  # which leaves the active one
+    model.load_adapter(tmp_path / "added", "loaded too", is_trainable=True)
+    assert trainable(model) == {"made"}
+    model.set_adapter("adapter")
+    with model.disable_prefix():
+        assert trainable(model) == {"adapter"}
+    assert trainable(model) == {"adapter"}
+    model.delete_prefix("adapter")
+    assert trainable(model) == {"default"}
+    torch.save(model.state_dict(), tmp_path / "state.pt")
+    names = model.prefix_names
+    again = PrefixModel.from_pretrained(tiny("llama"), tmp_path / "state.pt", is_trainable=True)
+    assert again.prefix_names == names
+    assert trainable(again) == {again.active_prefix}
 
 
 def test_heads_rest_with_their_prefix() -> None:

@@ -113,5 +113,13 @@ def draw_alike(attentions: Iterable[nn.Module]) -> None:
 
 def is_first() -> bool:
     """Whether this process is the first, or the only one: the one that writes files."""
-    several = torch.distributed.is_available() and torch.distributed.is_initialized()
-    return not several or torch.distributed.get_rank() == 0
+    return not _is_joined() or torch.distributed.get_rank() == 0
+
+
+def several_processes() -> bool:
+    """Whether other processes have joined this one."""
+    return _is_joined() and torch.distributed.get_world_size() > 1
+
+
+def _is_joined() -> bool:
+    return torch.distributed.is_available() and torch.distributed.is_initialized()

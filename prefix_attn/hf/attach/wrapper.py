@@ -43,9 +43,10 @@ class Wrapper(Reached):
     def _wrap(self, base: PreTrainedModel) -> None:
         """Take ``base``. This is the last thing that ``__init__`` does: what is set later may be an attribute of it."""
         self.register_module("base_model", base)
-        # What no file holds is computed alike in all processes: DistributedDataParallel need not send it every step.
-        computed = {name for name, _ in base.named_buffers()} - base.state_dict(keep_vars=True).keys()
-        self._ddp_params_and_buffers_to_ignore = [f"base_model.{name}" for name in sorted(computed)]
+        # All processes compute or read them alike: DistributedDataParallel need not send them in every forward.
+        counting = {name for name, module in base.named_modules() if hasattr(module, "track_running_stats")}
+        names = [name for name, _ in base.named_buffers() if name.rpartition(".")[0] not in counting]
+        self._ddp_params_and_buffers_to_ignore = [f"base_model.{name}" for name in names]
         self._take_name()
 
     def _take_name(self) -> None:
