@@ -1,4 +1,4 @@
-# make demo | test | newest | lint | instructions | bench | soak | fuzz | serve-env | serve-test | nightly | gpu | dist | clean, all in .venv or VENV=folder.
+# make demo | test | newest | lint | instructions | bench | soak | fuzz | serve | serve-env | serve-test | nightly | gpu | dist | clean, all in .venv or VENV=folder.
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DELETE_ON_ERROR:
@@ -28,7 +28,7 @@ export OMP_WAIT_POLICY := PASSIVE
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help demo test newest lint instructions bench soak fuzz serve-env serve-test nightly gpu dist clean
+.PHONY: help demo test newest lint instructions bench soak fuzz serve serve-env serve-test nightly gpu dist clean
 
 help:
 	@sed -n '1s/^# //p' Makefile
@@ -76,6 +76,10 @@ nightly: $(VENV)/.installed-test demo bench
 
 # vLLM and this package in an environment of their own: 3.5 GB, about 3 minutes.
 serve-env: $(SERVE_VENV)/.installed
+
+# The same prefix on both engines, and the time to the first answer.
+serve: serve-env
+	$(SERVE_RUN) examples/serve.py $(ARGS)
 
 # vLLM itself against generate, on SmolLM2: about half an hour of one core. SERVE_TEST_BASE=tiny: a model made on the
 # spot, about 3 minutes. Its warnings are not ours to mend.

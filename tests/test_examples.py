@@ -7,6 +7,7 @@ import json
 import os
 import re
 import runpy
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -19,7 +20,7 @@ from prefix_attn.training.prompts import Prompt
 from prefix_attn.training.tokens import collate, encode
 from tests.hf.models import tiny
 from tests.numerics import MODEL
-from tests.tokens import END
+from tests.tokens import END, byte_tokenizer
 from tests.training.test_chat import tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -214,6 +215,21 @@ def test_classification() -> None:
     ((before, after),) = changes(text)
     assert after > before + 20
     assert float(re.findall(r"differ by (\S+)", text)[0]) == 0
+
+
+def test_serve(tmp_path: Path) -> None:
+    """With a model and a prefix that are made here, and the engine of this environment."""
+    base = tiny("llama", vocab_size=257, max_position_embeddings=256, eos_token_id=END, pad_token_id=END)
+    base.save_pretrained(tmp_path / "base")
+    byte_tokenizer().save_pretrained(tmp_path / "base")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    arguments = ("--model", tmp_path / "base", "--prefix", tmp_path / "run", "--engine", "transformers")
+    command, demo, bare = run("serve", *arguments, "--port", port).splitlines()
+    assert command.startswith("$ prefix-attn serve ") and command.endswith(f"--engine transformers --port {port}")
+    assert re.match(r"demo \(\d+ s after the start\): .*{'prompt_tokens': 51,", demo)
+    assert "'prompt_tokens': 51," in bare
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)

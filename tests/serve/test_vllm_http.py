@@ -57,7 +57,7 @@ def server(world: World, folder: Path) -> Iterator[tuple[subprocess.Popen[str], 
         command += ["--prefix", f"{name}={path}"]
     command += ["--prefixes", str(folder), "--allow-loading", "--max-batch", "32", "--"]
     command += ["--max-model-len", "1024", "--block-size", "32", "--enforce-eager", "--enable-prompt-tokens-details"]
-    with (folder.parent / "log").open("w") as log:
+    with (folder.parent / "log").open("w") as log:  # what the server says
         process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, text=True, start_new_session=True)
     try:
         yield process, port
@@ -73,6 +73,7 @@ def server(world: World, folder: Path) -> Iterator[tuple[subprocess.Popen[str], 
 @pytest.fixture(scope="module")
 def client(server: tuple[subprocess.Popen[str], int], folder: Path) -> Iterator[httpx.Client]:
     process, port = server
+    """Once it answers."""
     url, start = f"http://{HOST}:{port}", time.monotonic()
     with httpx.Client(base_url=url, timeout=PATIENCE, limits=httpx.Limits(max_connections=64)) as client:
         while True:

@@ -1,8 +1,9 @@
-"""Trained prefixes on vLLM: a KV connector, and ASGI middleware for its server.
+r"""Trained prefixes on vLLM: a KV connector, and ASGI middleware for its server.
 
     vllm serve BASE --kv-transfer-config '{"kv_connector": "PrefixConnector",
         "kv_connector_module_path": "prefix_attn.serve.vllm", "kv_role": "kv_consumer",
-        "kv_connector_extra_config": {"prefixes": {"e2e": "runs/e2e"}}}' --middleware prefix_attn.serve.vllm.Prefixes
+        "kv_connector_extra_config": {"prefixes": {"e2e": "runs/e2e"}}}' \
+        --middleware prefix_attn.serve.vllm.Prefixes --enable-scale-out
 
 A prompt starts with P placeholders, which take the positions 0..P-1 and the slots of the prefix in the paged cache. The
 connector tells the scheduler that these tokens are computed already, and writes the keys and values of the prefix into

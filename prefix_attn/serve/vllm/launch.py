@@ -81,6 +81,7 @@ def command(
     found = [sys.executable, "-m", ENTRY, "--model", source, "--served-model-name", base]
     found += ["--host", host, "--port", str(port), "--generation-config", str(generation_folder(source, tokenizer))]
     found += ["--kv-transfer-config", json.dumps(transfer), "--middleware", "prefix_attn.serve.vllm.Prefixes"]
+    found += ["--enable-scale-out"]  # the middleware has the server render texts, at /render
     if not any(given.split("=")[0] == "--dtype" for given in arguments):  # as load_base has it
         found += ["--dtype", "bfloat16" if torch.cuda.is_available() else "float32"]
     return [*found, *arguments]
