@@ -73,6 +73,7 @@ nightly: $(VENV)/.installed-test demo bench
 	$(BIN)/python -m benchmarks.kernels.compile_kernels --check
 	$(MAKE) soak ARGS="--minutes 5"
 	$(MAKE) fuzz ARGS="--count 20000"
+	$(MAKE) serve-test
 
 # vLLM and this package in an environment of their own: 3.5 GB, about 3 minutes.
 serve-env: $(SERVE_VENV)/.installed

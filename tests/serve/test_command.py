@@ -105,6 +105,17 @@ def test_wrong_options_are_refused(
         serve("base", **{"prefix": ["a=run"], **options})
 
 
+def test_every_folder_in_a_folder_is_a_prefix(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("more/x", "more/y", "more/.hidden", "run"):
+        (tmp_path / name).mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    seen: list[Any] = []
+    monkeypatch.setattr("prefix_attn.cli.serve._transformers", lambda *arguments: seen.extend(arguments))
+    serve("base", prefix=["a=run"], prefixes=Path("more"), engine="transformers", max_batch=3)
+    folders = {"a": Path("run"), "x": Path("more/x"), "y": Path("more/y")}
+    assert seen == ["base", folders, "127.0.0.1", 8000, 3, 256]
+
+
 def test_what_cannot_be_served_is_refused_by_name(tmp_path: Path) -> None:
     plain = saved_prefix(tmp_path / "plain", num_virtual_tokens=4)
     gated = saved_prefix(tmp_path / "gated", num_virtual_tokens=4, gate="zero", position_mode="none")

@@ -93,7 +93,7 @@ def refusals(stored: Stored, shape: Shape) -> Iterator[str]:
     if config.position_mode == "none":
         yield (
             "its texts start at position 0 (position_mode='none'); prefix_attn.hf.edit.move(..., position_mode='shift')"
-            " makes one whose texts start behind it, and 'prefix-attn serve' does so by itself"
+            " makes one whose texts start behind it, and 'prefix-attn serve --prefix' does so by itself"
         )
     if config.modules_to_save or stored.others or stored.tensors.keys() - {KEY, GATE}:
         yield "weights of the base model were trained with it"
