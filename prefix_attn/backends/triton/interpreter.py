@@ -6,14 +6,12 @@ word. The third repair lets numpy 2.4 turn a loop bound into an integer, which i
 arrays.
 
 Triton searches its whole language for builtins whenever a kernel calls a function of its own: two fifths of a launch.
-Here it remembers their names.
+Here it does so once per launch and module.
 """
 
 from __future__ import annotations
 
-import inspect
 import os
-from functools import cache
 from typing import Any
 
 ACTIVE = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")  # as Triton reads it
@@ -39,7 +37,8 @@ def repair() -> None:
         return (np.where(np.isnan(x), bits | 0x400000, nearest_even) >> 16).astype(np.uint16)
 
     plain_dot, plain_trunc = builder.create_dot, builder.create_fp_trunc
-    plain_patch = interpreter._patch_lang_tensor
+    plain_patch, plain_lang = interpreter._patch_lang_tensor, interpreter._patch_lang
+    patched: set[int] = set()  # globals of functions
 
     def create_dot(self: Any, a: Any, b: Any, *rest: Any) -> Any:
         return plain_dot(self, widened(a), widened(b), *rest)
@@ -53,15 +52,17 @@ def repair() -> None:
         plain_patch(tensor, scope)
         scope.set_attr(tensor, "__index__", lambda self: int(np.asarray(self.handle.data).item()))
 
-    @cache
-    def builtins(package: Any) -> list[str]:
-        return [name for name, member in inspect.getmembers(package) if tl.core.is_builtin(member)]
-
-    def patch_builtin(package: Any, *rest: Any) -> None:
-        for name in builtins(package):
-            if tl.core.is_builtin(member := getattr(package, name)):  # not patched yet
-                interpreter._patch_attr(package, name, member, *rest)
+    def patch_lang(fn: Any) -> Any:
+        """Once for the functions of a module, until the launch ends: all of them find the same language."""
+        if id(fn.__globals__) in patched:
+            return None
+        scope, outermost = plain_lang(fn), not patched
+        patched.add(id(fn.__globals__))
+        if outermost:
+            plain_restore = scope.restore
+            scope.restore = lambda: (plain_restore(), patched.clear())
+        return scope
 
     builder.create_dot, builder.create_fp_trunc = create_dot, create_fp_trunc
-    interpreter._patch_lang_tensor, interpreter._patch_builtin = patch_lang_tensor, patch_builtin
+    interpreter._patch_lang_tensor, interpreter._patch_lang = patch_lang_tensor, patch_lang
     builder._prefix_attn_repaired = True
