@@ -167,6 +167,9 @@ def test_tickets(tmp_path: Path) -> None:
     assert "tickets.csv: 3 of 120 rows are left out: 2 x 'reply' is empty" in text
     (stopped,) = re.findall(r"stopped by SIGINT after step (\d+)\. To go on: .* --resume", text)
     assert 6 <= int(stopped) < 60
+    first, *_, last = re.findall(r"validation loss (.*)$", text, re.MULTILINE)
+    assert first.endswith(" at step 0")
+    assert " -> " in last
     metrics = json.loads((tmp_path / "out" / "run" / "metrics.json").read_text())
     assert metrics["steps"] == 60
     with (tmp_path / "out" / "answers.csv").open(encoding="utf-8", newline="") as file:

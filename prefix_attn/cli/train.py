@@ -313,7 +313,9 @@ def _summary(metrics: dict[str, Any], output: Path) -> str:
         f"{metrics['trainable_parameters']:,} parameters ({metrics['trainable_share']:.3%}) trained, saved in {output}"
     )
     validation, kept = metrics["validation_loss"], metrics["kept_step"]
-    if validation:
+    if len(validation) == 1:  # stopped before the next
+        text += f"; validation loss {validation[0][1]:.3f} at step {validation[0][0]}"
+    elif validation:
         losses = dict(map(tuple, validation))
         text += f"; validation loss {validation[0][1]:.3f} -> {losses.get(kept, validation[-1][1]):.3f}"
     if kept != metrics["steps"]:

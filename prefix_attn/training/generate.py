@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
 Source = str | Sequence[Message]
 MOST_ROWS = {"cpu": 16, "cuda": 64}  # of a batch that is chosen; more gain little
+FEW_TOKENS = 4096  # of a batch: reading its padding costs less than another batch
 _log = logging.getLogger(__name__)
 
 
@@ -133,7 +134,8 @@ class Generator:
         texts = [""] * len(prompts)
         with evaluating(self.model):
             while order:
-                batch = order[: self._rows(len(prompts[order[0]]))]
+                rows = order[: self._rows(len(prompts[order[0]]))]
+                batch = rows[: _similar([len(prompts[i]) for i in rows])]
                 outputs = self._outputs([prompts[i] for i in batch], [seeds[i] for i in batch])
                 if outputs is None:  # too many rows
                     self.most_rows = len(batch) // 2
@@ -297,7 +299,17 @@ def _room(model: Any, tokenizer: PreTrainedTokenizerBase, prompt: Prompt, new_to
     return None if room is None else room - new_tokens, tail
 
 
-# Memory ---------------------------------------------------------------------------------------------------------------
+# Batches --------------------------------------------------------------------------------------------------------------
+
+
+def _similar(lengths: Sequence[int]) -> int:
+    """How many of the first rows, longest first, share a batch. Padding at most doubles the tokens of a large one."""
+    tokens = 0
+    for count, length in enumerate(lengths, 1):
+        tokens += length
+        if count * lengths[0] > max(2 * tokens, FEW_TOKENS):
+            return count - 1
+    return len(lengths)
 
 
 def _bytes_of_a_row(model: Any, width: int, decoding: Decoding) -> int:
