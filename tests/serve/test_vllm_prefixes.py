@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from prefix_attn.hf.config import PrefixConfig
 from prefix_attn.hf.model import PrefixModel, get_prefix_model
 from prefix_attn.serve.vllm.choice import Choice, Refused, choice_of, placeholders
-from prefix_attn.serve.vllm.launch import chat_stop_ids, command, shape_of_base, shifted
+from prefix_attn.serve.vllm.launch import chat_stop_ids, command, of_device, shape_of_base, shifted
 from prefix_attn.serve.vllm.limits import check_layer, check_server
 from prefix_attn.serve.vllm.loads import Load, Planner, Rank, Source, slots
 from prefix_attn.serve.vllm.registry import Held, Registry, Settings, Unknown, is_plain
@@ -480,11 +480,23 @@ def test_the_command_of_the_server(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert options["--middleware"] == "prefix_attn.serve.vllm.Prefixes"
     config = json.loads(Path(options["--generation-config"], "generation_config.json").read_text())
     assert config["eos_token_id"] == END
-    assert "--dtype" in command(str(base), {"mine": prefix}, arguments=["--dtype=bfloat16"])[-1]
     with pytest.raises(ValueError, match="--served-model-name is set by this command"):
         command(str(base), {"mine": prefix}, arguments=["--served_model_name=x"])
     with pytest.raises(ValueError, match="it has a gate"):
         command(str(base), {"mine": saved(tmp_path / "gated", gate="zero")})
+
+
+def test_arguments_come_before_those_of_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("VLLM_CPU_KVCACHE_SPACE", raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    dtype, room = ["--dtype", "float32"], ["--kv-cache-memory-bytes", str(2 << 30)]
+    assert of_device([]) == [*dtype, *room]
+    assert of_device(["--dtype=bfloat16"]) == room
+    assert of_device(["--num-gpu-blocks-override", "48"]) == of_device(["--kv-cache-memory-bytes=1"]) == dtype
+    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
+    assert of_device([]) == dtype
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert of_device([]) == ["--dtype", "bfloat16"]
 
 
 def test_chats_end_where_the_template_ends_an_answer() -> None:

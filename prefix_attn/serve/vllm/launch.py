@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 ENTRY = "vllm.entrypoints.openai.api_server"
 # What this command says itself.
 _OURS = ("--model", "--served-model-name", "--generation-config", "--kv-transfer-config", "--host", "--port")
+CPU_CACHE = 2 << 30  # bytes
 _UNLIMITED = 1 << 30  # tokens, of models that name no limit
 _log = logging.getLogger(__name__)
 
@@ -82,17 +83,27 @@ def command(
     found += ["--host", host, "--port", str(port), "--generation-config", str(generation_folder(source, tokenizer))]
     found += ["--kv-transfer-config", json.dumps(transfer), "--middleware", "prefix_attn.serve.vllm.Prefixes"]
     found += ["--enable-scale-out"]  # the middleware has the server render texts, at /render
-    if not any(given.split("=")[0] == "--dtype" for given in arguments):  # as load_base has it
-        found += ["--dtype", "bfloat16" if torch.cuda.is_available() else "float32"]
-    return [*found, *arguments]
+    return [*found, *of_device(arguments), *arguments]
+
+
+def of_device(arguments: Sequence[str]) -> list[str]:
+    """The dtype that ``load_base`` has; on a CPU also a cache that leaves room for others. ``arguments`` go first."""
+    given, on_gpu = {argument.split("=")[0] for argument in arguments}, torch.cuda.is_available()
+    found = [] if "--dtype" in given else ["--dtype", "bfloat16" if on_gpu else "float32"]
+    sized = {"--kv-cache-memory-bytes", "--gpu-memory-utilization", "--num-gpu-blocks-override"} & given
+    if not on_gpu and not sized and "VLLM_CPU_KVCACHE_SPACE" not in os.environ:
+        found += ["--kv-cache-memory-bytes", str(CPU_CACHE)]  # vLLM would take 9 tenths of the machine's memory
+    return found
 
 
 def run(arguments: Sequence[str]) -> NoReturn:
     """Become the server. On a CPU, vLLM wants Intel's OpenMP to be loaded first, where it came with it."""
     environment = dict(os.environ)
     openmp = Path(sys.prefix, "lib", "libiomp5.so")
-    if not torch.cuda.is_available() and openmp.is_file():
-        environment.setdefault("LD_PRELOAD", str(openmp))
+    if not torch.cuda.is_available():
+        environment.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # cores are for others too
+        if openmp.is_file():
+            environment.setdefault("LD_PRELOAD", str(openmp))
     os.execve(arguments[0], list(arguments), environment)
 
 
