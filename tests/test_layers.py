@@ -300,7 +300,7 @@ PRIVATE = {
     # Which units the processor has: torch.cpu says it under these names alone.
     *("_is_avx512_bf16_supported", "_is_amx_tile_supported"),
     # Triton's interpreter is repaired in place, and marked as repaired.
-    *("_patch_attr", "_patch_builtin", "_patch_lang_tensor", "_prefix_attn_repaired"),
+    *("_patch_lang", "_patch_lang_tensor", "_prefix_attn_repaired"),
     # transformers has setters, but nothing public that reads these back.
     *("_attn_implementation", "_can_set_attn_implementation", "_name_or_path"),
     # Whose queue_callback calls something at the end of a backward, as torch's own FSDP has it called.
