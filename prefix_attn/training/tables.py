@@ -206,7 +206,7 @@ def parquet_records(path: Path, columns: Collection[str | None]) -> Iterator[Rec
     from pyarrow import ArrowException, parquet
 
     try:
-        with opened(path) as stream, parquet.ParquetFile(stream) as file:
+        with opened(path) as stream, parquet.ParquetFile(stream, **_limits(stream)) as file:
             names = file.schema_arrow.names
             if twice := [name for name, count in Counter(names).items() if count > 1]:
                 raise ValueError(f"{path}: more than one column is named {quoted(twice[0])}; rename them")
@@ -226,6 +226,21 @@ def parquet_records(path: Path, columns: Collection[str | None]) -> Iterator[Rec
                     yield number, row
     except (ArrowException, OSError, OverflowError) as error:
         raise ValueError(f"{path}: not Parquet ({shortened(error)})") from None
+
+
+def _limits(stream: Any) -> dict[str, int]:
+    """The longest list and text that the footer of a Parquet file can hold. pyarrow makes them before it reads them.
+
+    An entry of a list that may be long has at least 8 bytes, and takes up to 2 kB of memory.
+    """
+    size = stream.seek(0, 2)
+    stream.seek(max(size - 8, 0))
+    footer = min(int.from_bytes(stream.read(4), "little"), size)
+    stream.seek(0)
+    return {
+        "thrift_container_size_limit": min(max(footer // 8, 16), 10**6),
+        "thrift_string_size_limit": min(max(size, 1), 10**8),
+    }
 
 
 def unpacked_at_most(path: Path) -> int:

@@ -157,6 +157,36 @@ def test_a_parquet_bomb_is_stopped(kind: str, tmp_path: Path, monkeypatch: pytes
     assert grown() < 200 << 20
 
 
+LISTS = {  # a footer up to the head of one of its lists
+    "columns of a schema": b"\x15\x02\x19",
+    "groups of rows": b"\x15\x02\x19\x1c\x48\x01r\x15\x00\x00\x16\x00\x19",
+    "columns of a group": b"\x15\x02\x19\x1c\x48\x01r\x15\x00\x00\x16\x00\x19\x1c\x19",
+}
+
+
+@pytest.mark.parametrize("case", LISTS)
+def test_a_list_that_a_parquet_footer_does_not_hold_takes_no_memory(case: str, tmp_path: Path) -> None:
+    """A million entries, in 40 bytes: pyarrow would make 700 MB of columns before it reads the first."""
+    footer = LISTS[case] + b"\xfc\xc0\x84\x3d"
+    path = tmp_path / "a.parquet"
+    path.write_bytes(b"PAR1" + footer + len(footer).to_bytes(4, "little") + b"PAR1")
+    with peak_growth() as grown, pytest.raises(ValueError, match="not Parquet"):
+        read_examples(path)
+    assert grown() < 50 << 20
+
+
+def test_many_columns_are_no_lie(tmp_path: Path) -> None:
+    """Lists in a footer may be as long as it has room for, with names of one character."""
+    import pyarrow
+    from pyarrow import parquet
+
+    columns = {chr(n): [n] for n in range(0x100, 0x500)} | {"source": ["a"], "target": ["b"]}
+    parquet.write_table(
+        pyarrow.table(columns), tmp_path / "a.parquet", store_schema=False, write_statistics=False, compression="none"
+    )
+    assert [example.source for example in read_examples(tmp_path / "a.parquet")] == ["a"]
+
+
 def test_no_byte_of_a_parquet_footer_ends_the_process(tmp_path: Path) -> None:
     """pyarrow aborts where it is asked for the sizes of a column whose statistics are damaged."""
     import pyarrow
