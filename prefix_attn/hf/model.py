@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from prefix_attn.hf.attach.banks import make_bank, make_rows, row_names
-from prefix_attn.hf.attach.continuous import bank_of, generate_batch
 from prefix_attn.hf.attach.infix import end_of_prompt, start_of_targets
 from prefix_attn.hf.attach.ranks import draw_alike, gathered, is_first
 from prefix_attn.hf.attach.task_heads import copy_task_heads, task_heads_in_place
 from prefix_attn.hf.attach.trained import changes, set_trained
+from prefix_attn.hf.batched import Batched
 from prefix_attn.hf.config import PeftPrefixConfig, PrefixConfig
 from prefix_attn.hf.encoder import PrefixEncoder
 from prefix_attn.hf.hub import download_options
@@ -25,10 +25,9 @@ from prefix_attn.hf.initial import draw_pieces, initial_embeddings, initial_kv, 
 from prefix_attn.hf.io import checkpoint, formats
 from prefix_attn.hf.io.stored import Stored
 from prefix_attn.hf.io.writing import locked
-from prefix_attn.hf.peft_words import PeftWords
 
 if TYPE_CHECKING:
-    from transformers import GenerationConfig, PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase
 
 
 def get_prefix_model(
@@ -60,7 +59,7 @@ def get_prefix_model(
     return model
 
 
-class PrefixModel(PeftWords):
+class PrefixModel(Batched):
     """A frozen model with trained prefixes (Li and Liang 2021, section 4.2). Other attributes are the base model's.
 
     A forward or generate keeps the prefixes that it started with. Prefixes that are added, selected, deleted or
@@ -286,44 +285,6 @@ class PrefixModel(PeftWords):
         names = row_names(prefix_names, adapter_names, *prompts)
         with self._own_forward(), self._running(names, partial(end_of_prompt, infix_start, *prompts)):
             return self.base_model.generate(*args, **kwargs)
-
-    def generate_batch(
-        self,
-        inputs: Sequence[Sequence[int]],
-        generation_config: GenerationConfig | None = None,
-        continuous_batching_config: Any = None,
-        *,
-        prefix_names: Sequence[str | None] | None = None,
-        **options: Any,
-    ) -> dict[str, Any]:
-        """The base model's generate_batch: transformers' continuous batching, with a prefix for each request.
-
-        Args:
-            inputs: the tokens of each prompt, without padding.
-            generation_config: default: the model's own.
-            continuous_batching_config: transformers' ContinuousBatchingConfig. The prefixes take none of its pages.
-                Requests share blocks only where all have one prefix.
-            prefix_names: the prefix of each request, None = no prefix. Default: the active one for all.
-            options: max_new_tokens, record_timestamps, and ``progress``, which is called with 1 after each request.
-
-        Returns:
-            Transformers' GenerationOutput of each request, in the order of ``inputs``.
-
-        Raises:
-            NotImplementedError: the installed transformers takes no attention function of others (5.17 does), or a
-                prefix is an infix. RuntimeError: the engine failed. ValueError: unknown names.
-        """
-        names = [self.active_prefix] * len(inputs) if prefix_names is None else list(prefix_names)
-        if isinstance(prefix_names, str) or len(names) != len(inputs):
-            raise ValueError(f"prefix_names must be a list with a name, or None, for each of {len(inputs)} inputs")
-        if self._disabled:
-            names = [None] * len(inputs)
-        found = {name: self.find_prefix(name) for name in names if name is not None}
-        self.check_together(list(found))
-        layouts = [self.attachment.resolver.layout(config) for _, config in found.values()]
-        bank = bank_of(found, layouts[0], self.device) if found else None
-        given = {"generation_config": generation_config, "continuous_batching_config": continuous_batching_config}
-        return generate_batch(self._base(), bank, inputs, names, **given, **options)
 
     @contextmanager
     def _running(self, names: Sequence[str | None] | None, start: Callable[[], Tensor]) -> Iterator[None]:
