@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import io
 import json
+import logging
 import os
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +17,7 @@ import pytest
 import typer
 
 from prefix_attn import PrefixConfig, __version__, get_prefix_model
+from prefix_attn.cli import shared
 from prefix_attn.cli.app import app
 from tests.hf.models import tiny
 from tests.test_cli import ROWS, run
@@ -374,6 +377,47 @@ def test_names_of_options_are_whole_in_80_columns(
     for parameter in options_of(name):
         for option in (*parameter.opts, *parameter.secondary_opts):
             assert re.search(rf"{option}(?![\w-])", out), option
+
+
+@pytest.mark.parametrize("name", ["generate", "chat"])
+def test_help_says_how_a_line_break_is_written(
+    name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As two characters, of which help left one out."""
+    monkeypatch.setenv("COLUMNS", "300")
+    assert run(monkeypatch, name, "--help") == 0
+    out = capsys.readouterr().out
+    assert r"several times for several; \n is a line break." in out
+    assert r"a text with {source}, and with \n for line breaks" in out
+
+
+def test_python_runs_the_package(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """``python -m prefix_attn``, which torchrun takes too."""
+    monkeypatch.setattr(sys, "argv", ["prefix_attn", "--version"])
+    with pytest.raises(SystemExit) as stopped:
+        runpy.run_module("prefix_attn", run_name="__main__")
+    assert not stopped.value.code
+    assert capsys.readouterr().out == f"prefix-attn {__version__}\n"
+
+
+def test_bitsandbytes_does_not_say_at_every_product_what_it_rounds(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What it cannot do is still said."""
+    theirs = logging.getLogger("bitsandbytes.autograd._functions")
+
+    def load_base(*_: Any, **__: Any) -> tuple[None, None]:
+        theirs.warning("MatMul8bitLt: inputs will be cast")
+        theirs.error("no kernel")
+        return None, None
+
+    monkeypatch.setattr("prefix_attn.hf.load.load_base", load_base)
+    level = logging.getLogger("bitsandbytes").level
+    try:
+        shared.load("model")
+    finally:
+        logging.getLogger("bitsandbytes").setLevel(level)
+    assert [record.getMessage() for record in caplog.records] == ["no kernel"]
 
 
 def test_version(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

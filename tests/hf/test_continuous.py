@@ -88,6 +88,15 @@ if TAKES_OTHERS:
         assert set(threading.enumerate()) <= threads
         assert model.generate_batch([], prefix_names=[]) == {}
 
+    def test_outputs_have_20_tokens_where_nobody_says_how_many() -> None:
+        """The default of ``generate``, which warns that it is one."""
+        model, prompt = served("llama", a={"num_virtual_tokens": 3}), list(range(8, 40))
+        model.base_model.config.eos_token_id = model.generation_config.eos_token_id = None
+        longer = model.generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=21)[0, len(prompt) :].tolist()
+        (found,) = model.generate_batch([prompt], None, config()).values()
+        assert found.generated_tokens == longer[:20]
+        assert len(longer) == 21
+
     def test_blocks_of_an_engine_that_was_kept_are_not_used() -> None:
         """They have no prefix."""
         torch.manual_seed(0)
