@@ -13,6 +13,7 @@ import argparse
 import json
 import os
 import re
+import shutil
 import signal
 import statistics
 import subprocess
@@ -24,8 +25,11 @@ from typing import Any
 
 import httpx
 import torch
+from safetensors.torch import load_file, save_file
 
 from prefix_attn import PrefixConfig, get_prefix_model
+from prefix_attn.hf.io.files import read_metadata
+from prefix_attn.hf.io.stored import ADAPTER, ADAPTER_CONFIG
 from prefix_attn.hf.load import load_base
 
 HOST, PAGE = "127.0.0.1", os.sysconf("SC_PAGE_SIZE")
@@ -35,11 +39,14 @@ def make(model: str, folder: Path, number: int, length: int) -> int:
     """``number`` prefixes. Returns the bytes of one in float32."""
     base, tokenizer = load_base(model)
     prefixed = get_prefix_model(base, PrefixConfig(num_virtual_tokens=length), tokenizer)
-    (parameter,) = prefixed.prefixes["default"].parameters()
-    for i in range(number):
-        parameter.data.normal_(generator=torch.Generator().manual_seed(i))
-        prefixed.save_pretrained(folder / f"p{i:04}")
-    return parameter.nbytes
+    prefixed.save_pretrained(folder / "p0000")
+    metadata, ((key, value),) = read_metadata(folder / "p0000" / ADAPTER), load_file(folder / "p0000" / ADAPTER).items()
+    for i in range(1, number):
+        (folder / f"p{i:04}").mkdir()
+        shutil.copy(folder / "p0000" / ADAPTER_CONFIG, folder / f"p{i:04}")
+        other = value + torch.randn(value.shape, generator=torch.Generator().manual_seed(i))
+        save_file({key: other}, folder / f"p{i:04}" / ADAPTER, metadata)
+    return value.nbytes
 
 
 def resident(group: int) -> float:

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,13 +15,12 @@ from safetensors.torch import load_file, save_file
 from prefix_attn.hf.config import PrefixConfig
 from prefix_attn.hf.model import PrefixModel, get_prefix_model
 from prefix_attn.serve.vllm.choice import Choice, Refused, choice_of, placeholders
-from prefix_attn.serve.vllm.launch import chat_stop_ids, command, of_device, shape_of_base, shifted
-from prefix_attn.serve.vllm.limits import check_layer, check_server
+from prefix_attn.serve.vllm.launch import shape_of_base
 from prefix_attn.serve.vllm.loads import Load, Planner, Rank, Source, slots
 from prefix_attn.serve.vllm.registry import Held, Registry, Settings, Unknown, is_plain
 from prefix_attn.serve.vllm.stored import digest_of, read
-from tests.hf.models import spread, tiny, tokens
-from tests.tokens import END, byte_tokenizer
+from tests.hf.models import spread, tiny
+from tests.tokens import END
 
 SIZES = {"vocab_size": 257, "max_position_embeddings": 128, "eos_token_id": END, "pad_token_id": END}
 BLOCK = 8
@@ -366,141 +362,3 @@ def test_wrong_settings_are_refused(given: dict[str, Any], reason: str) -> None:
 
 def test_names_that_are_paths_are_no_names() -> None:
     assert [name for name in ("a", "a.b", "é", ".a", "a/b", "a\\b", "", "..") if is_plain(name)] == ["a", "a.b", "é"]
-
-
-def server(**changes: Any) -> Any:
-    """A ``VllmConfig``, as far as it is read."""
-    fields = {
-        "runner_type": "generate",
-        "is_encoder_decoder": False,
-        "use_mla": False,
-        "is_hybrid": False,
-        "is_attention_free": False,
-        "uses_alibi": False,
-        "uses_mrope": False,
-        "get_diff_sampling_param": lambda: changes.get("sampling", {}),
-    }
-    model = SimpleNamespace(**{name: changes.get(name, value) for name, value in fields.items()})
-    parallel = SimpleNamespace(pipeline_parallel_size=changes.get("pipeline", 1))
-    policy = SimpleNamespace(kv_load_failure_policy=changes.get("policy", "fail"))
-    return SimpleNamespace(
-        model_config=model,
-        parallel_config=parallel,
-        speculative_config=changes.get("speculative"),
-        kv_transfer_config=policy,
-    )
-
-
-def cache(kind: str = "FullAttentionSpec", groups: int = 1, **window: int) -> Any:
-    spec = type(kind, (), {"sliding_window": None, "attention_chunk_size": None} | window)()
-    return SimpleNamespace(kv_cache_groups=[SimpleNamespace(kv_cache_spec=spec, layer_names=["layers.0"])] * groups)
-
-
-@pytest.mark.parametrize(
-    ("config", "pages", "reason"),
-    [
-        (server(pipeline=2), cache(), "pipeline_parallel_size is 2"),
-        (server(speculative=object()), cache(), "speculative decoding"),
-        (server(policy="recompute"), cache(), "kv_load_failure_policy is 'recompute'"),
-        (server(sampling={"repetition_penalty": 1.1}), cache(), "repetition_penalty 1.1"),
-        (server(runner_type="pooling"), cache(), "'pooling'"),
-        (server(is_encoder_decoder=True), cache(), "an encoder"),
-        (server(use_mla=True), cache(), "latent"),
-        (server(is_hybrid=True), cache(), "layers without attention"),
-        (server(uses_alibi=True), cache(), "ALiBi"),
-        (server(uses_mrope=True), cache(), "more than one dimension"),
-        (server(), cache("SlidingWindowSpec"), "layers.0 have a SlidingWindowSpec"),
-        (server(), cache("MLAAttentionSpec"), "have a MLAAttentionSpec"),
-        (server(), cache(sliding_window=8), "attend to a window"),
-        (server(), cache(attention_chunk_size=8), "attend to a window"),
-        (server(), cache(groups=2), "2 groups"),
-        (server(pipeline=2, uses_alibi=True), cache(), "pipeline.*ALiBi"),  # all reasons at once
-    ],
-)
-def test_servers_that_would_answer_wrongly_are_refused(config: Any, pages: Any, reason: str) -> None:
-    check_server(server(), cache())
-    with pytest.raises(NotImplementedError, match=reason):
-        check_server(config, pages)
-
-
-def test_layers_that_cannot_be_written_to_are_refused() -> None:
-    def layer(**changes: Any) -> Any:
-        impl = {"do_kv_cache_update": print, "alibi_slopes": None, "sliding_window": (-1, -1)}
-        impl |= {name: value for name, value in changes.items() if name in impl}
-        impl = {name: value for name, value in impl.items() if value != "missing"}
-        return SimpleNamespace(impl=SimpleNamespace(**impl), num_kv_heads=changes.get("heads", 2))
-
-    check_layer("layers.0", layer(), 2)
-    for changes, reason in (
-        ({"do_kv_cache_update": "missing"}, "no do_kv_cache_update"),
-        ({"alibi_slopes": [1.0]}, "ALiBi"),
-        ({"sliding_window": (7, 0)}, r"a window of \(7, 0\)"),
-        ({"heads": 3}, "3 key/value heads here, and 2"),
-    ):
-        with pytest.raises(NotImplementedError, match=reason):
-            check_layer("layers.0", layer(**changes), 2)
-
-
-def at_home(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A base model in a folder, and a cache of its own."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
-    spread(tiny("llama", **SIZES)).save_pretrained(folder / "base")
-    tokenizer = byte_tokenizer()
-    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}<end>{% endfor %}"
-    tokenizer.save_pretrained(folder / "base")
-    return folder / "base"
-
-
-def test_a_prefix_whose_texts_start_at_0_is_moved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The engine's file has other keys, and the same answers."""
-    base = at_home(tmp_path, monkeypatch)
-    still = saved(tmp_path / "still", position_mode="none")
-    moved = shifted(still, str(base))
-    assert moved != still and shifted(still, str(base)) == moved
-    assert shifted(saved(tmp_path / "plain"), str(base)) == tmp_path / "plain"
-    model = spread(tiny("llama", **SIZES)).from_pretrained(base)
-    ids = tokens() % 257
-    answers = []
-    for folder in (still, moved):
-        with torch.no_grad():
-            answers.append(PrefixModel.from_pretrained(model, folder).eval()(ids).logits)
-    torch.testing.assert_close(*answers)
-    assert read(moved, shape()).digest
-
-
-def test_the_command_of_the_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    base, prefix = at_home(tmp_path, monkeypatch), saved(tmp_path / "run")
-    found = command(str(base), {"mine": prefix}, port=1, arguments=["--max-model-len", "64"])
-    assert found[1:3] == ["-m", "vllm.entrypoints.openai.api_server"]
-    options = dict(pairwise(found))
-    assert options["--model"] == options["--served-model-name"] == str(base)
-    transfer = json.loads(options["--kv-transfer-config"])
-    assert transfer["kv_connector_extra_config"] == {"prefixes": {"mine": str(prefix)}, "chat_stop_ids": [END]}
-    assert options["--dtype"] == "float32" and options["--max-model-len"] == "64"
-    assert options["--middleware"] == "prefix_attn.serve.vllm.Prefixes"
-    config = json.loads(Path(options["--generation-config"], "generation_config.json").read_text())
-    assert config["eos_token_id"] == END
-    with pytest.raises(ValueError, match="--served-model-name is set by this command"):
-        command(str(base), {"mine": prefix}, arguments=["--served_model_name=x"])
-    with pytest.raises(ValueError, match="it has a gate"):
-        command(str(base), {"mine": saved(tmp_path / "gated", gate="zero")})
-
-
-def test_arguments_come_before_those_of_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("VLLM_CPU_KVCACHE_SPACE", raising=False)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    dtype, room = ["--dtype", "float32"], ["--kv-cache-memory-bytes", str(2 << 30)]
-    assert of_device([]) == [*dtype, *room]
-    assert of_device(["--dtype=bfloat16"]) == room
-    assert of_device(["--num-gpu-blocks-override", "48"]) == of_device(["--kv-cache-memory-bytes=1"]) == dtype
-    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
-    assert of_device([]) == dtype
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert of_device([]) == ["--dtype", "bfloat16"]
-
-
-def test_chats_end_where_the_template_ends_an_answer() -> None:
-    tokenizer = byte_tokenizer()
-    assert chat_stop_ids(tokenizer) == []
-    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}<end>{% endfor %}"
-    assert chat_stop_ids(tokenizer) == [END]
