@@ -51,4 +51,7 @@ class Batched(PeftWords):
         layouts = [self.attachment.resolver.layout(config) for _, config in found.values()]
         bank = bank_of(found, layouts[0], self.device) if found else None
         given = {"generation_config": generation_config, "continuous_batching_config": continuous_batching_config}
-        return generate_batch(self._base(), bank, inputs, names, **given, **options)
+        limits = [stack.limit for stack in self.attachment.runner.positions.values() if stack.limit is not None]
+        shifts = [0 if name is None else found[name][1].shift for name in names]
+        rooms = [min(limits) - shift for shift in shifts] if limits else ()
+        return generate_batch(self._base(), bank, inputs, names, rooms=rooms, **given, **options)

@@ -88,6 +88,12 @@ if TAKES_OTHERS:
         assert set(threading.enumerate()) <= threads
         assert model.generate_batch([], prefix_names=[]) == {}
 
+    def test_outputs_that_are_too_long_are_refused() -> None:
+        """Before the engine starts, which a table of positions that ends would stop."""
+        model = served("gpt2", a={"num_virtual_tokens": 3})
+        with pytest.raises(ValueError, match="max_new_tokens=126: input 1 has 2 tokens, and the model 125 positions"):
+            model.generate_batch([[5]] + [[5, 6]], None, config(), prefix_names=[None, "a"], max_new_tokens=126)
+
     def test_outputs_have_20_tokens_where_nobody_says_how_many() -> None:
         """The default of ``generate``, which warns that it is one."""
         model, prompt = served("llama", a={"num_virtual_tokens": 3}), list(range(8, 40))

@@ -86,13 +86,16 @@ def generate_batch(
     max_new_tokens: int | None = None,
     record_timestamps: bool = False,
     progress: Callable[[int], object] | None = None,
+    rooms: Sequence[int] = (),
 ) -> dict[str, Any]:
     """Outputs of ``base`` for ``inputs``, each with its prefix: by request, in the order of ``inputs``.
+
+    ``rooms`` are the positions that a model with a table of them has for each prompt and its output.
 
     Raises:
         NotImplementedError: the installed transformers, the model or an option does not let prefixes in.
         RuntimeError: the engine failed.
-        ValueError: an input is empty, or has what is no token.
+        ValueError: an input is empty, or has what is no token, or leaves too few positions for its output.
     """
     if bank is not None and "position_ids" not in inspect.signature(bank.stack.forward).parameters:
         raise NotImplementedError(f"{type(base).__name__} takes no position_ids, which continuous batching needs")
@@ -105,6 +108,12 @@ def generate_batch(
     chosen = copy.copy(chosen)
     chosen.eos_token_id = ends
     most = next((n for n in (max_new_tokens, chosen.max_new_tokens) if n is not None), NEW_TOKENS)
+    for place, (prompt, room) in enumerate(zip(prompts, rooms)):
+        if len(prompt) + most > room:
+            raise ValueError(
+                f"max_new_tokens={most}: input {place} has {len(prompt)} tokens, and the model {room} positions "
+                "for both"
+            )
     requests = {f"request_{i}": name for i, name in enumerate(names)}
     results: dict[str, Any] = {}
     if not requests:
