@@ -303,11 +303,11 @@ def _room(model: Any, tokenizer: PreTrainedTokenizerBase, prompt: Prompt, new_to
 
 
 def _similar(lengths: Sequence[int]) -> int:
-    """How many of the first rows, longest first, share a batch. Padding at most doubles the tokens of a large one."""
+    """How many of the first rows, longest first, share a batch. In a large one a third may be padding."""
     tokens = 0
     for count, length in enumerate(lengths, 1):
         tokens += length
-        if count * lengths[0] > max(2 * tokens, FEW_TOKENS):
+        if count * lengths[0] > max(1.5 * tokens, FEW_TOKENS):
             return count - 1
     return len(lengths)
 

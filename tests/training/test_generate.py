@@ -274,7 +274,7 @@ def test_a_batch_is_as_large_as_free_memory_allows(monkeypatch: pytest.MonkeyPat
     assert 1 < len(done) <= 5
 
 
-@pytest.mark.parametrize("lengths", [[6000, 60, 50, 50], [6000, 5000, 90, 90], [60, 9, 9, 2]])
+@pytest.mark.parametrize("lengths", [[6000, 60, 50, 50], [6000, 5000, 900, 90], [60, 9, 9, 2]])
 def test_a_long_source_does_not_pad_short_ones(lengths: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     """One prompt of 6,000 tokens in a batch of 16 made all of them that long."""
     model, tokenizer, shapes = tiny("llama", **SIZES | {"max_position_embeddings": 8192}), byte_tokenizer(), []
@@ -288,4 +288,4 @@ def test_a_long_source_does_not_pad_short_ones(lengths: list[int], monkeypatch: 
     generate_text(model, tokenizer, sources[::-1], batch_size=4, max_new_tokens=2)
     assert sum(rows for rows, _ in shapes) == 4
     assert len(shapes) == (1 if lengths[0] < 100 else 2)
-    assert sum(rows * width for rows, width in shapes) < max(2 * sum(lengths), 4096)
+    assert sum(rows * width for rows, width in shapes) < max(1.5 * sum(lengths), 4096)
