@@ -9,6 +9,7 @@ import contextlib
 import math
 import numbers
 import operator
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -96,7 +97,7 @@ if TYPE_CHECKING:
 TENSORS = 15  # leading fields of Call that are tensors
 DIFFERENTIABLE = 7  # of these, the ones that may need a gradient
 
-_SHAPES = {  # of the fields of Call, in their order
+_SHAPES = {  # of the fields of Call, in their order; ``check_shape`` takes them taken apart
     "query": "B Hq S D",
     "key": "B Hkv T D",
     "value": "B Hkv T Dv",
@@ -111,24 +112,21 @@ _SHAPES = {  # of the fields of Call, in their order
     "key_mask": "B T",
 }
 _NEEDED = ("query", "key", "value")
-_PACKED = {name: _SHAPES[name].replace("B", "1") for name in _NEEDED}
-_BANK = {name: f"N {_SHAPES[name]}" for name in ("prefix_key", "prefix_value")}
+_FLOATING = (*_NEEDED, "prefix_key", "prefix_value", "sinks", "bias")
+_PLAIN_TYPES = frozenset((Tensor, torch.nn.Parameter))
+_LAYOUTS = {name: tuple(layout.split()) for name, layout in _SHAPES.items()}
+_PACKED = {name: ("1", *_LAYOUTS[name][1:]) for name in _NEEDED}
+_BANK = {name: ("N", *_LAYOUTS[name]) for name in ("prefix_key", "prefix_value")}
 
 
 def check(call: Call) -> None:
     """Raise ValueError (shapes, ranges, devices) or TypeError (types, dtypes) unless the call is well formed."""
-    given: list[tuple[str, Tensor]] = []
-    for name, tensor in zip(_SHAPES, call):
-        if isinstance(tensor, Tensor):
-            if hasattr(tensor, "placements"):
-                raise NotImplementedError(
-                    f"{name} is a DTensor, and the operator runs on the tensors of one process: call it through "
-                    "torch.distributed.tensor.experimental.local_map, with the batch or the heads sharded"
-                )
+    given: list[tuple[str, Any]] = [(n, t) for n, t in zip(_SHAPES, call) if t is not None or n in _NEEDED]
+    for name, tensor in given:
+        if type(tensor) not in _PLAIN_TYPES:
+            _check_type(name, tensor)
+        if name == "query" or tensor.dtype != call.query.dtype or name not in _FLOATING:
             _check_dtype(name, tensor.dtype, call.query.dtype)
-            given.append((name, tensor))
-        elif tensor is not None or name in _NEEDED:
-            raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
     if (call.prefix_key is None) != (call.prefix_value is None):
         raise ValueError("prefix_key and prefix_value must be given together, or both be None")
     sizes = {} if call.cu_seqlens_q is None else {"B": call.batch()}
@@ -143,19 +141,30 @@ def check(call: Call) -> None:
     _check_values(call, sizes)
 
 
+def _check_type(name: str, tensor: Any) -> None:
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
+    if hasattr(tensor, "placements"):
+        raise NotImplementedError(
+            f"{name} is a DTensor, and the operator runs on the tensors of one process: call it through "
+            "torch.distributed.tensor.experimental.local_map, with the batch or the heads sharded"
+        )
+
+
 def check_gate(gate: Tensor, call: Call) -> None:
     """Raise unless ``gate`` is one factor per query head of ``call``, for all rows or for each."""
     if not isinstance(gate, Tensor):
         raise TypeError(f"prefix_gate must be a tensor, got {type(gate).__name__}")
     _check_dtype("prefix_gate", gate.dtype, call.query.dtype)
-    check_shape("prefix_gate", gate, "B Hq" if gate.dim() == 2 else "Hq", dict(zip(("B", "Hq"), call.query.shape)))
+    dims = ("B", "Hq")
+    check_shape("prefix_gate", gate, dims if gate.dim() == 2 else dims[1:], dict(zip(dims, call.query.shape)))
     if gate.device != call.query.device:
         raise ValueError(f"prefix_gate must be on query's device {call.query.device}, got {gate.device}")
 
 
-def check_shape(name: str, tensor: Tensor, layout: str, sizes: dict[str, int]) -> None:
-    """Match ``tensor`` against a layout such as "B Hq S D"; sizes seen for the first time are bound."""
-    dims, shape, bound = layout.split(), tensor.shape, len(sizes)
+def check_shape(name: str, tensor: Tensor, dims: Sequence[str], sizes: dict[str, int]) -> None:
+    """Match ``tensor`` against dimensions such as ("B", "Hq", "S", "D"); sizes seen for the first time are bound."""
+    shape, bound = tensor.shape, len(sizes)
     fits = len(dims) == len(shape)
     for dim, n in zip(dims, shape):
         if n != (1 if dim == "1" else sizes.setdefault(dim, n)):
@@ -199,14 +208,14 @@ def check_ids(name: str, tensor: Tensor, low: int, high: int) -> None:
         raise ValueError(f"{name} must lie in {low}..{high}, got {tensor.tolist()}")
 
 
-def _layouts(call: Call) -> dict[str, str]:
-    layouts = _SHAPES
+def _layouts(call: Call) -> dict[str, tuple[str, ...]]:
+    layouts = _LAYOUTS
     if call.cu_seqlens_q is not None:
         layouts = layouts | _PACKED
     if call.has_bank():
         layouts = layouts | _BANK
     if call.bias is not None and call.bias.dim() == 4 and call.bias.shape[0] == 1:
-        layouts = layouts | {"bias": "1 Hq S T"}
+        layouts = layouts | {"bias": ("1", *layouts["bias"][1:])}
     return layouts
 
 

@@ -223,9 +223,9 @@ class PrefixAttention(nn.MultiheadAttention):
             layout, sizes["B"] = "{} {}", 1
         else:
             layout = "B {} {}" if self.batch_first else "{} B {}"
-        check_shape("query", query, layout.format("S", "E"), sizes)
-        check_shape("key", key, layout.format("T", "Ek"), sizes)
-        check_shape("value", value, layout.format("T", "Ev"), sizes)
+        check_shape("query", query, layout.format("S", "E").split(), sizes)
+        check_shape("key", key, layout.format("T", "Ek").split(), sizes)
+        check_shape("value", value, layout.format("T", "Ev").split(), sizes)
         sizes["B*H"] = sizes["B"] * self.num_heads
         if key_padding_mask is not None:
             _check_mask("key_padding_mask", key_padding_mask, "T" if query.dim() == 2 else "B T", sizes)
@@ -263,7 +263,7 @@ class PrefixAttention(nn.MultiheadAttention):
 def _check_mask(name: str, mask: Tensor, layout: str, sizes: dict[str, int]) -> None:
     if mask.dtype != torch.bool and not mask.is_floating_point():
         raise TypeError(f"{name} must be bool or floating, got {mask.dtype}")
-    check_shape(name, mask, layout, sizes)
+    check_shape(name, mask, layout.split(), sizes)
 
 
 def _masks(

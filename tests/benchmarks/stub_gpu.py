@@ -121,13 +121,12 @@ def install() -> None:
         install_driver()
 
 
-def install_driver() -> None:
-    """Triton's own driver, on the stub that $STUB_CUDA holds."""
+def activate_driver() -> None:
+    """Triton's own driver, on the stub in $TRITON_LIBCUDA_PATH; what is compiled is cut short."""
     from triton import knobs
     from triton.backends.nvidia.driver import CudaDriver
     from triton.runtime import driver
 
-    from prefix_attn.backends import composed
     from prefix_attn.backends import triton as backend
 
     class Driver(CudaDriver):
@@ -136,6 +135,16 @@ def install_driver() -> None:
             self.get_device_capability = lambda *_: (9, 0)
             self.get_current_stream = lambda *_: 0
             self.get_current_device = lambda: 0
+
+    knobs.runtime.add_stages_inspection_hook = stages
+    driver.set_active(Driver())
+    backend.refuse = lambda call: iter(())
+
+
+def install_driver() -> None:
+    """The driver, and behind each launch the results that it would have had."""
+    from prefix_attn.backends import composed
+    from prefix_attn.backends import triton as backend
 
     def forward(call: Any) -> tuple[Tensor, Tensor]:
         from prefix_attn.backends.triton import launch
@@ -149,6 +158,5 @@ def install_driver() -> None:
         launch.backward(*arguments)
         return composed.backward(*arguments)
 
-    knobs.runtime.add_stages_inspection_hook = stages
-    driver.set_active(Driver())
-    backend.forward, backend.backward, backend.refuse = forward, backward, lambda call: iter(())
+    activate_driver()
+    backend.forward, backend.backward = forward, backward

@@ -22,11 +22,13 @@ PACKED = True
 
 
 INSTALLED = find_spec("triton") is not None
+_HERE = nullcontext()
 
 
 def _current(device: torch.device) -> AbstractContextManager[Any]:
     """Triton launches on the current device, which need not be the tensors'."""
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+    elsewhere = device.type == "cuda" and device.index != torch.cuda.current_device()
+    return torch.cuda.device(device) if elsewhere else _HERE
 
 
 def refuse(call: Call) -> Iterator[str]:

@@ -21,12 +21,9 @@ def array(tensor: Tensor | None) -> Array | None:
     """The tensor and its strides; a prefix that all rows share has a stride of 0 between entries."""
     if tensor is None:
         return None
-    if tensor.dim() == 3:
-        head, row, _ = tensor.stride()
-        return Array(tensor, 0, head, row)
-    batch, head, row, _ = tensor.stride()
+    *batch, head, row, _ = tensor.stride()
     # The one row of a packed tensor has a batch index of its own, but no stride of its own.
-    return Array(tensor, batch if tensor.shape[0] > 1 else 0, head, row)
+    return Array(tensor, batch[0] if batch and tensor.size(0) > 1 else 0, head, row)
 
 
 def arrays(call: Call) -> Arrays:
@@ -70,7 +67,7 @@ def rows(call: Call) -> Rows:
     ids, lengths, start, keys, mask = map(contiguous, options)
     cu_q, cu_k = contiguous(call.cu_seqlens_q), contiguous(call.cu_seqlens_k)
     found = Rows(ids, lengths, start, keys, mask, None, None, cu_q, cu_k)
-    return found if any(t is not None for t in found) else NO_ROWS
+    return NO_ROWS if found.count(None) == len(found) else found
 
 
 def tiled(rows: Rows, block_n: int) -> Rows:

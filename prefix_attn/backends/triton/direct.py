@@ -14,11 +14,12 @@ import torch
 from torch import Tensor
 from triton.runtime.jit import JITFunction
 
-from prefix_attn.backends.triton.primitives import Array, Rows
+from prefix_attn.backends.triton.primitives import Array, Rows, Scores
 
 MOST = 4096  # keys that are remembered
 INT32 = 2**31 - 1
 NO_ROWS = Rows(*[None] * len(Rows._fields))  # asked about once, not field by field
+PLAIN = (1, *[None] * (len(Scores._fields) - 2))  # of scores, after the scale: likewise
 _compiled: dict[tuple[Any, ...], tuple[Any, tuple[Any, ...]]] = {}
 
 
@@ -55,18 +56,18 @@ def _special(value: Any) -> Any:
     if value is None or value is NO_ROWS:
         return None
     kind = type(value)
-    if isinstance(value, Tensor):
-        return value.dtype, value.data_ptr() & 15
     if kind is Array:
         data, batch, head, row = value
-        every = batch | head | row
-        if not (data.data_ptr() | every) & 15 and every <= INT32:
+        every, place = batch | head | row, data.data_ptr()
+        if not (place | every) & 15 and every <= INT32:
             return data.dtype
-        return data.dtype, data.data_ptr() & 15, _integer(batch), _integer(head), _integer(row)
+        return data.dtype, place & 15, _integer(batch), _integer(head), _integer(row)
     if kind is int:
         return _integer(value)
-    if kind is float:
-        return float
+    if kind is float or (kind is Scores and value[1:] == PLAIN):
+        return kind
+    if isinstance(value, Tensor):
+        return value.dtype, value.data_ptr() & 15
     return tuple(map(_special, value))
 
 

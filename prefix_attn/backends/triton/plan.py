@@ -53,9 +53,13 @@ def _kind(call: Call) -> str:
     for option in (call.bias, call.cu_seqlens_q, call.seed, call.softcap):
         if option is not None:
             return "+"
-    cheap = (call.prefix_ids, call.prefix_start, call.key_lengths, call.key_mask, call.window)
-    few = sum([option is not None for option in cheap])
-    return "+" if few > 1 else "*" if few else ""
+    kind = ""
+    for option in (call.prefix_ids, call.prefix_start, call.key_lengths, call.key_mask, call.window):
+        if option is not None:
+            if kind:
+                return "+"
+            kind = "*"
+    return kind
 
 
 def decodes(call: Call) -> bool:
