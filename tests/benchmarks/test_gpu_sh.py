@@ -199,3 +199,13 @@ def test_its_filters_leave_cases_of_the_default_grid(stage: str) -> None:
     assert {what for _, what in found} == wanted["what"]
     for field, values in wanted.items():
         assert {str({**case, "what": what}[field]) for case, what in found} == values, field
+
+
+@pytest.mark.skipif(sys.platform != "linux" or COMPILER is None, reason="needs Linux and a C compiler")
+def test_host_times_are_of_the_launches_that_are_planned() -> None:
+    command = [sys.executable, "-m", "tests.benchmarks.host_time", "--calls", "3"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-4000:]
+    rows = [line.split() for line in done.stdout.splitlines()[1:]]
+    assert [int(row[-1]) for row in rows] == [1, 2, 1, 7, 5]
+    assert all(float(row[-4]) > 0 for row in rows)
