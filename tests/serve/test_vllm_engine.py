@@ -134,13 +134,13 @@ def test_without_injection_answers_differ(world: World, monkeypatch: pytest.Monk
 def test_shared_placeholders_without_a_salt_cross(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     """A control: vLLM's cache does hand blocks of one prefix to another, if nothing in their hash tells them apart."""
 
-    def matched(self: Planner, request: Any, computed: int) -> int:
+    def matched(self: Planner, request: Any, computed: int) -> tuple[int, bool]:
         name = (request.kv_transfer_params or {}).get("prefix")
         if name is None:
-            return 0
+            return 0, False
         choice = choices[name]
         self._claims[request.request_id] = Claim(choice, computed, max(0, choice.length - computed))
-        return self._claims[request.request_id].number
+        return self._claims[request.request_id].number, False
 
     monkeypatch.setattr(Planner, "matched", matched)
     with engine(world) as llm:
