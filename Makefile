@@ -82,8 +82,8 @@ serve-env: $(SERVE_VENV)/.installed
 serve: serve-env
 	$(SERVE_RUN) examples/serve.py $(ARGS)
 
-# vLLM itself against generate, on SmolLM2: about half an hour of one core. SERVE_TEST_BASE=tiny: a model made on the
-# spot, about 3 minutes. Its warnings are not ours to mend.
+# vLLM itself against generate, on SmolLM2, or with SERVE_TEST_BASE=tiny on a model made on the spot. Its warnings are not
+# ours to mend.
 serve-test: serve-env
 	$(SERVE_RUN) -m pytest -o filterwarnings=default -m vllm $(or $(ARGS),tests/serve)
 
