@@ -38,7 +38,7 @@ def _of_server(config: Any) -> Iterator[str]:
     parallel = config.parallel_config
     for name in ("pipeline_parallel_size", "decode_context_parallel_size", "prefill_context_parallel_size"):
         if (size := getattr(parallel, name, 1)) > 1:
-            yield f"{name} is {size}, and only 1 was ever tried (tensor and data parallelism work)"
+            yield f"{name} is {size}, and only 1 is supported"
     if config.speculative_config is not None:
         yield "speculative decoding: a draft model has no prefix"
     if (policy := config.kv_transfer_config.kv_load_failure_policy) != "fail":
