@@ -13,5 +13,5 @@ def test_two_processes(tmp_path: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-4000:]
     found = json.loads(done.stdout.splitlines()[-1])
-    assert len(found) == 17
+    assert len(found) == 18
     assert {name: wrong for name, wrong in found.items() if wrong} == {}

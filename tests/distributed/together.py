@@ -107,10 +107,10 @@ def run(checks: Mapping[str, Check], rank: int, folder: Path) -> dict[str, str]:
 
 
 def main() -> None:
-    from tests.distributed import ddp, fsdp, spread
+    from tests.distributed import ddp, fsdp, spread, trainer
 
     folder = Path(sys.argv[1])
-    checks = {**ddp.CHECKS, **fsdp.CHECKS, **spread.CHECKS}
+    checks = {**ddp.CHECKS, **fsdp.CHECKS, **spread.CHECKS, **trainer.CHECKS}
     first = os.fork()
     found = run(checks, 0 if first else 1, folder)
     if not first:
