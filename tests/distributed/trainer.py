@@ -52,7 +52,8 @@ def trained(folder: Path, resume: Path | None = None) -> tuple[PrefixModel, list
 
 def through_a_trainer(folder: Path) -> None:
     """What it saved is loaded by one process, and a resumed training has the losses of one without a break."""
-    os.environ |= {
+    # accelerate asks for them, and does not use them: the processes have joined.
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29511", "LOCAL_WORLD_SIZE": str(RANKS)}
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": "29511",
         "LOCAL_WORLD_SIZE": str(RANKS),
