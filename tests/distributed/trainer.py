@@ -54,10 +54,6 @@ def through_a_trainer(folder: Path) -> None:
     """What it saved is loaded by one process, and a resumed training has the losses of one without a break."""
     # accelerate asks for them, and does not use them: the processes have joined.
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29511", "LOCAL_WORLD_SIZE": str(RANKS)}
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": "29511",
-        "LOCAL_WORLD_SIZE": str(RANKS),
-    }  # asked for, not used
     with fsdp_on_a_cpu():
         model, losses = trained(folder / "straight")
         assert hasattr(next(model.parameters()), "full_tensor")
