@@ -196,7 +196,7 @@ ERRORS = {
     ),
     "no document": (
         ("train", "--output", "x", "--data", "{data}", "--init-document", "none.txt"),
-        "No such file or directory: 'none.txt'",
+        "--init-document none.txt: no such file or directory; give one that is there",
     ),
     "a gate that moves": (
         ("train", "--output", "x", "--data", "{data}", "--gate", "zero", "--position-mode", "shift"),

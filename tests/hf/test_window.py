@@ -87,5 +87,5 @@ def test_models_without_a_table_have_no_limit() -> None:
     assert none(tokens(1, 64)).logits.isfinite().all()
     with pytest.raises(ValueError, match="rows of 65 tokens need 65 positions, and the model has 64; shorten"):
         none(tokens(1, 65))
-    with pytest.raises(ValueError, match="rows of 70 tokens need 70 positions"):
+    with pytest.raises(ValueError, match="num_virtual_tokens must be at most 64, the positions of GPT2LMHeadModel"):
         get_prefix_model(tiny("gpt2"), PrefixConfig(num_virtual_tokens=70))
