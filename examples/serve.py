@@ -32,6 +32,7 @@ def main() -> None:
     parser.add_argument("--engine", choices=ENGINES, help="this one alone")
     parser.add_argument("--port", default="8123", help="a free port")
     args = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the server is stopped too
     if not (args.prefix / "adapter_config.json").is_file():
         base, tokenizer = load_base(args.model)
         config = PrefixConfig(init="text", init_text="Describe in one sentence what the operation does.")
