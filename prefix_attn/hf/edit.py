@@ -10,19 +10,22 @@ gone through the layers' weights.
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from prefix_attn.hf.attach.probe import some_ids
 from prefix_attn.hf.attach.slots import Slot
 from prefix_attn.hf.config import PrefixConfig
 from prefix_attn.hf.model import PrefixModel
 
+_NARROW = 1 << 28  # parameters of a model that is made to see how keys turn
 _CHANGES = ("dynamic", "longrope")  # rotary embeddings whose angles depend on how long the sequence is
 
 
@@ -120,12 +123,71 @@ def move(model: PrefixModel, source: str, name: str, *, position_mode: str, is_t
     by = moved.shift - config.shift
     kv = _kv(model, source)
     if by:
-        turns = _turns(model, config, by)
-        if not any(turns):
-            name_of = type(model.base_model).__name__
-            raise NotImplementedError(f"{name_of} has no rotary embeddings: with another position_mode outputs change")
-        kv = _turned(kv, turns, by)
+        kv = _turned(kv, _turns_of_text(model, config, by), by)
     _add(model, name, moved, kv, source, is_trainable)
+
+
+def move_kv(kv: Tensor, base: PreTrainedConfig, by: int) -> Tensor:
+    """Keys and values of all layers for tokens that start elsewhere, with the same outputs.
+
+    How keys turn follows from a model's configuration. A narrow model with random weights shows it.
+
+    Args:
+        kv: (2 * layers, H, P, D): keys and values of layer 0, of layer 1, ...
+        base: of a causal language model.
+        by: how many positions further on the keys belong.
+
+    Raises:
+        NotImplementedError: as ``move``; or such a model cannot be made narrow.
+    """
+    return _turned(kv, _turns_of(type(base), base.to_json_string(use_diff=False), kv.shape[-1], by), by)
+
+
+@lru_cache(maxsize=64)
+def _turns_of(kind: type[PreTrainedConfig], config: str, head_dim: int, by: int) -> list[Turn | None]:
+    """What moves the keys of each layer of a model that has the ``config``, as JSON."""
+    base = _narrow(kind.from_dict(json.loads(config)).get_text_config())
+    # In an engine's worker, neither its random numbers nor its inference mode are ours.
+    with torch.random.fork_rng(devices=[]), torch.inference_mode(False):
+        try:
+            with torch.device("meta"):
+                size = AutoModelForCausalLM.from_config(base).num_parameters()
+            if size > _NARROW:
+                raise ValueError(f"{size} parameters")
+            model = PrefixModel(AutoModelForCausalLM.from_config(base, dtype=torch.float32).eval())
+            resolved = model.attachment.resolver.resolve(PrefixConfig(num_virtual_tokens=1, position_mode="none"))
+            if (own := model.attachment.resolver.layout(resolved).head_dim) != head_dim:
+                raise ValueError(f"heads of {own}, and not of {head_dim}")
+        except NotImplementedError:
+            raise
+        except Exception as error:  # the code of five hundred architectures: anything can come out
+            raise NotImplementedError(f"a small model of type {base.model_type!r} cannot be made ({error})") from error
+        return _turns_of_text(model, resolved, by)
+
+
+def _narrow(config: PreTrainedConfig) -> PreTrainedConfig:
+    """The same attention with two heads, and next to nothing behind it."""
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    sizes = {"hidden_size": 2 * head_dim, "num_attention_heads": 2, "num_key_value_heads": 2, "vocab_size": 16}
+    sizes |= dict.fromkeys(("intermediate_size", "moe_intermediate_size", "shared_expert_intermediate_size"), 8)
+    for name, size in sizes.items():
+        if getattr(config, name, None) is not None:
+            setattr(config, name, size)
+    config.pad_token_id = config.bos_token_id = config.eos_token_id = None
+    return config
+
+
+def _turns_of_text(model: PrefixModel, config: PrefixConfig, by: int) -> list[Turn | None]:
+    """``_turns``, where the tokens that see the keys move along with them.
+
+    Raises:
+        NotImplementedError: outputs would change.
+    """
+    turns = _turns(model, config, by)
+    if not any(turns):
+        name = type(model.base_model).__name__
+        raise NotImplementedError(f"{name} has no rotary embeddings: with another position_mode outputs change")
+    return turns
 
 
 def _check_lengths(configs: dict[str, PrefixConfig]) -> None:

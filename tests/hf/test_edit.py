@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from prefix_attn import PrefixConfig, PrefixModel, get_prefix_model
-from prefix_attn.hf.edit import concatenate, move, truncate
+from prefix_attn.hf.edit import concatenate, move, move_kv, truncate
 from tests.hf.by_hand import causal, relative
 from tests.hf.models import tiny, tokens
 from tests.numerics import GRADIENT, HALF, MODEL, close, close_in_norm
@@ -89,7 +89,9 @@ def test_moved_prefixes_give_the_same_outputs(case: str) -> None:
     model = model_of({"a": A}, causal(name, **changes))
     move(model, "a", "before", position_mode="none")
     assert model.prefix_configs["before"].shift == 0
-    expected = logits(model, "a")
+    expected, random = logits(model, "a"), torch.get_rng_state()
+    close(move_kv(kv(model, "before"), model.base_model.config, len(A)), kv(model, "a"), MODEL)  # without the weights
+    assert torch.equal(torch.get_rng_state(), random)
     close_in_norm(logits(model, "before"), expected, MODEL)
     move(model, "before", "again", position_mode="shift")
     close(kv(model, "again"), kv(model, "a"), MODEL)

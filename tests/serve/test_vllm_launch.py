@@ -11,11 +11,13 @@ from typing import Any
 import pytest
 import torch
 
+from prefix_attn.hf.embedding import PrefixTuning
 from prefix_attn.hf.model import PrefixModel
-from prefix_attn.serve.vllm.launch import chat_stop_ids, command, of_device, shifted
+from prefix_attn.serve.vllm.launch import chat_stop_ids, command, folded, of_device
 from prefix_attn.serve.vllm.limits import check_layer, check_server
 from prefix_attn.serve.vllm.stored import read
 from tests.hf.models import spread, tiny, tokens
+from tests.numerics import MODEL, close_in_norm
 from tests.serve.test_vllm_prefixes import SIZES, saved, shape
 from tests.tokens import END, byte_tokenizer
 
@@ -35,7 +37,9 @@ def server(**changes: Any) -> Any:
     model = SimpleNamespace(**{name: changes.get(name, value) for name, value in fields.items()})
     parallel = SimpleNamespace(pipeline_parallel_size=changes.get("pipeline", 1))
     policy = SimpleNamespace(kv_load_failure_policy=changes.get("policy", "fail"))
+    pages = {"cache_dtype": changes.get("dtype", "auto"), "calculate_kv_scales": changes.get("scales", False)}
     return SimpleNamespace(
+        cache_config=SimpleNamespace(**pages),
         model_config=model,
         parallel_config=parallel,
         speculative_config=changes.get("speculative"),
@@ -53,6 +57,8 @@ def cache(kind: str = "FullAttentionSpec", groups: int = 1, **window: int) -> An
     [
         (server(pipeline=2), cache(), "pipeline_parallel_size is 2"),
         (server(speculative=object()), cache(), "speculative decoding"),
+        (server(dtype="int8_per_token_head"), cache(), "kv_cache_dtype is 'int8_per_token_head'"),
+        (server(dtype="fp8", scales=True), cache(), "calculate_kv_scales"),
         (server(policy="recompute"), cache(), "kv_load_failure_policy is 'recompute'"),
         (server(sampling={"repetition_penalty": 1.1}), cache(), "repetition_penalty 1.1"),
         (server(runner_type="pooling"), cache(), "'pooling'"),
@@ -70,7 +76,8 @@ def cache(kind: str = "FullAttentionSpec", groups: int = 1, **window: int) -> An
     ],
 )
 def test_servers_that_would_answer_wrongly_are_refused(config: Any, pages: Any, reason: str) -> None:
-    check_server(server(), cache())
+    for dtype in ("auto", "bfloat16", "fp8"):
+        check_server(server(dtype=dtype), cache())
     with pytest.raises(NotImplementedError, match=reason):
         check_server(config, pages)
 
@@ -103,21 +110,22 @@ def at_home(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder / "base"
 
 
-def test_a_prefix_whose_texts_start_at_0_is_moved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The engine's file has other keys, and the same answers."""
+def test_input_embeddings_are_folded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The engine's file has keys and values, and the same answers."""
     base = at_home(tmp_path, monkeypatch)
-    still = saved(tmp_path / "still", position_mode="none")
-    moved = shifted(still, str(base))
-    assert moved != still and shifted(still, str(base)) == moved
-    assert shifted(saved(tmp_path / "plain"), str(base)) == tmp_path / "plain"
     model = spread(tiny("llama", **SIZES)).from_pretrained(base)
-    ids = tokens() % 257
-    answers = []
-    for folder in (still, moved):
-        with torch.no_grad():
-            answers.append(PrefixModel.from_pretrained(model, folder).eval()(ids).logits)
-    torch.testing.assert_close(*answers)
-    assert read(moved, shape()).digest
+    tuned, ids = PrefixTuning(model, 4, 32).eval(), tokens() % 257
+    tuned.save_pretrained(tmp_path / "table")
+    with torch.no_grad():
+        wanted = tuned(ids).logits
+    options = dict(pairwise(command(str(base), {"mine": tmp_path / "table"})))
+    extra = json.loads(options["--kv-transfer-config"])["kv_connector_extra_config"]
+    folder = Path(extra["prefixes"]["mine"])
+    assert folder == folded(tmp_path / "table", str(base)) and read(folder, shape()).length == 4
+    assert folded(folder, str(base)) == folder
+    other = PrefixModel.from_pretrained(type(model).from_pretrained(base), folder).eval()
+    with torch.no_grad():
+        close_in_norm(other(ids).logits, wanted, MODEL)
 
 
 def test_the_command_of_the_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

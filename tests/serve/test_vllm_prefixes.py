@@ -13,13 +13,16 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from prefix_attn.hf.config import PrefixConfig
+from prefix_attn.hf.embedding import PrefixTuning
 from prefix_attn.hf.model import PrefixModel, get_prefix_model
 from prefix_attn.serve.vllm.choice import Choice, Refused, choice_of, placeholders
 from prefix_attn.serve.vllm.launch import shape_of_base
 from prefix_attn.serve.vllm.loads import Load, Planner, Rank, Source, slots
 from prefix_attn.serve.vllm.registry import Held, Registry, Settings, Unknown, is_plain
 from prefix_attn.serve.vllm.stored import digest_of, read
-from tests.hf.models import spread, tiny
+from tests.hf.by_hand import relative
+from tests.hf.models import spread, tiny, tokens
+from tests.numerics import MODEL, close_in_norm
 from tests.tokens import END
 
 SIZES = {"vocab_size": 257, "max_position_embeddings": 128, "eos_token_id": END, "pad_token_id": END}
@@ -70,9 +73,8 @@ def test_keys_and_values_are_those_of_the_prefix(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
-        ({"gate": "zero"}, "it has a gate.*position_mode='none'"),
+        ({"gate": "zero"}, "it has a gate"),
         ({"mode": "infix"}, "it is an infix"),
-        ({"position_mode": "none"}, "start at position 0"),
         ({"layers": (0, 2)}, "not all layers have it"),
         ({"layers": {0: 4, 1: 2, 2: 4}}, "its layers see different lengths"),
         ({"num_virtual_tokens": 128}, "its 128 tokens leave no room"),
@@ -81,6 +83,39 @@ def test_keys_and_values_are_those_of_the_prefix(tmp_path: Path) -> None:
 def test_what_a_paged_cache_cannot_hold_is_refused(options: dict[str, Any], reason: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=reason):
         read(saved(tmp_path, **options), shape())
+
+
+def test_a_prefix_whose_texts_start_at_0_is_moved(tmp_path: Path) -> None:
+    """What is served has other keys, and the same answers. The file has another digest than one of the same numbers."""
+    base, ids = spread(tiny("llama", **SIZES)), tokens() % 257
+    still, plain = saved(tmp_path / "still", base, position_mode="none"), saved(tmp_path / "plain", base)
+    moved = read(still, shape())
+    assert moved.digest != read(plain, shape()).digest
+    assert torch.equal(moved.kv[:, :, 1], read(plain, shape()).kv[:, :, 1])
+    model = PrefixModel.from_pretrained(base, still).eval()
+    wanted = model(ids).logits
+    model.load_prefix(plain, "shift")
+    assert relative(model(ids).logits, wanted) > 1e-3
+    encoder, _ = model.find_prefix("shift")
+    encoder.set_kv(moved.kv.permute(1, 2, 3, 0, 4).flatten(0, 1))
+    close_in_norm(model(ids).logits, wanted, MODEL)
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "opt"])
+def test_learned_positions_cannot_be_moved(kind: str, tmp_path: Path) -> None:
+    base = tiny(kind)
+    still = saved(tmp_path, base, position_mode="none")
+    with pytest.raises(ValueError, match=r"start at position 0.*positions of .* cannot be moved"):
+        read(still, shape_of_base(base.config))
+
+
+def test_input_embeddings_alone_are_refused(tmp_path: Path) -> None:
+    """In a folder of prefixes, and where clients load them: nobody there has the base model."""
+    PrefixTuning(tiny("llama", **SIZES), 4, 32).save_pretrained(tmp_path / "table")
+    registry = Registry(Settings(folder=str(tmp_path), loading=True), shape())
+    for refused in (lambda: registry.choice("table"), lambda: registry.load("new", str(tmp_path / "table"))):
+        with pytest.raises(ValueError, match=r"it has input embeddings alone, .* serve --prefix' has it make them"):
+            refused()
 
 
 @pytest.mark.parametrize(
@@ -257,8 +292,9 @@ def test_the_heads_of_all_ranks_are_the_prefix(tmp_path: Path) -> None:
     registry = Registry(Settings(prefixes={"a": str(saved(tmp_path))}), shape())
     whole = Source(registry, Rank(), torch.float32).get("a", registry.choice("a"))
     assert torch.equal(whole, read(tmp_path, shape()).kv.permute(1, 2, 0, 3, 4))
-    parts = [Source(registry, Rank(i, 2), torch.bfloat16).get("a", registry.choice("a")) for i in range(2)]
-    assert torch.equal(torch.cat(parts, dim=3), whole.bfloat16())
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):  # the model's; an fp8 cache rounds these itself
+        parts = [Source(registry, Rank(i, 2), dtype).get("a", registry.choice("a")) for i in range(2)]
+        assert torch.equal(torch.cat(parts, dim=3), whole.to(dtype)) and parts[0].dtype == dtype
 
 
 def test_host_memory_keeps_what_was_used_last() -> None:

@@ -44,6 +44,7 @@ from prefix_attn.hf.io.stored import (
     KEY,
     OURS,
     PEFT,
+    PROMPT,
     TASK_HEAD,
     TRAINING,
     Stored,
@@ -224,7 +225,7 @@ def save_table(folder: Path, state: Mapping[str, Tensor], base: PreTrainedModel,
         raise ValueError(f"state_dict lacks 'prefix'; it has {sorted(state)[:6]}")
     config = base.config.get_text_config()
     peft = {
-        "peft_type": "PROMPT_TUNING",
+        "peft_type": PROMPT,
         "task_type": "SEQ_2_SEQ_LM" if config.is_encoder_decoder else "CAUSAL_LM" if base.can_generate() else None,
         "base_model_name_or_path": base.config._name_or_path or None,
         "inference_mode": True,
@@ -259,10 +260,8 @@ def load_table(path: str | Path, base: PreTrainedModel, **hub: Any) -> tuple[Ten
     if state is not None and not (folder / ADAPTER_CONFIG).is_file():
         return _table_in_state(state, base)
     peft = files.read_json(folder / ADAPTER_CONFIG)
-    if peft.get("peft_type") != "PROMPT_TUNING":
-        raise ValueError(
-            f"{folder / ADAPTER_CONFIG}: peft_type must be PROMPT_TUNING, got {quoted(peft.get('peft_type'))}"
-        )
+    if peft.get("peft_type") != PROMPT:
+        raise ValueError(f"{folder / ADAPTER_CONFIG}: peft_type must be {PROMPT}, got {quoted(peft.get('peft_type'))}")
     metadata = files.read_metadata(folder / ADAPTER)
     check_base(folder, PrefixConfig(base_model_name_or_path=peft.get("base_model_name_or_path")), metadata, base.config)
     wanted = {KEY: (peft.get("num_virtual_tokens", 0), int(base.get_input_embeddings().weight.shape[1]))}

@@ -19,6 +19,7 @@ ADAPTER_CONFIG, ADAPTER, TRAINING = "adapter_config.json", "adapter_model.safete
 # Tensors: the prefix, its gate, and the beginning of those of task heads.
 KEY, GATE, TASK_HEAD = "prompt_embeddings", "prefix_gate", "base_model."
 PEFT, FROZEN, OURS = "PREFIX_TUNING", "CARTRIDGE", "PREFIX_ATTN"  # peft_type
+PROMPT = "PROMPT_TUNING"  # the same, of a table of input embeddings
 OLD_ADAPTER = "adapter_model.bin"  # PEFT's, before safetensors
 
 

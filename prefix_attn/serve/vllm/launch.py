@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import torch
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
-from prefix_attn.hf.edit import move
-from prefix_attn.hf.io import checkpoint, formats, writing
+from prefix_attn.hf.config import PrefixConfig
+from prefix_attn.hf.io import checkpoint, writing
 from prefix_attn.hf.load import base_source, cache_folder, load_base
 from prefix_attn.hf.model import PrefixModel
 from prefix_attn.serve.vllm.registry import Registry, Settings
-from prefix_attn.serve.vllm.stored import Shape
+from prefix_attn.serve.vllm.stored import Shape, digest_of, holds_embeddings
 from prefix_attn.training.chat import Chat
 from prefix_attn.training.prompts import Prompt
 
@@ -69,7 +69,7 @@ def command(
     source = str(base_source(base))
     config, tokenizer = AutoConfig.from_pretrained(source), AutoTokenizer.from_pretrained(source)
     config._name_or_path = base
-    given = {name: str(shifted(path, base)) for name, path in prefixes.items()}
+    given = {name: str(folded(path, base)) for name, path in prefixes.items()}
     settings: dict[str, Any] = {"prefixes": given, "chat_stop_ids": chat_stop_ids(tokenizer)}
     settings |= {} if folder is None else {"folder": str(folder.resolve()), "loading": loading}
     Registry(Settings.of(settings), shape_of_base(config)).check()
@@ -116,23 +116,25 @@ def shape_of_base(config: PreTrainedConfig) -> Shape:
     return Shape(text.num_hidden_layers, own, size, config, length or _UNLIMITED)
 
 
-def shifted(path: Path, base: str) -> Path:
-    """``path``, or where the prefix has position_mode="none", the folder of one that does the same with "shift".
+def folded(path: Path, base: str) -> Path:
+    """``path``; where it has input embeddings alone, the folder of the keys and values that ``base`` makes of them.
 
     Raises:
-        NotImplementedError: the model has no rotary embeddings, by which alone a prefix can be moved.
+        ValueError: the file does not fit ``base``.
     """
-    stored = formats.read(path)
-    config = stored.config
-    if config.position_mode != "none" or config.gate is not None or config.mode == "infix" or stored.encoder_decoder:
+    if not holds_embeddings(path):
         return path
-    folder = cache_folder(f"moved-{checkpoint.digest(path)[:32]}-{_plain(base)}")
-    if not (folder / "adapter_config.json").is_file():
-        _log.info("%s: moving the prefix to position_mode='shift', in %s", path, folder)
-        model = PrefixModel(load_base(base, device="cpu")[0])
-        model.load_prefix(path, "none")
-        move(model, "none", "shift", position_mode="shift")
-        model.save_pretrained(folder)
+    model = PrefixModel(load_base(base, device="cpu")[0])
+    table, others = checkpoint.load_table(path, model.base_model)
+    if others:
+        raise ValueError(f"{path}: vLLM cannot serve this prefix: weights of the base model were trained with it")
+    config = PrefixConfig(num_virtual_tokens=len(table), mode="embedding", position_mode="shift")
+    model.add_prefix("folded", config)
+    encoder, _ = model.find_prefix("folded")
+    encoder.embedding.data.copy_(table)
+    folder = cache_folder(f"folded-{digest_of(table)}-{_plain(base)}")
+    _log.info("%s: its embeddings are folded into keys and values, in %s", path, folder)
+    model.save_pretrained(folder)
     return folder
 
 

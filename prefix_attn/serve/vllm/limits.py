@@ -8,6 +8,9 @@ from typing import Any
 
 from prefix_attn.serve.vllm.stored import Shape
 
+# Of --kv-cache-dtype: those into which vLLM's layers round each number by itself, with a scale that stays.
+CACHES = ("auto", "float16", "bfloat16", "fp8", "fp8_e4m3", "fp8_e5m2")
+
 
 def shape_of(config: Any) -> Shape:
     """What the model of a ``VllmConfig`` needs of a prefix."""
@@ -41,6 +44,10 @@ def _of_server(config: Any) -> Iterator[str]:
             yield f"{name} is {size}, and only 1 is supported"
     if config.speculative_config is not None:
         yield "speculative decoding: a draft model has no prefix"
+    if (kind := config.cache_config.cache_dtype) not in CACHES:
+        yield f"kv_cache_dtype is {kind!r}, which was never tried with prefixes: {CACHES} are known"
+    if getattr(config.cache_config, "calculate_kv_scales", False):  # of older versions
+        yield "calculate_kv_scales would find scales for a cache that holds prefixes already"
     if (policy := config.kv_transfer_config.kv_load_failure_policy) != "fail":
         yield f"kv_load_failure_policy is {policy!r}, and would run placeholders as text: 'fail' is needed"
     if (penalty := config.model_config.get_diff_sampling_param().get("repetition_penalty", 1)) != 1:

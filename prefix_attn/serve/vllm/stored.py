@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
+from prefix_attn.hf.edit import move_kv
 from prefix_attn.hf.io import files, formats
 from prefix_attn.hf.io.fit import check_base
-from prefix_attn.hf.io.stored import GATE, KEY, Stored
+from prefix_attn.hf.io.stored import ADAPTER_CONFIG, GATE, KEY, PROMPT, Stored
 from prefix_attn.quoting import quoted
 
 if TYPE_CHECKING:
@@ -61,6 +62,11 @@ def read(path: Path, shape: Shape) -> Prefix:
     Raises:
         ValueError: there is none, it is damaged, or it cannot be served with this base model. All reasons are named.
     """
+    if holds_embeddings(path):
+        raise ValueError(
+            f"{path}: vLLM cannot serve this prefix: it has input embeddings alone, of which only the base model makes "
+            "keys and values; 'prefix-attn serve --prefix' has it make them"
+        )
     stored = formats.read(path)
     check_base(stored.path, stored.config, stored.metadata, shape.base)
     if reasons := list(refusals(stored, shape)):
@@ -69,12 +75,33 @@ def read(path: Path, shape: Shape) -> Prefix:
     wanted = {KEY: (length, 2 * shape.layers * shape.heads * shape.head_dim)}
     flat = files.checked(stored.path, stored.tensors, wanted)[KEY]
     kv = flat.float().reshape(length, shape.layers, 2, shape.heads, shape.head_dim).contiguous()
-    return Prefix(kv, digest_of(kv))
+    mode = stored.config.position_mode or "shift"
+    digest = digest_of(kv, mode)
+    return Prefix(_behind(stored.path, kv, shape) if mode == "none" else kv, digest)
 
 
-def digest_of(kv: Tensor) -> str:
-    """40 hexadecimal digits that name ``kv``: its sizes and its bytes."""
-    found = hashlib.sha256(json.dumps(kv.shape).encode())
+def holds_embeddings(path: Path) -> bool:
+    """Whether a folder has input embeddings, as ``PrefixTuning`` and PEFT's prompt tuning save them."""
+    file = path / ADAPTER_CONFIG
+    return file.is_file() and files.read_json(file).get("peft_type") == PROMPT
+
+
+def _behind(path: Path, kv: Tensor, shape: Shape) -> Tensor:
+    """``kv`` of a prefix whose texts start at 0, for texts that start behind it."""
+    layers = kv.permute(1, 2, 3, 0, 4).flatten(0, 1)  # (2 * layers, heads, P, head size)
+    try:
+        moved = move_kv(layers, shape.base, len(kv))
+    except NotImplementedError as error:
+        raise ValueError(
+            f"{path}: vLLM cannot serve this prefix: its texts start at position 0 (position_mode='none'), and they "
+            f"cannot be moved behind it: {error}"
+        ) from None
+    return moved.unflatten(0, kv.shape[1:3]).permute(3, 0, 1, 2, 4).contiguous()
+
+
+def digest_of(kv: Tensor, position_mode: str = "shift") -> str:
+    """40 hexadecimal digits that name ``kv``, as it was read: its sizes, its bytes, and where its texts start."""
+    found = hashlib.sha256(json.dumps([*kv.shape, position_mode]).encode())
     found.update(kv.flatten().view(torch.uint8).numpy().data)
     return found.hexdigest()[:40]
 
@@ -90,11 +117,6 @@ def refusals(stored: Stored, shape: Shape) -> Iterator[str]:
         yield "it is an infix, which stands behind the input"
     if config.layers != "all":
         yield "its layers see different lengths" if config.has_lengths else "not all layers have it"
-    if config.position_mode == "none":
-        yield (
-            "its texts start at position 0 (position_mode='none'); prefix_attn.hf.edit.move(..., position_mode='shift')"
-            " makes one whose texts start behind it, and 'prefix-attn serve --prefix' does so by itself"
-        )
     if config.modules_to_save or stored.others or stored.tensors.keys() - {KEY, GATE}:
         yield "weights of the base model were trained with it"
     if KEY not in stored.tensors:
