@@ -27,6 +27,8 @@ SOURCES := pyproject.toml setup.py $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*.cpp
 export OMP_WAIT_POLICY := PASSIVE
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
+# pip would compile 15,000 files to bytecode, of which a run imports a fifth; Python compiles those when it imports them.
+export PIP_NO_COMPILE := 1
 
 .PHONY: help demo test newest lint instructions bench soak fuzz serve serve-env serve-test nightly gpu dist clean
 

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import csv
 import json
-import os
 import re
 import runpy
 import socket
-import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -20,6 +19,7 @@ from prefix_attn.training.prompts import Prompt
 from prefix_attn.training.tokens import collate, encode
 from tests.hf.models import tiny
 from tests.numerics import MODEL
+from tests.scripts import run_script
 from tests.tokens import END, byte_tokenizer
 from tests.training.test_chat import tokenizer
 
@@ -30,12 +30,8 @@ CLOSE = MODEL.atol  # of what is the same computation in another order, in float
 
 def run(name: str, *arguments: object) -> str:
     """What ``python examples/NAME.py`` prints."""
-    command = [sys.executable, "-W", "error", str(Path("examples") / f"{name}.py"), *map(str, arguments)]
-    path = os.pathsep.join([str(ROOT), *sys.path])  # a script elsewhere finds the package too
-    environment = os.environ | {"PYTHONPATH": path}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+    with tempfile.TemporaryDirectory() as output:
+        return run_script(ROOT / "examples" / f"{name}.py", [*map(str, arguments)], ROOT, Path(output))
 
 
 def changes(text: str) -> list[tuple[float, float]]:
