@@ -139,7 +139,8 @@ def compile_for(arch: str, dtype: str, size: int, variants: Sequence[str]) -> li
     from prefix_attn.backends.triton.table import table
 
     found: dict[tuple[str, ...], Kernel] = {}
-    if f"{dtype}/{size}*" not in table()[arch]["forward"]:  # served by the tiles of ``options``
+    columns = [column for column in table()[arch].values() if isinstance(column, dict)]
+    if not any(f"{dtype}/{size}*" in column for column in columns):  # served by the tiles of ``options``
         variants = [name for name in variants if name != "single"]
     with target(arch) as compiled:
         for variant in variants:
