@@ -114,8 +114,9 @@ def prefix_attention(
         and the sink; neither adds to any gradient. P = 0, T = 0 and S = 0 are legal.
 
     Raises:
-        ValueError: a shape, a range or a device. TypeError: a type or a dtype. NotImplementedError: the named backend
-        cannot run the call; the message says why.
+        ValueError: a shape, a range or a device.
+        TypeError: a type or a dtype.
+        NotImplementedError: the named backend cannot run the call; the message says why.
 
     Source: Li and Liang 2021, section 4.2 (prefix activations of every layer); Dao et al. 2022 (log-sum-exp).
     """

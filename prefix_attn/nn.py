@@ -45,7 +45,8 @@ class PrefixAttention(nn.MultiheadAttention):
         prefix_value: (H, P, D) parameter, likewise.
 
     Raises:
-        ValueError: ``prefix_length`` is negative. TypeError: it is no int.
+        ValueError: ``prefix_length`` is negative.
+        TypeError: it is no int.
 
     Source: Li and Liang 2021, section 4.2 (prefix activations of every layer).
     """
@@ -160,8 +161,10 @@ class PrefixAttention(nn.MultiheadAttention):
             without B for one sample. ``add_bias_kv`` and ``add_zero_attn`` add their columns at the end.
 
         Raises:
-            ValueError: a shape, or ``is_causal`` without ``attn_mask``. TypeError: a mask's dtype. NotImplementedError:
-            nested tensors other than those of a self-attention without masks and weights.
+            ValueError: a shape, or ``is_causal`` without ``attn_mask``.
+            TypeError: a mask's dtype.
+            NotImplementedError: nested tensors other than those of a self-attention without masks
+                and weights.
         """
         if self.prefix_length == 0:
             return super().forward(

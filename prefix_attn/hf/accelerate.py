@@ -43,7 +43,8 @@ def accelerate(model: Any, *, backend: str = "auto") -> Callable[[], None]:
         A function that restores PEFT's own way.
 
     Raises:
-        TypeError: not a PEFT model. ValueError: its active adapter has no prefix, or it is accelerated already.
+        TypeError: not a PEFT model.
+        ValueError: its active adapter has no prefix, or it is accelerated already.
         NotImplementedError: a model whose attention cannot be served.
     """
     way = _Way(model, _attach(model, backend), backend)

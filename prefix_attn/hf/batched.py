@@ -38,8 +38,10 @@ class Batched(PeftWords):
             Transformers' GenerationOutput of each request, in the order of ``inputs``.
 
         Raises:
-            NotImplementedError: the installed transformers takes no attention function of others (5.17 does), or a
-                prefix is an infix. RuntimeError: the engine failed. ValueError: unknown names.
+            NotImplementedError: the installed transformers takes no attention function of others
+                (5.17 does), or a prefix is an infix.
+            RuntimeError: the engine failed.
+            ValueError: unknown names.
         """
         names = [self.active_prefix] * len(inputs) if prefix_names is None else list(prefix_names)
         if isinstance(prefix_names, str) or len(names) != len(inputs):

@@ -40,7 +40,8 @@ def examine(base: PreTrainedModel, adapter: str | None = None) -> Iterator[Findi
         adapter: a folder or a Hub id of a prefix; default: a new one of 5 virtual tokens.
 
     Raises:
-        ValueError: the adapter does not fit. NotImplementedError: the model cannot be served, and why.
+        ValueError: the adapter does not fit.
+        NotImplementedError: the model cannot be served, and why.
     """
     if base.config.is_encoder_decoder or not base.can_generate():
         raise NotImplementedError(f"{type(base).__name__} is no causal language model: check tries those alone")

@@ -86,7 +86,8 @@ class PrefixConfig:
         backend: of ``prefix_attention``. It is not saved: whoever loads a prefix chooses.
 
     Raises:
-        ValueError: a field is out of range. NotImplementedError: a value that this version does not have.
+        ValueError: a field is out of range.
+        NotImplementedError: a value that this version does not have.
     """
 
     num_virtual_tokens: int = 10

@@ -45,8 +45,9 @@ def concatenate(
         is_trainable: whether the new prefix is trained; as many tokens as in the first source stay frozen.
 
     Raises:
-        ValueError: unknown names, or prefixes that do not go together. NotImplementedError: the model's positions
-            cannot be moved, where ``rotate=False`` works; or layers of different lengths. The model is unchanged then.
+        ValueError: unknown names, or prefixes that do not go together.
+        NotImplementedError: the model's positions cannot be moved, where ``rotate=False`` works; or
+            layers of different lengths. The model is unchanged then.
     """
     if not sources:
         raise ValueError("sources must name at least one prefix")
@@ -89,7 +90,8 @@ def truncate(
         is_trainable: whether the new prefix is trained; of its tokens those stay frozen that were.
 
     Raises:
-        ValueError: unknown name, or nothing is left. NotImplementedError: as ``concatenate``.
+        ValueError: unknown name, or nothing is left.
+        NotImplementedError: as ``concatenate``.
     """
     _, config = model.find_prefix(source)
     _check_lengths({source: config})
@@ -116,7 +118,8 @@ def move(model: PrefixModel, source: str, name: str, *, position_mode: str, is_t
         is_trainable: whether the new prefix is trained.
 
     Raises:
-        ValueError: unknown name. NotImplementedError: the model has no rotary embeddings, alone in which outputs stay.
+        ValueError: unknown name.
+        NotImplementedError: the model has no rotary embeddings, alone in which outputs stay.
     """
     _, config = model.find_prefix(source)
     moved = model.attachment.resolver.resolve(replace(config, position_mode=position_mode))

@@ -51,8 +51,9 @@ class PrefixTuning(Wrapper):
             hidden_size: of the model's input embeddings.
 
         Raises:
-            TypeError: ``model`` is no bare transformers model. ValueError: a size is wrong. NotImplementedError: the
-                model cannot be served. It is unchanged then.
+            TypeError: ``model`` is no bare transformers model.
+            ValueError: a size is wrong.
+            NotImplementedError: the model cannot be served. It is unchanged then.
         """
         super().__init__()
         if isinstance(prefix_length, bool) or not isinstance(prefix_length, int) or prefix_length < 1:

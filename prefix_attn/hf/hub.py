@@ -89,7 +89,8 @@ def push(
         What ``upload_folder`` returns.
 
     Raises:
-        TypeError: unknown options. ValueError: no name of a repository, or ``private`` and a repository that is public.
+        TypeError: unknown options.
+        ValueError: no name of a repository, or ``private`` and a repository that is public.
     """
     from tempfile import TemporaryDirectory
 

@@ -44,8 +44,8 @@ def load_base(
         quantize: load weights in 4 or 8 bits, with bitsandbytes.
 
     Raises:
-        ValueError: as ``check_base``, or a model that cannot be read; ModuleNotFoundError: a package that holds or
-            reads it is missing.
+        ValueError: as ``check_base``, or a model that cannot be read.
+        ModuleNotFoundError: a package that holds or reads it is missing.
     """
     check_base(name, dtype=dtype, device=device, quantize=quantize)
     from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
@@ -78,7 +78,8 @@ def check_base(name: str | Path, *, dtype: Dtype = None, device: Device = None, 
     """Refuse what ``load_base`` could not load, as far as this shows without transformers and without weights.
 
     Raises:
-        ValueError: there is no such model, dtype or device. ModuleNotFoundError: a package is missing.
+        ValueError: there is no such model, dtype or device.
+        ModuleNotFoundError: a package is missing.
     """
     check_options(dtype, device, quantize)
     path = Path(name)

@@ -47,7 +47,8 @@ def get_prefix_model(
         tokenizer: for ``init_text``.
 
     Raises:
-        TypeError: ``base`` is no bare transformers model. NotImplementedError: its attention cannot be served.
+        TypeError: ``base`` is no bare transformers model.
+        NotImplementedError: its attention cannot be served.
         ValueError: the configuration does not fit it. ``base`` is unchanged then.
     """
     model = PrefixModel(base)

@@ -31,8 +31,8 @@ class Attachment:
         """Attach to ``base``.
 
         Raises:
-            TypeError: ``base`` is no bare transformers model. NotImplementedError: its attention cannot be served. It
-                is unchanged then.
+            TypeError: ``base`` is no bare transformers model.
+            NotImplementedError: its attention cannot be served. It is unchanged then.
         """
         check_base(base)
         check_class(base)

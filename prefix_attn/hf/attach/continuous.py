@@ -93,9 +93,11 @@ def generate_batch(
     ``rooms`` are the positions that a model with a table of them has for each prompt and its output.
 
     Raises:
-        NotImplementedError: the installed transformers, the model or an option does not let prefixes in.
+        NotImplementedError: the installed transformers, the model or an option does not let
+            prefixes in.
         RuntimeError: the engine failed.
-        ValueError: an input is empty, or has what is no token, or leaves too few positions for its output.
+        ValueError: an input is empty, or has what is no token, or leaves too few positions for its
+            output.
     """
     if bank is not None and "position_ids" not in inspect.signature(bank.stack.forward).parameters:
         raise NotImplementedError(f"{type(base).__name__} takes no position_ids, which continuous batching needs")
@@ -214,7 +216,8 @@ def _selected(base: PreTrainedModel) -> Iterator[None]:
 
     Raises:
         RuntimeError: another attention function was selected since the prefix was attached.
-        NotImplementedError: the installed transformers runs continuous batching with its own functions alone.
+        NotImplementedError: the installed transformers runs continuous batching with its own
+            functions alone.
     """
     before = base.config.get_text_config()._attn_implementation
     if before != NAME:

@@ -28,7 +28,8 @@ def start_of_targets(start: Tensor | None, given: Mapping[str, Any]) -> Tensor:
         given: the arguments of the forward.
 
     Raises:
-        ValueError: neither start nor labels, or not one for each row. NotImplementedError: packed sequences.
+        ValueError: neither start nor labels, or not one for each row.
+        NotImplementedError: packed sequences.
     """
     labels = given.get("labels")
     if is_packed(given):

@@ -38,7 +38,8 @@ class Insertion:
 
         Raises:
             TypeError: ``base`` is no bare transformers model.
-            NotImplementedError: the model takes no input embeddings, or does something else with them than with ids.
+            NotImplementedError: the model takes no input embeddings, or does something else with
+                them than with ids.
         """
         check_base(base)
         self._base, self._name = base, type(base).__name__

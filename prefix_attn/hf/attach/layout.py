@@ -58,7 +58,8 @@ class Resolver:
         """A copy of ``config`` in which the model's defaults replace None.
 
         Raises:
-            NotImplementedError: the model lacks the sites or the mode, or its positions cannot be shifted.
+            NotImplementedError: the model lacks the sites or the mode, or its positions cannot be
+                shifted.
             ValueError: the model lacks the layers or the task heads.
         """
         task = config.task_type or task_of(self._base, self._has_decoder)

@@ -72,7 +72,8 @@ def opened(path: Path) -> BinaryIO:
     """A file, open for reading. A FIFO or a device, which could block or never end, is refused before it is read.
 
     Raises:
-        ValueError: there is no such file, or it is none. OSError: it may not be read.
+        ValueError: there is no such file, or it is none.
+        OSError: it may not be read.
     """
     try:
         number = os.open(path, _OPEN)

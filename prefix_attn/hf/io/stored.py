@@ -81,8 +81,8 @@ def write_adapter(
         tags: of the model card, besides ours. A card that is there keeps its text.
 
     Raises:
-        ValueError: ``folder`` is a file, or a tensor has values that are not finite. OSError: the disk is full, say.
-            Nothing is written then.
+        ValueError: ``folder`` is a file, or a tensor has values that are not finite.
+        OSError: the disk is full, say. Nothing is written then.
     """
     check_finite({**tensors, **(training or {})})
     contents = {
