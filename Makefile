@@ -1,4 +1,4 @@
-# make demo | test | newest | lint | instructions | bench | soak | fuzz | serve | serve-env | serve-test | nightly | gpu | dist | clean, all in .venv or VENV=folder.
+# make demo | test | newest | lint | docs | instructions | bench | soak | fuzz | serve | serve-env | serve-test | nightly | gpu | dist | clean, all in .venv or VENV=folder.
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DELETE_ON_ERROR:
@@ -30,7 +30,7 @@ export TOKENIZERS_PARALLELISM := false
 # pip would compile 15,000 files to bytecode, of which a run imports a fifth; Python compiles those when it imports them.
 export PIP_NO_COMPILE := 1
 
-.PHONY: help demo test newest lint instructions bench soak fuzz serve serve-env serve-test nightly gpu dist clean
+.PHONY: help demo test newest lint docs instructions bench soak fuzz serve serve-env serve-test nightly gpu dist clean
 
 help:
 	@sed -n '1s/^# //p' Makefile
@@ -53,6 +53,10 @@ lint: $(VENV)/.installed-test
 	$(BIN)/ruff format --check .
 	$(BIN)/pyrefly check --python-interpreter-path $(BIN)/python
 	$(BIN)/codespell
+
+# The site, into site/. Any warning is an error, such as a link that leads nowhere. To look at it: $(BIN)/mkdocs serve.
+docs: $(VENV)/.installed-test
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict $(ARGS)
 
 instructions: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -s -m valgrind tests/backends/test_instructions.py
@@ -102,7 +106,7 @@ dist: $(VENV)/.installed-dist
 	$(BIN)/twine check --strict dist/*
 
 clean:
-	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .benchmarks .hypothesis prefix_attn/*.so
+	rm -rf build dist site *.egg-info .pytest_cache .ruff_cache .benchmarks .hypothesis prefix_attn/*.so
 	find . -name __pycache__ -type d -not -path './.venv/*' -prune -exec rm -rf {} +
 
 $(BIN)/python:

@@ -191,7 +191,10 @@ def markdown(paths: Sequence[Path], pictures: Sequence[Path], out: Path) -> str:
     suites = {d["suite"] for d in documents}
     if "operator" not in suites:
         del parts["One call"], parts["The choice of a backend"]
-    made = f"Made by `python -m benchmarks report {' '.join(map(str, paths))} --out {out}`. Do not edit by hand."
+    elsewhere = {folder for picture in pictures if (folder := picture.parent) != paths[0].parent}
+    figures = "".join(f" --figures {os.path.relpath(folder)}" for folder in elsewhere)
+    command = f"python -m benchmarks report {' '.join(map(str, paths))}{figures} --out {out}"
+    made = f"Made by `{command}`. Do not edit by hand."
     how = "The method is described in `benchmarks/__init__.py`."
     notes = paths[0].with_name("notes.md")
     said = [notes.read_text(encoding="utf-8").strip(), ""] if notes.is_file() else []

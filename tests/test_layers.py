@@ -228,7 +228,7 @@ def tracked() -> list[Path]:
         listing = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
         paths = [Path(name) for name in listing.split("\0") if name]
     except (OSError, subprocess.CalledProcessError):
-        built = re.compile(r"\..*|__pycache__|build|dist|runs|.*\.egg-info|.*\.so")
+        built = re.compile(r"\..*|__pycache__|build|dist|runs|site|.*\.egg-info|.*\.so")
         paths = [path.relative_to(ROOT) for path in ROOT.rglob("*")]
         paths = [path for path in paths if not any(built.fullmatch(part) for part in path.parts)]
     return sorted(ROOT / path for path in paths if (ROOT / path).is_file())

@@ -1,4 +1,4 @@
-"""README.md: its Python runs, its commands and files exist."""
+"""The Python of README.md and of every page of docs runs, from the top of a page to its end."""
 
 from __future__ import annotations
 
@@ -8,19 +8,14 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 
-ROOT = Path(__file__).resolve().parent.parent
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+from tests.pages import PAGES, blocks
 
-
-def section(title: str) -> str:
-    """The text under a heading."""
-    (found,) = re.findall(rf"^## {re.escape(title)}\n(.*?)(?=^## |\Z)", README, re.MULTILINE | re.DOTALL)
-    return found
-
-
-def blocks(text: str, language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+PYTHON = {name: blocks(text, "python") for name, text in PAGES.items() if blocks(text, "python")}
+# Later ones run continuous batching with their own attention functions alone.
+RUNS_BATCHES = Version(transformers.__version__) < Version("5.18")
 
 
 @pytest.fixture
@@ -37,27 +32,49 @@ def small(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
 
 def run(sources: list[str], **names: Any) -> dict[str, Any]:
     for number, source in enumerate(sources):
-        exec(compile(source, f"README.md, example {number}", "exec"), names)
+        exec(compile(source, f"example {number}", "exec"), names)
     return names
+
+
+def changes_nothing_else(base: Any, weights: dict[str, torch.Tensor]) -> bool:
+    return all(torch.equal(tensor, weights[name]) for name, tensor in base.state_dict().items())
+
+
+def test_readme_example(small: Any) -> None:
+    """It trains, and what it saves loads."""
+    from prefix_attn import PrefixModel
+
+    weights = {name: tensor.clone() for name, tensor in small.state_dict().items()}
+    names = run(PYTHON["README.md"])
+    batch, model = names["batch"], names["model"]
+    with torch.no_grad():
+        trained = model(**batch, labels=batch["input_ids"])
+        with model.disable_prefix():
+            frozen = model(**batch, labels=batch["input_ids"])
+        assert trained.loss < frozen.loss
+        again = PrefixModel.from_pretrained(small, "my-prefix")
+        assert torch.equal(again(**batch).logits, trained.logits)
+    assert changes_nothing_else(small, weights)
 
 
 def test_training_example(small: Any, capsys: pytest.CaptureFixture[str]) -> None:
     """It trains, and what it reloads is what it saved."""
     weights = {name: tensor.clone() for name, tensor in small.state_dict().items()}
-    names = run(blocks(section("Train a prefix"), "python"))
+    names = run(PYTHON["docs/start.md"])
     batch, model, again = names["batch"], names["model"], names["again"]
     with torch.no_grad(), model.disable_prefix():
         frozen = model(**batch, labels=batch["input_ids"]).loss
     assert names["loss"] < frozen
     with torch.no_grad():
         assert torch.equal(again(**batch).logits, model(**batch).logits)
-    assert all(torch.equal(tensor, weights[name]) for name, tensor in small.state_dict().items())
+    assert changes_nothing_else(small, weights)
     assert "trainable params: 960 ||" in capsys.readouterr().out  # 10 tokens * 2 * 3 layers * 2 heads * 8
 
 
 def test_batch_example(small: Any) -> None:
     """Every row is what its prefix alone generates."""
-    names = run(blocks(section("Many prefixes in one batch"), "python"))
+    mixed, edited = PYTHON["docs/guides/many-prefixes.md"]
+    names = run([mixed])
     model, batch, tokenizer = names["model"], names["batch"], names["tokenizer"]
     for row, prefix in enumerate(names["names"]):
         prompt = {name: tensor[row : row + 1] for name, tensor in batch.items()}
@@ -65,12 +82,14 @@ def test_batch_example(small: Any) -> None:
         assert tokenizer.decode(out[0], skip_special_tokens=True) == names["texts"][row]
     grads = [model.prefixes[prefix].embedding.grad for prefix in ("default", "dart")]
     assert all(grad.abs().max() > 0 for grad in grads)
+    run([edited], **names)
+    assert [model.find_prefix(name)[1].num_virtual_tokens for name in ("both", "short")] == [30, 12]
 
 
 @pytest.mark.peft
 def test_migration_example(small: Any) -> None:
     """Both sides run, and train as many parameters."""
-    before, after, keep = blocks(section("From PEFT"), "python")
+    before, after, keep = PYTHON["docs/guides/peft.md"]
     peft_model = run([before], base=small)["model"]
     ours = run([after], base=small)["model"]
     assert ours.get_nb_trainable_parameters()[0] == peft_model.get_nb_trainable_parameters()[0]
@@ -85,7 +104,7 @@ def test_migration_example(small: Any) -> None:
 def test_module_example(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """It learns, prefixes and head alone, and the file holds them."""
     monkeypatch.chdir(tmp_path)
-    names = run(blocks(section("A model of nn.MultiheadAttention"), "python"))
+    names = run(PYTHON["docs/guides/modules.md"])
     assert names["loss"] < 0.1
     state = names["optimizer"].state
     assert all(state[p]["exp_avg"].any() for p in names["trained"].values())
@@ -102,62 +121,96 @@ def test_embedding_example(small: Any) -> None:
 
     ids = torch.randint(1, 257, (2, 9))
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    model = run(blocks(section("Embeddings alone"), "python"), base=small, batch=batch)["model"]
+    model = run(PYTHON["docs/guides/forms.md"], base=small, batch=batch)["model"]
     assert [n for n, p in model.named_parameters() if p.grad is not None] == ["prefix"]
     assert torch.equal(PrefixTuning.from_pretrained(small, "my-prompt").prefix, model.prefix)
 
 
 def test_operator_example(capsys: pytest.CaptureFixture[str]) -> None:
-    names = run(blocks(section("The operator alone"), "python"))
+    names = run(PYTHON["docs/guides/operator.md"])
     assert names["out"].shape == names["query"].shape
     assert names["prefix_key"].grad.shape == (4, 20, 64)
     assert capsys.readouterr().out.startswith("auto -> ")
 
 
+def test_refusal_example(capsys: pytest.CaptureFixture[str]) -> None:
+    """The page shows lines that are printed, and the error has the reason."""
+    run(PYTHON["docs/guides/backends.md"])
+    printed = capsys.readouterr().out.splitlines()
+    (shown,) = re.findall(r"^auto -> (?:.+\n)+?(?=```)", PAGES["docs/guides/backends.md"], re.MULTILINE)
+    assert [line for line in shown.splitlines() if line not in printed] == []
+    assert printed[-1] == "backend='cpu' cannot run this call: the kernels have no dropout"
+
+
+def test_trainers_example(small: Any) -> None:
+    model = run(PYTHON["docs/trainers.md"], base=small)["model"]
+    assert model.get_nb_trainable_parameters()[0] == 1920  # 20 tokens * 2 * 3 layers * 2 heads * 8
+
+
+def test_serving_example(small: Any) -> None:
+    """Each request is answered as if it were alone. Newer versions of transformers refuse, as the page says."""
+    from prefix_attn import PrefixConfig, get_prefix_model
+
+    model = get_prefix_model(small, PrefixConfig(num_virtual_tokens=4)).eval()
+    model.add_prefix("e2e", PrefixConfig(num_virtual_tokens=4))
+    names = {"model": model, "ids": [5, 6, 7], "other_ids": [8, 9]}
+    if not RUNS_BATCHES:
+        with pytest.raises(NotImplementedError):
+            run(PYTHON["docs/guides/serving.md"], **names)
+        return
+    tokens = run(PYTHON["docs/guides/serving.md"], **names)["tokens"]
+    for ids, prefix, found in zip(([5, 6, 7], [8, 9]), ("e2e", None), tokens):
+        out = model.generate(torch.tensor([ids]), prefix_names=[prefix], max_new_tokens=48)
+        assert out[0, len(ids) :].tolist() == found
+
+
+def test_backend_example() -> None:
+    """The backend of the page gives what the specification gives, and each gradient, also of what sees nothing."""
+    from prefix_attn.backends import eager
+    from prefix_attn.call import Call
+
+    names = run(PYTHON["docs/contributing/backend.md"], __name__="plain")
+    shapes = (2, 4, 5, 8), (2, 2, 3, 8), (2, 2, 3, 8), (2, 6, 8), (2, 6, 8)
+    given = [torch.randn(shape, requires_grad=True) for shape in shapes]
+    for tensors in (given[:3], given):
+        call = Call(*tensors, scale=0.5)
+        assert list(names["refuse"](call)) == []
+        out, lse = names["forward"](call)
+        expected = eager.forward(call)
+        torch.testing.assert_close((out, lse), expected)
+        assert (lse == -torch.inf).any() == (len(tensors) == 3)
+        needs = [t is not None for t in call[:7]]
+        got = names["backward"](call, out, lse, torch.ones_like(out), None, needs)
+        wanted = torch.autograd.grad(expected[0].sum(), tensors)
+        torch.testing.assert_close(got[: len(tensors)], list(wanted))
+    assert list(names["refuse"](call._replace(window=3, dropout_p=0.1))) == ["it has no dropout", "it has no window"]
+
+
+def test_file_format_example(tmp_path: Path) -> None:
+    """The reader of the page gives the table that a model loads."""
+    from prefix_attn import PrefixModel
+    from prefix_attn.hf.io.stored import KEY
+    from tests.hf.models import tiny
+
+    read = run(PYTHON["docs/contributing/file-format.md"])["_stacked"]
+    key, value = torch.randn(2, 3, 2, 4, 8)  # (layers, heads, tokens, head size), as of the tiny Llama
+    torch.save({"prefix_keys": key, "prefix_values": value}, tmp_path / "a.pt")
+    stored = read(tmp_path / "a.pt", torch.load(tmp_path / "a.pt"))
+    model = PrefixModel(tiny("llama"))
+    model.add_prefix("theirs", stored.config)
+    table = stored.tensors[KEY].view(4, 6, 2, 8).permute(1, 2, 0, 3)
+    assert model.prefixes["theirs"]().shape == table.shape
+    assert torch.equal(table[::2], key) and torch.equal(table[1::2], value)
+    with pytest.raises(ValueError, match=r"a\.pt: prefix_keys, prefix_values must be"):
+        read(tmp_path / "a.pt", {"prefix_keys": key, "prefix_values": value[:1]})
+
+
+def test_model_family_example(capsys: pytest.CaptureFixture[str]) -> None:
+    run(PYTHON["docs/contributing/model-family.md"])
+    assert capsys.readouterr().out == "torch.Size([1, 3, 97])\n"
+
+
 def test_every_python_example_is_run() -> None:
-    tested = (
-        "Train a prefix",
-        "Embeddings alone",
-        "Many prefixes in one batch",
-        "From PEFT",
-        "A model of nn.MultiheadAttention",
-        "The operator alone",
-    )
-    assert sum(len(blocks(section(title), "python")) for title in tested) == len(blocks(README, "python"))
-
-
-def test_commands_and_links_exist() -> None:
-    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
-    assert set(re.findall(r"\bmake ([a-z]+) +#", README)) == {"demo", "test"} <= targets
-    anchors = {f"#{title.lower().replace(' ', '-')}" for title in re.findall(r"^## (.*)$", README, re.MULTILINE)}
-    links = set(re.findall(r"\]\(([^)]+)\)", README))
-    assert [link for link in links - anchors if not (ROOT / link).is_file()] == []
-
-
-@pytest.mark.parametrize("path", sorted((ROOT / "docs").glob("*.md")), ids=lambda path: path.stem)
-def test_documents_name_what_exists(path: Path) -> None:
-    """Their links, and the files of the repository that they name."""
-    text = path.read_text(encoding="utf-8")
-    links = [link for link in re.findall(r"\]\(([^)#]+)\)", text) if not link.startswith("http")]
-    assert [link for link in links if not (path.parent / link).is_file()] == []
-    ours = re.sub(r"\]\(http[^)]*\)", "]()", text)  # other projects have folders of these names too
-    named = re.findall(r"\b(?:benchmarks|csrc|docs|examples|prefix_attn|tests)(?:/[\w.-]+)+\.\w+", ours)
-    assert [name for name in named if not (ROOT / name).is_file()] == []
-
-
-def test_file_tree_is_the_repository() -> None:
-    """Every module and room is in the tree, and the tree names no other. A folder stands for the modules in it."""
-    (tree,) = blocks(section("Files"), "")
-    listed: set[str] = set()
-    above: list[str] = []  # the folders around a line, by its indentation
-    for indent, name in re.findall(r"^( *)(\S+)", tree, re.MULTILINE):
-        above[len(indent) // 2 :] = [name]
-        listed.add("".join(above))
-    assert {name for name in listed if not (ROOT / name).exists()} == set()
-    package = {
-        path for path in (ROOT / "prefix_attn").iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()
-    }
-    expected = {f"prefix_attn/{path.name}" + "/" * path.is_dir() for path in package} - {"prefix_attn/__init__.py"}
-    assert expected - listed == set()
-    tops = {f"{path.parent.name}/" for path in ROOT.glob("[a-z]*/*") if path.suffix in (".py", ".cpp", ".md")}
-    assert tops - listed == set()
+    """A page with Python has a test above, which runs all of it."""
+    source = Path(__file__).read_text(encoding="utf-8")
+    assert [name for name in PYTHON if f'PYTHON["{name}"]' not in source] == []
