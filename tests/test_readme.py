@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -151,17 +152,31 @@ def test_serving_example(small: Any) -> None:
     """Each request is answered as if it were alone. Newer versions of transformers refuse, as the page says."""
     from prefix_attn import PrefixConfig, get_prefix_model
 
+    _, batches = PYTHON["docs/guides/serving.md"]
     model = get_prefix_model(small, PrefixConfig(num_virtual_tokens=4)).eval()
     model.add_prefix("e2e", PrefixConfig(num_virtual_tokens=4))
     names = {"model": model, "ids": [5, 6, 7], "other_ids": [8, 9]}
     if not RUNS_BATCHES:
         with pytest.raises(NotImplementedError):
-            run(PYTHON["docs/guides/serving.md"], **names)
+            run([batches], **names)
         return
-    tokens = run(PYTHON["docs/guides/serving.md"], **names)["tokens"]
+    tokens = run([batches], **names)["tokens"]
     for ids, prefix, found in zip(([5, 6, 7], [8, 9]), ("e2e", None), tokens):
         out = model.generate(torch.tensor([ids]), prefix_names=[prefix], max_new_tokens=48)
         assert out[0, len(ids) :].tolist() == found
+
+
+def test_prompt_embeds_example(small: Any) -> None:
+    """vLLM, which is not installed here, is given the table and the embeddings of the text."""
+    from prefix_attn import PrefixTuning
+
+    PrefixTuning(small, prefix_length=4, hidden_size=32).save_pretrained("runs/table")
+    vllm = MagicMock()
+    embeds, _ = PYTHON["docs/guides/serving.md"]
+    ids = torch.tensor([5, 6, 7])
+    prompt = run([embeds], PrefixTuning=PrefixTuning, torch=torch, LLM=vllm, BASE="base", base=small, ids=ids)["prompt"]
+    assert torch.equal(prompt[4:], small.get_input_embeddings()(ids))
+    vllm.return_value.generate.assert_called_once_with({"prompt_embeds": prompt})
 
 
 def test_backend_example() -> None:
