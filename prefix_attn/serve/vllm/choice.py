@@ -38,7 +38,7 @@ class Choice(NamedTuple):
         return f"{MARK}{self.digest}:{self.length}:{kept}"
 
     def placeholders(self, vocabulary: int) -> tuple[int, ...]:
-        """P token ids in 0..vocabulary-1."""
+        """P token ids below ``vocabulary``."""
         return placeholders(self.digest, self.length, vocabulary)
 
 
@@ -48,9 +48,14 @@ class Refused(ValueError):
 
 @lru_cache(maxsize=1024)
 def placeholders(digest: str, length: int, vocabulary: int) -> tuple[int, ...]:
-    """``length`` numbers in 0..vocabulary-1 that look random, always the same for a digest."""
+    """``length`` token ids that look random, always the same for a digest.
+
+    They are from the middle half of the vocabulary. Tokenizers keep their special tokens at its ends, and vLLM looks
+    for some of those in prompts: the end of a reasoning, say, or a picture.
+    """
     stream = hashlib.shake_256(digest.encode()).digest(8 * length)
-    return tuple(int.from_bytes(stream[i : i + 8], "big") % vocabulary for i in range(0, 8 * length, 8))
+    first, number = vocabulary // 4, max(1, vocabulary // 2)
+    return tuple(first + int.from_bytes(stream[i : i + 8], "big") % number for i in range(0, 8 * length, 8))
 
 
 def choice_of(salt: str | None, prompt: Sequence[int] | None, vocabulary: int) -> Choice | None:
