@@ -36,11 +36,22 @@ from prefix_attn.cli.shared import (
     show,
     unescaped,
 )
-from prefix_attn.cli.train_checks import Options, check, check_files, loading_of, prefix_of, texts_of
+from prefix_attn.cli.train_checks import (
+    Options,
+    check,
+    check_files,
+    converses,
+    files_of,
+    loading_of,
+    prefix_of,
+    texts_of,
+)
 from prefix_attn.cli.train_options import (
     Accumulation,
     Checkpointing,
+    ChunkTokens,
     Config,
+    DistillData,
     DistillFrom,
     Dropout,
     DryRun,
@@ -65,6 +76,7 @@ from prefix_attn.cli.train_options import (
     ReportTo,
     Resume,
     Seed,
+    SelfStudy,
     Sites,
     Steps,
     TopK,
@@ -76,7 +88,8 @@ from prefix_attn.cli.train_options import (
     VirtualTokens,
 )
 from prefix_attn.hf.config import PrefixConfig
-from prefix_attn.training.data import Examples, hold_out
+from prefix_attn.quoting import quoted
+from prefix_attn.training.data import CHUNK, Examples, hold_out
 from prefix_attn.training.examples import Example, group
 from prefix_attn.training.interrupt import Interrupted
 from prefix_attn.training.prompts import Prompt, default_template
@@ -89,6 +102,7 @@ Tables = Mapping[str, Examples]  # of the options that name them
 EXCLUSIVE = (
     ("steps", "epochs"),
     ("data", "distill_from"),
+    ("self_study", "distill_data"),
     ("validation", "validation_share"),
     ("init", "init_text", "init_document", "init_path"),
 )
@@ -105,6 +119,9 @@ def train(
     quantize: Quantize = None,
     data: TrainingData = None,
     distill_from: DistillFrom = None,
+    self_study: SelfStudy = None,
+    distill_data: DistillData = None,
+    chunk_tokens: ChunkTokens = None,
     top_k: TopK = None,
     validation: Validation = None,
     validation_share: ValidationShare = None,
@@ -158,12 +175,13 @@ def train(
     --output runs/chat[/bold]
 
     [bold]prefix-attn train --model Qwen/Qwen3-0.6B --distill-from manual.txt --virtual-tokens 64
-    --output runs/manual[/bold]
+    --self-study 512 --output runs/manual[/bold]
 
     [bold]prefix-attn train --config runs/e2e/run.yaml --seed 1 --output runs/e2e-1[/bold]
 
     The one with --distill-from learns to do with 64 tokens what the whole text in front would do. It starts from pieces
-    of the text. The last one repeats a run with another seed.
+    of the text. The model reads the text, writes 512 questions and answers about it, and the prefix learns from these.
+    The last one repeats a run with another seed.
     """
     options = command_line_first(context, dict(locals()), EXCLUSIVE)
     check(options)
@@ -175,7 +193,7 @@ def train(
     find_checkpoint(settings, facts_of_settings(settings, prefix))
     try:
         if options["distill_from"]:
-            metrics = _distill(prefix, settings, options)
+            metrics = _distill(prefix, settings, options, tables)
         else:
             metrics = _train(prefix, settings, options, tables)
     except Interrupted as stop:
@@ -185,6 +203,8 @@ def train(
     except KeyboardInterrupt:
         left = last_checkpoint(output)
         found = f"the last checkpoint is {left}" if left else "there is no checkpoint yet"
+        if not left and options["distill_from"]:
+            found += ", and what the model wrote and the teacher read is kept"
         typer.echo(f"stopped at once; {found}. To go on: {_resume_command()}", err=True)
         raise typer.Exit(128 + signal.SIGINT) from None
     show(metrics, as_json, _summary(metrics, output))
@@ -258,28 +278,59 @@ def _dry_run(config: PrefixConfig, settings: TrainingSettings, options: Options,
     show(found._asdict() | {"shown": rows}, options["as_json"], text)
 
 
-def _distill(config: PrefixConfig, settings: TrainingSettings, options: Options) -> dict[str, Any]:
+def _distill(config: PrefixConfig, settings: TrainingSettings, options: Options, tables: Tables) -> dict[str, Any]:
     texts = _texts(options)
-    document, other = texts["distill_from"], texts.get("validation")
+    told = {name: list(_told(table)) for name, table in tables.items()}
     model, tokenizer = _prefixed(config, settings.seed, options, texts)
     from prefix_attn.training.distill import TOP_K, distill
 
     top_k = options["top_k"] or TOP_K
-    kept = _kept(options, top_k=top_k)
-    return distill(model, tokenizer, document, settings, validation=other, top_k=top_k, options=kept)
+    kept: dict[str, Any] = {"top_k": top_k, "chunk_tokens": options["chunk_tokens"]}
+    documents = texts["distill_from"]
+    if not converses(options):
+        other = "\n".join(texts["validation"]) if "validation" in texts else None
+        options = _kept(options, top_k=top_k)
+        return distill(model, tokenizer, documents, settings, validation=other, options=options, **kept)
+    from prefix_attn.training.conversations import prompt_for
+    from prefix_attn.training.self_study import self_study
+
+    template = options["template"] and unescaped(options["template"])
+    prompt = prompt_for(tokenizer, template, system=options["system"], special_tokens=options["special_tokens"])
+    return self_study(
+        model,
+        tokenizer,
+        documents,
+        settings,
+        conversations=told.get("distill_data") or options["self_study"],
+        validation=told.get("validation"),
+        prompt=prompt,
+        skip_bad_rows=options["skip_bad_rows"],
+        options=_kept(options, top_k=top_k, template=prompt.template),
+        **kept,
+    )
 
 
-def _texts(options: Options) -> dict[str, str]:
+def _told(table: Examples) -> Iterator[tuple[int | None, Example]]:
+    """Conversations, each with the number of the chunk that it is about."""
+    for row, example in table.records(check=True):
+        chunk = row.get(CHUNK)
+        if chunk not in (None, "") and not str(chunk).isdecimal():
+            raise ValueError(f"{table.spec}: 'chunk' must be the number of a chunk, from 0 on, got {quoted(chunk)}")
+        yield None if chunk in (None, "") else int(chunk), example
+
+
+def _texts(options: Options) -> dict[str, list[str]]:
     """The texts by the options that name them. A file that several name is read once."""
-    read: dict[str, str] = {}
-    for path in (str(options[name]) for name in texts_of(options)):
+    read: dict[Path, str] = {}
+    files = {name: files_of(options, name) for name in texts_of(options)}
+    for path in (path for paths in files.values() for path in paths):
         if path not in read:
             read[path] = _text(path)
-    return {name: read[str(options[name])] for name in texts_of(options)}
+    return {name: [read[path] for path in paths] for name, paths in files.items()}
 
 
-def _text(path: str | Path) -> str:
-    if not (text := read_text(Path(path))).strip():
+def _text(path: Path) -> str:
+    if not (text := read_text(path)).strip():
         raise ValueError(f"{path}: holds no text; give a file that does")
     return text
 
@@ -291,7 +342,7 @@ def _kept(options: Options, **found: Any) -> dict[str, Any]:
 
 
 def _prefixed(
-    config: PrefixConfig, seed: int, options: Options, texts: Mapping[str, str] | None = None
+    config: PrefixConfig, seed: int, options: Options, texts: Mapping[str, list[str]] | None = None
 ) -> tuple[Any, Any]:
     """A new prefix on its base model, and the tokenizer."""
     import torch
@@ -299,7 +350,7 @@ def _prefixed(
     if config.init == "document":
         texts = texts or _texts(options)
         text = texts["init_document" if options["init_document"] is not None else "distill_from"]
-        config = dataclasses.replace(config, init_text=text)
+        config = dataclasses.replace(config, init_text="\n".join(text))
     torch.manual_seed(seed)
     base, tokenizer = load(options["model"], **loading_of(options))
     from prefix_attn.hf.model import get_prefix_model
@@ -330,5 +381,9 @@ def _summary(metrics: dict[str, Any], output: Path) -> str:
             f"{metrics['seconds_per_step']:.3g} s a step, {metrics['tokens_per_second']:,.0f} tokens/s, "
             f"at most {metrics['peak_memory_bytes'] / 2**30:.2f} GiB"
         )
+    if "comparison" in metrics:
+        from prefix_attn.training.comparison import shown
+
+        lines.append("\n" + shown(metrics["comparison"]))
     encoding = sys.stdout.encoding or "utf-8"  # not all can show blocks
     return "\n".join(lines).encode(encoding, "replace").decode(encoding)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from prefix_attn.cli.shared import DATA, check_adapter, check_writable, unescaped
@@ -20,6 +21,7 @@ OPTION_OF = {  # the fields of PrefixConfig whose options have other names
     "encoder_hidden_size": "--mlp",
     "encoder_activation": "--mlp-activation",
 }
+TEXTS = ("*.txt", "*.md", "*.rst")  # of a folder for --distill-from
 READING = ("source_column", "target_column", "delimiter", "encoding", "skip_bad_rows")  # options of ``Examples``
 
 
@@ -41,8 +43,11 @@ def check(options: Options) -> None:
         raise ValueError(f"--validation-share must be between 0 and 1, such as 0.05, got {share}")
     if share is not None and options["data"] in AWS_TASKS:
         raise ValueError(f"{options['data']!r} has a split of its own to validate on: leave out --validation-share")
-    if not distill and options["top_k"] is not None:
-        raise ValueError("--top-k needs --distill-from")
+    for name in ("top_k", "self_study", "distill_data", "chunk_tokens"):
+        if not distill and options[name] is not None:
+            raise ValueError(f"--{name.replace('_', '-')} needs --distill-from, the text to learn")
+    if options["self_study"] is not None and options["distill_data"] is not None:
+        raise ValueError("--self-study and --distill-data exclude one another: the model writes conversations, or you")
     if options["packing"] and (distill or options["mode"] != "kv"):
         raise ValueError("--packing takes rows of --data and --mode kv: leave it out")
     if options["mlp"] is None and (options["mlp_depth"], options["mlp_activation"]) != (1, "tanh"):
@@ -113,18 +118,24 @@ def _start(options: Options) -> dict[str, Any]:
     return {"init": kind or init or "random", "init_text": given["text"], "init_path": given["path"]}
 
 
+def converses(options: Options) -> bool:
+    """Whether a text is learnt from conversations about it."""
+    return options["self_study"] is not None or options["distill_data"] is not None
+
+
 def check_files(options: Options) -> dict[str, Examples]:
     """Refuse files and folders that are not there or cannot be written. None is read but for the heads of tables.
 
     Returns:
-        The tables of "data" and "validation", so that what their heads show is found and said once. A file that is
-        both is one.
+        The tables of "data", or of "distill_data", and of "validation", so that what their heads show is found and
+        said once. A file that is both is one.
     """
     check_writable(options["output"])
     for name in texts_of(options):
-        with open(options[name], encoding="utf-8"):  # an OSError names it
-            pass
-    tables = _tables(options) if options["distill_from"] is None else {}
+        for path in files_of(options, name):
+            with open(path, encoding="utf-8"):  # an OSError names it
+                pass
+    tables = _tables(options) if options["distill_from"] is None or converses(options) else {}
     if options["init_path"] is not None:
         check_adapter(options["init_path"])
     check_base(options["model"], **loading_of(options))
@@ -134,15 +145,36 @@ def check_files(options: Options) -> dict[str, Examples]:
 def texts_of(options: Options) -> list[str]:
     """The options that name a text."""
     distilled = ["distill_from", "validation"] if options["distill_from"] is not None else []
+    if converses(options):
+        distilled.remove("validation")
     return [name for name in ("init_document", *distilled) if options[name] is not None]
 
 
+def files_of(options: Options, name: str) -> list[Path]:
+    """The files of the text that an option names: of --distill-from, also those in a folder.
+
+    Raises:
+        ValueError: the folder has none.
+    """
+    path = Path(options[name])
+    if name != "distill_from" or not path.is_dir():
+        return [path]
+    found = sorted({file for pattern in TEXTS for file in path.glob(pattern) if file.is_file()})
+    if not found:
+        raise ValueError(f"--distill-from {path}: the folder has no texts ({' '.join(TEXTS)})")
+    return found
+
+
 def _tables(options: Options) -> dict[str, Examples]:
-    data, validation = options["data"], options["validation"]
     reading = {name: options[name] for name in READING}
-    found = {"data": Examples(data, **reading)}
+    data, validation = options["data"], options["validation"]
+    found = {}
+    if options["distill_from"] is None:
+        found["data"] = Examples(data, **reading)
+    elif (data := options["distill_data"]) is not None:
+        found["distill_data"] = Examples(data, **reading)
     if validation is not None and validation == data and data not in AWS_TASKS:
-        found["validation"] = found["data"]
+        found["validation"] = next(iter(found.values()))
     elif validation is not None or (data in AWS_TASKS and options["validation_share"] is None):
         found["validation"] = Examples(validation or data, split="dev", **reading)
     return found

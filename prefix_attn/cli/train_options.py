@@ -11,6 +11,7 @@ import typer
 
 from prefix_attn.cli.config import read_config
 from prefix_attn.cli.shared import DATA, data_option
+from prefix_attn.cli.train_checks import TEXTS
 from prefix_attn.training.settings import LEARNING_RATES, REPORTERS, STEPS
 
 prefix_option: Callable[..., Any] = partial(typer.Option, rich_help_panel="The prefix")
@@ -42,7 +43,33 @@ DryRun = Annotated[
 ]
 TrainingData = Annotated[str | None, data_option(help=DATA)]
 DistillFrom = Annotated[
-    Path | None, typer.Option(help="Instead of --data: a text that the prefix learns to replace.", dir_okay=False)
+    Path | None,
+    typer.Option(
+        help=f"Instead of --data: a text that the prefix learns to replace, or a folder of texts ({' '.join(TEXTS)})."
+    ),
+]
+SelfStudy = Annotated[
+    int | None,
+    typer.Option(
+        min=2,
+        help="With --distill-from: how many questions and answers about the text the model writes, such as 512. The "
+        "prefix learns from them, not from the text itself, so that it can be asked about the text.",
+    ),
+]
+DistillData = Annotated[
+    str | None,
+    typer.Option(
+        help="With --distill-from: questions and answers of your own instead, in a file as --data takes it. A column "
+        "'chunk' may number the chunk of the text that a row is about; other rows are about all of it."
+    ),
+]
+ChunkTokens = Annotated[
+    int | None,
+    typer.Option(
+        min=2,
+        help="With --distill-from: the most tokens of the text that the teacher reads at a time. Default: 1024 with "
+        "--self-study, else what the model's window has room for.",
+    ),
 ]
 TopK = Annotated[
     int | None,
@@ -131,7 +158,7 @@ MaxLength = Annotated[
     training_option(
         min=8,
         help="Tokens per row. Longer sources are cut. Default: the longest row, if memory and the model's positions "
-        "have room for it; with --distill-from 96.",
+        "have room for it; with --distill-from 96, with --self-study 256.",
     ),
 ]
 ValidateEvery = Annotated[int, training_option(min=1, help="Steps between checkpoints, and between validations.")]

@@ -24,6 +24,7 @@ from prefix_attn.training.tasks import dart_examples, linearise, read_json, webn
 
 SUFFIXES = (".jsonl", ".csv", ".tsv", ".parquet", ".json", ".json.gz", ".xml")
 MESSAGES = "messages"
+CHUNK = "chunk"  # of a text that is distilled, by its number
 
 
 def read_examples(spec: str | Path, **options: Any) -> list[Example]:
@@ -156,7 +157,7 @@ class Examples:
         if self.kind == "jsonl":
             return jsonl_records(self._path, self._encoding, bad)
         if self.kind == "parquet":
-            return parquet_records(self._path, {*self.columns, MESSAGES})
+            return parquet_records(self._path, {*self.columns, MESSAGES, CHUNK})
         if self.kind == "json":
             return enumerate(self._entries or [])
         return csv_records(self._path, self._encoding, self._header, bad)

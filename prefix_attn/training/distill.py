@@ -1,32 +1,35 @@
 """Context distillation: train a short prefix to replace a long text (Eyuboglu et al. 2025, Cartridges).
 
-The teacher is the frozen model with the whole text in front. The student is the same model with a short trained prefix,
-so one copy of the model is enough. The text is not read again in every step: its keys and values are a prefix too. They
-are computed once, shared by the batch and never trained.
+The teacher is the frozen model with the text in front. The student is the same model with a short trained prefix, so
+one copy of the model is enough. A text that is longer than the model's window goes by chunks: each row is read behind
+the chunk that it belongs to.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
+from accelerate import PartialState
 from torch import Tensor
 
 from prefix_attn.hf.attach.wrapper import evaluating
-from prefix_attn.hf.config import PrefixConfig
-from prefix_attn.hf.model import PrefixModel, get_prefix_model
+from prefix_attn.hf.model import PrefixModel
 from prefix_attn.training.head import sum_over
 from prefix_attn.training.positions import check_rows, positions_of, room_for_rows
+from prefix_attn.training.prompts import Prompt
 from prefix_attn.training.ranks import share, sums
+from prefix_attn.training.resume import facts_of_settings, find_checkpoint, last_checkpoint
 from prefix_attn.training.row_file import digest
 from prefix_attn.training.settings import TrainingSettings
-from prefix_attn.training.tokens import Batch, Row, batches
-from prefix_attn.training.train import VALIDATION_BATCH, fit
+from prefix_attn.training.teacher import FOLDER, Lesson, Target, TaughtCollator, Teacher, target_of, taught
+from prefix_attn.training.tokens import Batch, Row
+from prefix_attn.training.train import VALIDATION_BATCH, fit, has_bfloat16
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase
 
 TOP_K = 20
 LENGTH = 96  # tokens of a piece
@@ -36,11 +39,12 @@ VALIDATION_ROWS = 64
 def distill(
     model: PrefixModel,
     tokenizer: PreTrainedTokenizerBase,
-    document: str,
+    document: str | Sequence[str],
     settings: TrainingSettings,
     *,
     validation: str | None = None,
     top_k: int = TOP_K,
+    chunk_tokens: int | None = None,
     options: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Train the active prefix of ``model`` to act like ``document`` in front of a text, and save it.
@@ -51,49 +55,150 @@ def distill(
     Args:
         model: its active prefix is trained. One with ``init="document"`` starts close to the document.
         tokenizer: the model's tokenizer.
-        document: the text to distil. It must fit into the model's context window together with one piece.
+        document: the text to distil, or several.
         settings: how to train.
         validation: a text; the validation loss is measured on its pieces. Default: pieces of the document that start
             half a piece later than those of the training.
         top_k: how many tokens of each teacher distribution are compared one by one.
+        chunk_tokens: the teacher reads so many tokens of a document at a time. Default: all, or what fits into the
+            model's window.
         options: as in ``train.fit``.
 
     Returns:
-        What ``train.train`` returns, with ``document_tokens`` and ``rows``. Losses are in nats per token.
+        What ``train.train`` returns, with ``document_tokens``, ``chunks`` and ``rows``. Losses are in nats per token.
 
     Raises:
-        ValueError: the document is too short or too long, the prefix is an infix, or as in ``train.train``.
+        ValueError: the document is too short, the prefix is an infix, or as in ``train.train``.
         NotImplementedError: the model is an encoder-decoder, or its prefixes take no positions, as a text would.
     """
+    check_student(model, settings)
+    length = settings.max_length or min(LENGTH, room_for_rows(model) or LENGTH)
+    check_rows(model, length)
+    documents = ids_of(tokenizer, document)
+    texts = chunks(documents, chunk_tokens, largest_chunk(model, length))
+    lesson = _lesson([pieces(text, length) for text in texts], texts)
+    if validation is None:
+        held_out = _lesson([pieces(text[length // 2 :], length) for text in texts], texts)
+    else:
+        (other,) = ids_of(tokenizer, validation)
+        rows = pieces(other, length)  # behind each chunk in turn
+        held_out = _lesson([rows[i :: len(texts)] for i in range(len(texts))], texts)
+    teacher = Teacher(model.base_model, texts[0], length, top_k)
+    return learn(
+        model,
+        teacher,
+        lesson,
+        Lesson(held_out.rows[:VALIDATION_ROWS], held_out.contexts[:VALIDATION_ROWS], texts),
+        tokenizer.pad_token_id,
+        dataclasses.replace(settings, max_length=length),
+        task={"document": digest_of(documents), "top_k": top_k, "chunk_tokens": chunk_tokens},
+        options=options,
+        extra={"document_tokens": sum(map(len, documents)), "chunks": len(texts), "rows": len(lesson.rows)},
+    )
+
+
+def learn(
+    model: PrefixModel,
+    teacher: Teacher,
+    lesson: Lesson,
+    held_out: Lesson,
+    pad_id: int,
+    settings: TrainingSettings,
+    *,
+    task: Mapping[str, Any],
+    prompt: Prompt | None = None,
+    options: Mapping[str, Any] | None = None,
+    extra: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Train the active prefix of ``model`` on the rows of ``lesson``: to predict what ``teacher`` predicts behind them.
+
+    What the teacher predicts is computed first, and kept in ``settings.output``, so that a resumed run goes on with it.
+    The validation loss is that of ``held_out``. Other arguments are those of ``fit``.
+    """
+    PartialState(cpu=model.device.type == "cpu")  # joins the other processes of torchrun, which share the rows
+    folder = settings.output / FOLDER
+    if not settings.resume and last_checkpoint(settings.output) is None:
+        for path in folder.glob("*.safetensors"):  # of a run that did not begin to train
+            path.unlink(missing_ok=True)
+    kept = {"shown": "teacher: validation rows", "bf16": False}
+    measured = taught(teacher, held_out, pad_id, folder, **kept) if held_out.rows else []
+    rows = taught(teacher, lesson, pad_id, folder, shown="teacher", bf16=has_bfloat16(model.device))
+    collator = TaughtCollator(pad_id)
+    ready = [collator(measured[i : i + VALIDATION_BATCH]) for i in range(0, len(measured), VALIDATION_BATCH)]
+    return fit(
+        model,
+        rows,
+        pad_id,
+        (lambda: mean_divergence(model, target_of, ready)) if ready else None,
+        settings,
+        held_out=[{"input_ids": row["input_ids"]} for row in held_out.rows],
+        task=task,
+        objective=lambda student, batch: divergence(student, target_of(batch), batch),
+        collator=collator,
+        prompt=prompt,
+        options=options,
+        extra=extra,
+    )
+
+
+def check_student(model: PrefixModel, settings: TrainingSettings) -> None:
+    """Refuse a model, or an active prefix, that cannot stand for a text in front, and a folder of another training."""
     if model.config.is_encoder_decoder:
         raise NotImplementedError("distillation puts one text in front of another, which takes a causal model")
     config = model.prefix_configs.get(model.active_prefix or "")
     if config is not None and config.mode == "infix":
         raise ValueError("an infix stands within a row, and cannot stand for a text in front: take mode='kv'")
-    ids = tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"]
-    length = settings.max_length or min(LENGTH, room_for_rows(model) or LENGTH)
-    check_rows(model, length)
-    teacher = Teacher(model.base_model, ids, length, top_k)
-    rows = pieces(ids, length)
-    if validation is None:
-        held_out = pieces(ids[length // 2 :], length)
-    else:
-        other = tokenizer(validation, add_special_tokens=False, verbose=False)["input_ids"]
-        held_out = pieces(other, length)
-    pad_id = tokenizer.pad_token_id
-    held_out_batches = batches(held_out[:VALIDATION_ROWS], VALIDATION_BATCH, pad_id)
-    return fit(
-        model,
-        rows,
-        pad_id,
-        (lambda: mean_divergence(model, teacher, held_out_batches)) if held_out_batches else None,
-        dataclasses.replace(settings, max_length=length),
-        held_out=held_out[:VALIDATION_ROWS],
-        task={"document": digest([{"input_ids": ids}]), "top_k": top_k},
-        objective=lambda student, batch: divergence(student, teacher(batch), batch),
-        options=options,
-        extra={"document_tokens": len(ids), "rows": len(rows)},
-    )
+    if config is not None:
+        find_checkpoint(settings, facts_of_settings(settings, config))  # early: what follows takes time
+
+
+def ids_of(tokenizer: PreTrainedTokenizerBase, document: str | Sequence[str]) -> list[list[int]]:
+    """Tokens of one text, or of several."""
+    documents = [document] if isinstance(document, str) else document
+    return [tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] for text in documents]
+
+
+def digest_of(documents: Iterable[Sequence[int]]) -> str:
+    """SHA-256 of the tokens of texts."""
+    return digest([{"input_ids": list(ids)} for ids in documents])
+
+
+def largest_chunk(model: PrefixModel, length: int) -> int | None:
+    """The most tokens of a text that the model reads with a row of ``length`` behind. None: any number."""
+    window = positions_of(model.base_model)
+    return None if window is None else window - length
+
+
+def chunks(documents: Iterable[Sequence[int]], size: int | None, most: int | None) -> list[list[int]]:
+    """Each document in chunks of almost equal length, of at most ``size`` tokens, or of ``most``.
+
+    Raises:
+        ValueError: ``size`` is below 2 or above ``most``, or no document is as long; a document is too short to read;
+            ``most`` is below 2.
+    """
+    documents = list(documents)
+    if most is not None and most < 2:
+        raise ValueError("max_length leaves the text no room in the model's window: take a shorter one")
+    if short := [len(ids) for ids in documents if len(ids) < 2]:
+        raise ValueError(f"the document must have at least 2 tokens, got {short[0]}")
+    longest = max(map(len, documents))
+    if size is not None and size < 2:
+        raise ValueError(f"chunk_tokens must be at least 2, got {size}")
+    if size is not None and size > longest:
+        raise ValueError(f"chunk_tokens={size}: the document has {longest} tokens; take fewer, or leave it out")
+    if size is not None and most is not None and size > most:
+        raise ValueError(f"chunk_tokens={size}: the model's window leaves room for {most} tokens; take at most as many")
+    found = []
+    for ids in documents:
+        count = -(-len(ids) // (size or most or len(ids)))
+        found += [list(ids[i * len(ids) // count : (i + 1) * len(ids) // count]) for i in range(count)]
+    return found
+
+
+def _lesson(rows_of: Sequence[Sequence[Row]], texts: Sequence[Sequence[int]]) -> Lesson:
+    """The rows behind each of ``texts``."""
+    contexts = [number for number, rows in enumerate(rows_of) for _ in rows]
+    return Lesson([row for rows in rows_of for row in rows], contexts, texts)
 
 
 def pieces(ids: Sequence[int], length: int) -> list[Row]:
@@ -103,57 +208,6 @@ def pieces(ids: Sequence[int], length: int) -> list[Row]:
     """
     found = [list(ids[i : i + length]) for i in range(0, len(ids), length)]
     return [{"input_ids": piece} for piece in found if len(piece) > 1]
-
-
-class Target:
-    """What the teacher predicts at N tokens: the k likeliest next tokens and their log-probabilities, (N, k) each."""
-
-    def __init__(self, logits: Tensor, top_k: int) -> None:
-        """Take them from logits (N, V), which are not kept."""
-        values, self.ids = logits.topk(min(top_k, logits.shape[-1]), dim=-1)
-        self.log_probs = values.float() - logits.float().logsumexp(-1, keepdim=True)
-
-    def extend(self, other: Target) -> None:
-        """Put those of other tokens behind these."""
-        self.ids = torch.cat([self.ids, other.ids])
-        self.log_probs = torch.cat([self.log_probs, other.log_probs])
-
-
-class Teacher:
-    """The frozen model with a text in front of every row."""
-
-    def __init__(self, base: PreTrainedModel, ids: Sequence[int], row_length: int, top_k: int) -> None:
-        """``ids`` are the text. Rows after it have up to ``row_length`` tokens."""
-        if top_k < 1:
-            raise ValueError(f"top_k must be positive, got {top_k}")
-        if len(ids) < 2:
-            raise ValueError(f"the document must have at least 2 tokens, got {len(ids)}")
-        window = positions_of(base)
-        if window is not None and len(ids) + row_length > window:
-            raise ValueError(
-                f"the document has {len(ids)} tokens, which with {row_length} behind them do not fit into the model's"
-                f" {window}: distill it in parts, or take a model with a longer window"
-            )
-        config = PrefixConfig(
-            num_virtual_tokens=len(ids), init="text", init_token_ids=list(ids), num_frozen_tokens=len(ids)
-        )
-        self.top_k, self.model = top_k, get_prefix_model(base, config)
-        if self.model.prefix_configs["default"].position_mode != "shift":
-            raise NotImplementedError(f"{type(base).__name__}: its prefixes take no positions, as a text would")
-
-    @torch.no_grad()
-    def __call__(self, batch: Batch) -> Target:
-        """Distributions at the tokens of ``batch`` that are not padding."""
-        vocabulary = self.model.config.get_text_config().vocab_size
-        found = Target(torch.empty(0, vocabulary, device=self.model.device), self.top_k)
-
-        def read(logits: Tensor, _: slice) -> Tensor:
-            found.extend(Target(logits, self.top_k))
-            return logits.new_zeros(())
-
-        with evaluating(self.model):
-            sum_over(self.model, batch, batch["attention_mask"].bool(), read)
-        return found
 
 
 def divergence(student: Any, target: Target, batch: Batch) -> Tensor:
@@ -167,7 +221,8 @@ def divergence(student: Any, target: Target, batch: Batch) -> Tensor:
     def score(logits: Tensor, some: slice) -> Tensor:
         return _divergence(logits, target.ids[some], target.log_probs[some])
 
-    return sum_over(student, batch, at, score) / at.sum()
+    inputs = {name: tensor for name, tensor in batch.items() if name in ("input_ids", "attention_mask")}
+    return sum_over(student, inputs, at, score) / at.sum()
 
 
 def _divergence(logits: Tensor, ids: Tensor, log_p: Tensor) -> Tensor:
@@ -180,8 +235,8 @@ def _divergence(logits: Tensor, ids: Tensor, log_p: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def mean_divergence(model: PrefixModel, teacher: Teacher, batches: Sequence[Batch]) -> float:
-    """Average ``divergence`` over the tokens of all batches, of which there is at least one."""
+def mean_divergence(model: PrefixModel, teacher: Callable[[Batch], Target], batches: Sequence[Batch]) -> float:
+    """Average ``divergence`` from what ``teacher`` predicts, over the tokens of all batches: there is at least one."""
     device = next(model.parameters()).device
     total, tokens = 0.0, 0
     with evaluating(model):

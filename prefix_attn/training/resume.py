@@ -89,13 +89,18 @@ def find_checkpoint(settings: TrainingSettings, facts: Facts) -> Path | None:
     before: dict[str, Any] = {}
     for name in (FILE, prompts.FILE):
         before |= read_json(settings.output / name) if (settings.output / name).is_file() else {}
+    check_same(settings.output, before, facts)
+    return last
+
+
+def check_same(output: Path, before: Facts, facts: Facts) -> None:
+    """Refuse ``facts`` of a run in ``output`` that differ from those of ``before``, and say in what."""
     now = json.loads(json.dumps(facts))
     if changed := [name for name in now if name in before and before[name] != now[name]]:
         listed = "; ".join(f"{name} was {_shown(before[name])} and is {_shown(now[name])}" for name in changed)
         raise ValueError(
-            f"{settings.output}: cannot go on with other settings: {listed}. Take those of the run, or another folder"
+            f"{output}: cannot go on with other settings: {listed}. Take those of the run, or another folder"
         )
-    return last
 
 
 def with_length_of_before(settings: TrainingSettings) -> TrainingSettings:
@@ -106,10 +111,10 @@ def with_length_of_before(settings: TrainingSettings) -> TrainingSettings:
     return replace_fields(settings, max_length=read_json(file).get("max_length"))
 
 
-def keep(output: Path, facts: Facts) -> None:
-    """Write ``facts`` for ``find_checkpoint``."""
+def keep(output: Path, facts: Facts, name: str = FILE) -> None:
+    """Write ``facts`` for ``find_checkpoint``, or under another name for ``check_same``."""
     output.mkdir(parents=True, exist_ok=True)
-    replace(output / FILE, json.dumps(facts, indent=2, ensure_ascii=False).encode())
+    replace(output / name, json.dumps(facts, indent=2, ensure_ascii=False).encode())
 
 
 def _shown(value: Any) -> str:

@@ -60,9 +60,9 @@ class RowFile(Sequence["Row"]):
 
 
 def digest(rows: Sequence[Row]) -> str:
-    """SHA-256 of the tokens and labels of ``rows``: that of the ``RowFile`` that has them."""
-    if isinstance(rows, RowFile):
-        return rows.digest
+    """SHA-256 of the tokens and labels of ``rows``: that of the ``RowFile``, or others, that know it."""
+    if (known := getattr(rows, "digest", None)) is not None:
+        return known
     found = hashlib.sha256()
     for row in rows:
         for values in row.values():

@@ -39,7 +39,7 @@ from prefix_attn.training.resume import (
 )
 from prefix_attn.training.row_file import RowFile
 from prefix_attn.training.settings import TrainingSettings, default_learning_rate
-from prefix_attn.training.tokens import DEFAULT, Collator, Encoder, Row, batches
+from prefix_attn.training.tokens import DEFAULT, Batch, Collator, Encoder, Row, batches
 from prefix_attn.training.trainer import (
     EarlyStopping,
     Intervals,
@@ -145,6 +145,7 @@ def fit(
     held_out: Sequence[Row] = (),
     task: Mapping[str, Any] | None = None,
     objective: Objective | None = None,
+    collator: Callable[[Sequence[Any]], Batch] | None = None,
     prompt: Prompt | None = None,
     options: Mapping[str, Any] | None = None,
     extra: Mapping[str, Any],
@@ -160,6 +161,7 @@ def fit(
         held_out: what ``measure`` looks at. A resumed training must have the same.
         task: what else it must have.
         objective: the loss of the model on a batch. Default: ``target_loss``.
+        collator: makes a batch of rows. Default: ``Collator``, or ``pack``.
         prompt: what stands around the inputs in ``rows``. It is saved beside the prefix.
         options: of the command line. They are saved beside the prefix, as run.yaml.
         extra: added to the metrics.
@@ -181,9 +183,10 @@ def fit(
     record = partial(_record, settings, facts, prompt, options)
     with signals_noted() as noted:
         callbacks = [WhenItBegins(record), StopWhenTold(noted)]
-        trainer = make_trainer(model, rows, pad_id, measure, settings, objective, callbacks)
+        trainer = make_trainer(model, rows, pad_id, measure, settings, objective, callbacks, collator)
         trainer.args.eval_on_start = measure is not None and checkpoint is None
         finished = _run(trainer, settings, checkpoint, record)
+        trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)  # or it would stay under autocast
         stopped = signal.Signals(noted[0]).name if noted and not finished else None
         metrics = {**_metrics(trainer, model, settings, facts), "interrupted": stopped, **extra}
         model.save_pretrained(settings.output)
@@ -203,6 +206,7 @@ def make_trainer(
     settings: TrainingSettings,
     objective: Objective | None = None,
     callbacks: Sequence[TrainerCallback] = (),
+    collator: Callable[[Sequence[Any]], Batch] | None = None,
 ) -> PrefixTrainer:
     """The Trainer of ``fit``, which the experiments run for every method. Arguments are those of ``fit``."""
     callbacks = [Intervals(), *callbacks]
@@ -214,7 +218,7 @@ def make_trainer(
         model=model,
         args=_arguments(model, settings, validates=measure is not None),
         train_dataset=rows,
-        data_collator=pack if settings.packing else Collator(pad_id),
+        data_collator=collator or (pack if settings.packing else Collator(pad_id)),
         callbacks=callbacks,
     )
     steps = trainer.set_initial_training_values(trainer.args, trainer.get_train_dataloader())[-1]
