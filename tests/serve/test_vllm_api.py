@@ -16,7 +16,7 @@ from fastapi.responses import JSONResponse, StreamingResponse
 
 from prefix_attn.serve.vllm.choice import Choice, choice_of
 from prefix_attn.serve.vllm.limits import shape_of
-from prefix_attn.serve.vllm.middleware import Prefixes
+from prefix_attn.serve.vllm.middleware import CONNECTOR, Prefixes
 from prefix_attn.serve.vllm.registry import Registry, Settings
 from tests.hf.models import tiny
 from tests.serve.test_vllm_prefixes import SIZES, saved
@@ -132,7 +132,7 @@ def stub(folders: dict[str, Path]) -> Stub:
         "loading": True,
         "chat_stop_ids": [STOP],
     }
-    transfer = SimpleNamespace(kv_connector_extra_config=settings)
+    transfer = SimpleNamespace(kv_connector=CONNECTOR, kv_connector_extra_config=settings)
     return Stub(SimpleNamespace(model_config=MODEL, kv_transfer_config=transfer))
 
 
@@ -331,6 +331,18 @@ def test_prefixes_come_and_go(ask: Any, stub: Stub, folders: dict[str, Path], ch
     assert ask("/v1/load_prefix", {"prefix_name": "x", "prefix_path": "nowhere"}).status_code == 400
 
 
+@pytest.mark.parametrize("connector", [None, "LMCacheMPConnector"])
+def test_a_server_with_another_connector_answers_nothing(connector: str | None, ask: Any, stub: Stub) -> None:
+    """It would run placeholders as text."""
+    transfer = stub.app.state.vllm_config.kv_transfer_config
+    transfer.kv_connector = connector
+    stub.app.state.vllm_config.kv_transfer_config = transfer if connector else None
+    for path, body in (("/v1/completions", {"model": "a", "prompt": "x"}), ("/v1/models", None)):
+        with pytest.raises(RuntimeError, match="prefixes need 'PrefixConnector'"):
+            ask(path, body)
+    assert stub.asked == []
+
+
 @pytest.mark.parametrize("body", [b"{", b"[1]", b"\xff", b"[" * 100000, b""])
 def test_a_body_that_is_no_json_is_the_server_s_business(body: bytes) -> None:
     async def inside() -> list[bytes]:
@@ -341,7 +353,8 @@ def test_a_body_that_is_no_json_is_the_server_s_business(body: bytes) -> None:
             return {"type": "http.request", "body": body}
 
         got: list[bytes] = []
-        config = SimpleNamespace(model_config=MODEL, kv_transfer_config=SimpleNamespace(kv_connector_extra_config={}))
+        transfer = SimpleNamespace(kv_connector=CONNECTOR, kv_connector_extra_config={})
+        config = SimpleNamespace(model_config=MODEL, kv_transfer_config=transfer)
         app = SimpleNamespace(state=SimpleNamespace(vllm_config=config))
         scope = {"type": "http", "method": "POST", "path": "/v1/completions", "headers": [], "app": app}
         await Prefixes(server)(scope, receive, None)

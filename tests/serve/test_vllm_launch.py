@@ -140,8 +140,13 @@ def test_the_command_of_the_server(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert options["--middleware"] == "prefix_attn.serve.vllm.Prefixes"
     config = json.loads(Path(options["--generation-config"], "generation_config.json").read_text())
     assert config["eos_token_id"] == END
-    with pytest.raises(ValueError, match="--served-model-name is set by this command"):
-        command(str(base), {"mine": prefix}, arguments=["--served_model_name=x"])
+    for given, reason in (
+        ("--served_model_name=x", "--served-model-name is set by this command"),
+        ("--kv-transfer-config.kv_connector", "--kv-transfer-config is set by this command"),
+        ("--kv_offloading_size=4", "--kv-offloading-size has vLLM use another KV connector"),
+    ):
+        with pytest.raises(ValueError, match=reason):
+            command(str(base), {"mine": prefix}, arguments=[given])
     with pytest.raises(ValueError, match="it has a gate"):
         command(str(base), {"mine": saved(tmp_path / "gated", gate="zero")})
 

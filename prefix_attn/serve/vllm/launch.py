@@ -19,6 +19,7 @@ from prefix_attn.hf.config import PrefixConfig
 from prefix_attn.hf.io import checkpoint, writing
 from prefix_attn.hf.load import base_source, cache_folder, load_base
 from prefix_attn.hf.model import PrefixModel
+from prefix_attn.serve.vllm.middleware import CONNECTOR
 from prefix_attn.serve.vllm.registry import Registry, Settings
 from prefix_attn.serve.vllm.stored import Shape, digest_of, holds_embeddings
 from prefix_attn.training.chat import Chat
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
 ENTRY = "vllm.entrypoints.openai.api_server"
 # What this command says itself.
 _OURS = ("--model", "--served-model-name", "--generation-config", "--kv-transfer-config", "--host", "--port")
+# What would put another connector in the place of ours.
+_OTHER_CONNECTORS = ("--kv-offloading-size", "--kv-offloading-backend")
 CPU_CACHE = 2 << 30  # bytes
 _UNLIMITED = 1 << 30  # tokens, of models that name no limit
 _log = logging.getLogger(__name__)
@@ -64,8 +67,11 @@ def command(
     Raises:
         ValueError, NotImplementedError: a prefix or an argument cannot be used.
     """
-    if taken := [own for own in _OURS for given in arguments if given.split("=")[0].replace("_", "-") == own]:
+    given_names = [given.split("=")[0].split(".")[0].replace("_", "-") for given in arguments]
+    if taken := [own for own in _OURS if own in given_names]:
         raise ValueError(f"{taken[0]} is set by this command: leave it out")
+    if other := [own for own in _OTHER_CONNECTORS if own in given_names]:
+        raise ValueError(f"{other[0]} has vLLM use another KV connector, and prefixes need their own: leave it out")
     source = str(base_source(base))
     config, tokenizer = AutoConfig.from_pretrained(source), AutoTokenizer.from_pretrained(source)
     config._name_or_path = base
@@ -74,7 +80,7 @@ def command(
     settings |= {} if folder is None else {"folder": str(folder.resolve()), "loading": loading}
     Registry(Settings.of(settings), shape_of_base(config)).check()
     transfer = {
-        "kv_connector": "PrefixConnector",
+        "kv_connector": CONNECTOR,
         "kv_connector_module_path": "prefix_attn.serve.vllm",
         "kv_role": "kv_consumer",
         "kv_connector_extra_config": settings,

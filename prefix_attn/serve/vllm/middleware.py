@@ -20,6 +20,7 @@ from prefix_attn.serve.vllm.limits import shape_of
 from prefix_attn.serve.vllm.registry import Registry, Settings, Unknown
 
 RENDERED = {"/v1/completions": completion, "/v1/chat/completions": conversation}
+CONNECTOR = "PrefixConnector"
 AS_BASE = ("/tokenize", "/detokenize")  # have nothing to do with a prefix
 _log = logging.getLogger(__name__)
 
@@ -55,8 +56,11 @@ class _Server:
     """What is known once the engine runs."""
 
     def __init__(self, app: Any, config: Any) -> None:
-        self.app, self.model = app, config.model_config
-        self.settings = Settings.of(config.kv_transfer_config.kv_connector_extra_config)
+        self.app, self.model, transfer = app, config.model_config, config.kv_transfer_config
+        if transfer is None or transfer.kv_connector != CONNECTOR:  # placeholders would run as text
+            found = None if transfer is None else transfer.kv_connector
+            raise RuntimeError(f"the server's kv_connector is {found!r}, and prefixes need {CONNECTOR!r}")
+        self.settings = Settings.of(transfer.kv_connector_extra_config)
         self.registry = Registry(self.settings, shape_of(config))
         names = self.model.served_model_name
         self.bases: list[str] = [names] if isinstance(names, str) else list(names or [self.model.model])
