@@ -5,15 +5,16 @@ from __future__ import annotations
 from types import ModuleType
 from typing import NamedTuple
 
-from prefix_attn.backends import composed, cpu, eager, triton
+from prefix_attn.backends import composed, cpu, cuda, eager, triton
 from prefix_attn.backends.triton import interpreter
 from prefix_attn.call import Call
 
-ORDER: tuple[ModuleType, ...] = (cpu, composed, triton, eager)  # the fastest first; eager, the last, refuses nothing
+# The fastest first; eager, the last, refuses nothing.
+ORDER: tuple[ModuleType, ...] = (cpu, composed, triton, cuda, eager)
 # Triton's interpreter is for testing the kernels: it runs when it is named, never because nothing else can.
-AUTO = tuple(backend for backend in ORDER if not (backend is triton and interpreter.ACTIVE))
+# cuda runs when it is named until a device has shown where it wins.
+AUTO = tuple(b for b in ORDER if b is not cuda and not (b is triton and interpreter.ACTIVE))
 BY_NAME: dict[str, ModuleType] = {backend.NAME: backend for backend in ORDER}
-NOT_IN_THIS_VERSION = ("cuda",)  # names that the public contract reserves
 
 
 class Explanation(NamedTuple):
@@ -43,8 +44,6 @@ def select(call: Call, backend: str = "auto") -> ModuleType:
     """The backend for ``call``. A named one is used or the call raises: there is no silent fallback."""
     if backend == "auto":
         return next(b for b in _auto(call) if not list(b.refuse(call)))
-    if backend in NOT_IN_THIS_VERSION:
-        raise NotImplementedError(f"backend={backend!r} is not part of this version; it has {sorted(BY_NAME)}")
     if backend not in BY_NAME:
         raise ValueError(f"backend must be 'auto' or one of {sorted(BY_NAME)}, got {backend!r}")
     if reasons := list(BY_NAME[backend].refuse(call)):
@@ -60,8 +59,8 @@ def select_packed(call: Call, backend: str = "auto") -> ModuleType | None:
 
 def explain(call: Call) -> Explanation:
     """What ``select(call)`` picks, and why each backend that it would not pick was refused."""
-    refused = {b.NAME: tuple(b.refuse(call)) for b in ORDER}
-    refused |= dict.fromkeys(NOT_IN_THIS_VERSION, ("not part of this version",))
+    refused = {b.NAME: tuple(b.refuse(call)) for b in ORDER if b is not cuda}
+    refused[cuda.NAME] = tuple(cuda.lacks(call)) or (cuda.by_name_only(),)  # and builds nothing
     chosen = select(call)
     if chosen is not cpu and not refused[cpu.NAME] and (reason := cpu.slow()):
         refused[cpu.NAME] = (reason,)

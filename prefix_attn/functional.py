@@ -105,8 +105,8 @@ def prefix_attention(
             softcap; may hold -inf. The prefix gets 0.
         dropout_p: probability of dropping a probability, the prefix's too; the lse is undropped.
         return_lse: also return the log-sum-exp of the scores.
-        backend: "auto", "eager", "composed", "cpu" or "triton"; see ``explain``. A named backend is used or the call
-            raises. On a GPU "auto" is "triton" or "eager".
+        backend: "auto", "eager", "composed", "cpu", "triton" or "cuda"; see ``explain``. A named backend is used or the
+            call raises. On a GPU "auto" is "triton" or "eager".
 
     Returns:
         (B, Hq, S, Dv) in query's dtype; with ``return_lse`` also (B, Hq, S) float32 (float64 for float64), natural

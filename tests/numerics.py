@@ -29,6 +29,8 @@ GRADIENT = Tolerance(1e-4, 1e-6)  # float32: back through them; gradients are sm
 LONG = Tolerance(1e-4, 1e-4)  # float32: sums of hundreds of terms, or of terms that are not near 1
 ROUNDED = Tolerance(2**-9, 2**-8)  # bfloat16: one rounding on the way, or several that average out
 HALF = Tolerance(2**-6, 2**-6)  # bfloat16 or float16: through a few layers
+FINE = Tolerance(0, 1e-4)  # float32: an lse
+EPS = 1.5  # of the output's dtype: operands of both products and the output rounded once
 DRAWS = Tolerance(0, 0.02)  # a share or a mean of thousands of random draws
 
 NAMES = ("query", "key", "value", "prefix_key", "prefix_value", "sinks", "bias", "prefix_gate")
@@ -321,6 +323,15 @@ def close_in_norm(got: Tensor, expected: Tensor, tolerance: Tolerance, *, name: 
     assert (got.shape, got.dtype) == (expected.shape, expected.dtype), name
     error = ((got - expected).norm(dim=dim) / expected.norm(dim=dim)).max()
     assert error <= tolerance.rtol, f"{name}: relative error {error:.1e}"
+
+
+def within_eps(got: Tensor, exact: Tensor, unit: Tensor | None = None) -> None:
+    """Fail unless errors are at most ``EPS`` eps of got's dtype times ``unit``: by default a query's largest output."""
+    if not got.numel():
+        return
+    unit = exact.abs().amax(-1, keepdim=True) if unit is None else unit
+    error = ((got.double() - exact).abs() / unit.clamp(min=1e-3)).max() / torch.finfo(got.dtype).eps
+    assert error <= EPS, f"error of {error:.2f} eps"
 
 
 def as_accurate(name: str, got: Tensor, exact: Tensor, roughs: list[Tensor], *, few: bool = False) -> None:

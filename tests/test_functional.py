@@ -140,11 +140,11 @@ ERRORS: dict[str, tuple[Case, dict[str, Any], type[Exception], str]] = {
     "dropout type": (PLAIN, {"dropout_p": "0"}, TypeError, "dropout_p must be a number, got str"),
     "device": (PLAIN, {"key": torch.empty(2, 2, 5, 8, device="meta")}, ValueError, "key must be on query's device cpu"),
     "backend name": (PLAIN, {"backend": "flash"}, ValueError, "backend must be 'auto' or one of .* got 'flash'"),
-    "backend to come": (
+    "backend without a device": (
         PLAIN,
         {"backend": "cuda"},
         NotImplementedError,
-        "backend='cuda' is not part of this version",
+        "backend='cuda' cannot run this call: tensors are on cpu; the kernel needs a GPU",
     ),
     "backend limits": (
         PLAIN,
@@ -279,7 +279,7 @@ def test_explain_says_who_and_why() -> None:
     said = explain(**PLAIN.arguments(torch.float32), softcap=2.0)
     assert said.backend == "cpu"  # torch's kernels cannot run it, on any processor
     assert said.refused["composed"] == ("torch's flash attention has no softcap",)
-    assert "cuda: not part of this version" in str(said)
+    assert "cuda: tensors are on cpu; the kernel needs a GPU" in str(said)
     assert explain(**PLAIN.arguments(torch.float64)).backend == "composed"
     assert explain(**PLAIN.arguments(torch.float64), softcap=2.0).backend == "eager"
 

@@ -23,6 +23,7 @@ ORDER = (
     ("prefix_attn.call", "prefix_attn.quoting"),
     (
         "prefix_attn.backends._native",
+        "prefix_attn.backends._native_cuda",
         "prefix_attn.backends.gpu_attention",
         "prefix_attn.backends.outputs",
         "prefix_attn.backends.visibility",

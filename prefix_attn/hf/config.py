@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal, Protocol
 
-from prefix_attn.dispatch import BY_NAME, NOT_IN_THIS_VERSION
+from prefix_attn.dispatch import BY_NAME
 from prefix_attn.hf.encoder import ACTIVATIONS
 from prefix_attn.quoting import quoted
 
@@ -22,7 +22,7 @@ SHOWN_FIELDS = (
     "modules_to_save",
 )
 UNSHOWN_FIELDS = ("mode", "sites", "layers", "encoder_activation", "position_mode")
-BACKENDS = ("auto", *BY_NAME, *NOT_IN_THIS_VERSION)
+BACKENDS = ("auto", *BY_NAME)
 _OF_USE = ("inference_mode", "backend")
 TASK_TYPES = ("CAUSAL_LM", "SEQ_2_SEQ_LM", "SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")
 

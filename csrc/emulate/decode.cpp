@@ -1,0 +1,2 @@
+// The decode kernels for the emulated GPU.
+#include "../cuda/decode.cu"
