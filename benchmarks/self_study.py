@@ -76,7 +76,8 @@ def learn(options: argparse.Namespace, way: str, P: int) -> dict[str, Any]:
         steps=options.steps,
         batch_size=options.batch_size,
         learning_rate=options.learning_rate,
-        validate_every=10,
+        validate_every=options.steps // 2,
+        max_length=options.max_length,
         seed=options.seed,
         resume=last_checkpoint(folder) is not None or (folder / "self_study.json").is_file(),
     )
@@ -91,7 +92,7 @@ def learn(options: argparse.Namespace, way: str, P: int) -> dict[str, Any]:
         result["questions"] = metrics["comparison"]
     else:
         metrics = distill(model, tokenizer, document, settings)
-        rows, _ = encode(tokenizer, [told for _, told in questions], LENGTH, prompt=prompt_for(tokenizer))
+        rows, _ = encode(tokenizer, [told for _, told in questions], options.max_length, prompt=prompt_for(tokenizer))
         result["questions"] = {"loss": {"prefix": validation_loss(model, batches(rows, VALIDATION_BATCH, pad))}}
     found = measured(model, rest, pad, learnt)
     result["continuation"] = {"loss": found | {"start": start["prefix"]}, "recovered": recovered(found)}
@@ -114,6 +115,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--learning-rate", type=float, default=None)
+    parser.add_argument("--max-length", type=int, default=LENGTH, help="of a conversation, or of a piece")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     options.output.mkdir(parents=True, exist_ok=True)

@@ -1,7 +1,7 @@
-"""The conversations of self-study: the frozen model reads a chunk of a text, asks about it as a seed says, and answers.
+"""The conversations of self-study: the frozen model reads a chunk of a text, asks about it, and answers.
 
-There are five kinds of seeds, those of Eyuboglu et al. 2025 (Cartridges). The keys and values of a chunk are a prefix:
-they are computed once, and all conversations about the chunk share them.
+A seed says how a question begins. There are five kinds, those of Eyuboglu et al. 2025 (Cartridges). The keys and values
+of a chunk are a prefix: they are computed once, and all conversations about the chunk share them.
 """
 
 from __future__ import annotations
@@ -33,31 +33,19 @@ if TYPE_CHECKING:
 
 LENGTH = 256  # tokens of a conversation: at most a quarter is the question, at most half the answer
 BATCH = 16  # conversations that are written together
-TEMPERATURE = 0.7
+TEMPERATURE = 0.5
 FACTS, FILE, FOLDER = "self_study.json", "conversations.jsonl", "conversations"  # in the folder of a run
 QUESTION = Prompt("Question: {source}\nAnswer:", one_line=True)  # for a tokenizer without a chat template
 
-SEEDS: Mapping[str, Sequence[str]] = {
-    "summary": (
-        "Write a request for a summary of one part of the text above. Say which part. Write the request alone.",
-        "Write a request for the main points of the text above, in a few sentences. Write the request alone.",
-    ),
-    "structure": (
-        "Write a request to list facts of the text above. Name the facts. Write the request alone.",
-        "Write a request to put a part of the text above into JSON. Name the part. Write the request alone.",
-    ),
-    "question": (
-        "Write one question about a detail of the text above, such as a name, a number or a rule. Write it alone.",
-        "Write one question that the text above answers, and hardly another text. Write the question alone.",
-    ),
-    "use case": (
-        "Think of somebody who needs the text above for a task of theirs. Write what they would ask. Write it alone.",
-        "Write how somebody would ask for help with a problem that the text above solves. Write the question alone.",
-    ),
-    "creative": (
-        "Write an unusual question that makes one think about the text above. Write the question alone.",
-        "Write a request for a poem, a story or a comparison about the text above. Write the request alone.",
-    ),
+ASK = Prompt("{source}")  # the text goes on as a page of exercises does: a small model asks about nothing else then
+HEADING = "\n\nQuestions about the text above\n\n1."
+ENDS = ("\n\n", "\n2")
+SEEDS: Mapping[str, Sequence[str]] = {  # how a question begins
+    "summary": ("Summarise the", "In a few sentences, what is", "Give the main points of"),
+    "structure": ("List the", "Make a table of the", "Write as JSON the"),
+    "question": ("What is", "Which", "When"),
+    "use case": ("How do I", "What should I do if", "I want to"),
+    "creative": ("Imagine that", "Compare the", "Write a story about"),
 }
 _log = logging.getLogger(__name__)
 
@@ -116,9 +104,9 @@ def written(
     rows = [json.loads(line) for line in content.decode().split("\n") if line]
     found = [(row["chunk"], Example(row["source"], (row["target"],))) for row in rows if row["target"].strip()]
     if not found:
-        raise ValueError(f"the model answered none of its {count} questions: take another model or --template")
+        raise ValueError(f"the model answered none of its {count} questions: take another model or template")
     if len(found) < count:
-        _log.warning("%d of %d conversations have no question or no answer: left out", count - len(found), count)
+        _log.warning("%d of %d conversations have no answer: left out", count - len(found), count)
     return found
 
 
@@ -155,18 +143,16 @@ def _write(
 ) -> list[dict[str, Any]]:
     """The conversations with these ``numbers``, about the text that is the prefix of ``model``."""
     kinds = list(SEEDS)
-    seeds = [(kinds[n % len(kinds)], n // len(kinds)) for n in numbers]
+    kind_of = [kinds[n % len(kinds)] for n in numbers]
+    begins = [SEEDS[kind][n // len(kinds) % len(SEEDS[kind])] for kind, n in zip(kind_of, numbers, strict=True)]
     told = hashlib.sha256(f"{settings.seed} {numbers[0]}".encode()).digest()
-    chosen = {"prompt": prompt, "batch_size": BATCH, "temperature": TEMPERATURE}
+    chosen: dict[str, Any] = {"batch_size": BATCH, "temperature": TEMPERATURE}
     chosen["seed"] = int.from_bytes(told[:4], "big")
     length = settings.max_length or LENGTH
-    asking = Generator(model, tokenizer, max_new_tokens=max(1, length // 4), **chosen)
-    questions = asking.texts([SEEDS[kind][n % len(SEEDS[kind])] for kind, n in seeds])
-    asked = [question.strip() for question in questions if question.strip()]
-    answering = Generator(model, tokenizer, max_new_tokens=max(1, length // 2), **chosen)
-    answers = iter(answering.texts(asked))
-    rows = []
-    for (kind, _), question in zip(seeds, questions, strict=True):
-        source = question.strip()
-        rows.append({"source": source, "target": next(answers).strip() if source else "", "kind": kind})
-    return rows
+    asking = Generator(model, tokenizer, prompt=ASK, max_new_tokens=max(1, length // 4), stop=ENDS, **chosen)
+    ends = asking.texts([f"{HEADING} {begin}" for begin in begins])
+    questions = [" ".join(f"{begin} {end}".split()) for begin, end in zip(begins, ends, strict=True)]
+    answering = Generator(model, tokenizer, prompt=prompt, max_new_tokens=max(1, length // 2), **chosen)
+    answers = [answer.strip() for answer in answering.texts(questions)]
+    found = zip(questions, answers, kind_of, strict=True)
+    return [{"source": question, "target": answer, "kind": kind} for question, answer, kind in found]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from accelerate import PartialState
@@ -28,6 +28,7 @@ from prefix_attn.training.distill import (
     largest_chunk,
     learn,
 )
+from prefix_attn.training.examples import Example
 from prefix_attn.training.positions import check_rows, room_for_rows
 from prefix_attn.training.prompts import Prompt
 from prefix_attn.training.settings import TrainingSettings
@@ -149,13 +150,17 @@ class _Reading(NamedTuple):
 
     def lesson(self, told: Sequence[Told], encoder: Encoder, *, skip: bool) -> Lesson:
         """Conversations as rows, those about one text behind one another. The last text is all of them."""
-        lesson, last = Lesson([], [], [*self.texts, self.whole]), len(self.texts)
-        for number in range(last + 1):
-            some = [example for chunk, example in told if (last if chunk is None else chunk) == number]
-            rows = list(encoder.rows(some, skip_bad_rows=skip, name="conversations"))
-            lesson.rows += rows
-            lesson.contexts += [number] * len(rows)
-        return lesson
+        last, place = len(self.texts), 0
+
+        def examples() -> Iterator[Example]:
+            nonlocal place
+            for chunk, example in told:
+                place = last if chunk is None else chunk  # that of the rows that follow
+                yield example
+
+        rows = encoder.rows(examples(), skip_bad_rows=skip, name="conversations")
+        placed = sorted(((place, row) for row in rows), key=lambda pair: pair[0])
+        return Lesson([row for _, row in placed], [place for place, _ in placed], [*self.texts, self.whole])
 
 
 def _split(told: list[Told], validation: list[Told] | None) -> tuple[list[Told], list[Told]]:

@@ -60,6 +60,13 @@ def told(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "conversations.jsonl").read_text().splitlines()]
 
 
+@pytest.fixture(autouse=True)
+def _short_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The table at the end takes little time."""
+    for name, value in {"ANSWER": 4, "REQUEST": 2, "RUNS": 1}.items():
+        monkeypatch.setattr(f"prefix_attn.training.comparison.{name}", value)
+
+
 @pytest.fixture
 def small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two conversations are written together, and the teacher reads two rows."""
@@ -286,6 +293,9 @@ def test_conversations_of_ones_own(tmp_path: Path) -> None:
     """Those about a chunk are behind it, others behind all of the text, and each is trained on or validated on."""
     metrics = run(tmp_path, conversations=OWN * 2, validation=OWN, steps=1)
     assert metrics["rows"] == 4
+    long = [(1, Example("Why?", ("Because. " * 20,)))]
+    with pytest.raises(ValueError, match=r"conversations, example 4: max_length=64 is too short for the target"):
+        run(tmp_path / "b", conversations=[*OWN, OWN[1], *long, *OWN], validation=OWN, steps=1)
     assert not (tmp_path / "conversations.jsonl").exists()
     assert len(metrics["comparison"]["answers"]) == 2
 
@@ -298,7 +308,7 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
     Path("texts").mkdir()
     for name, text in (("a.txt", DOCUMENT), ("b.md", DOCUMENT[:60])):
         (Path("texts") / name).write_text(text)
-    command = ("train", "--model", "model", "--distill-from", "texts", "--virtual-tokens", 4, "--steps", 2)
+    command = ("train", "--model", "model", "--distill-from", "texts", "--virtual-tokens", 4, "--steps", 1)
     small = ("--batch-size", 2, "--max-length", LENGTH, "--chunk-tokens", 80)
     assert prefix_attn(monkeypatch, *command, *small, "--self-study", 6, "--output", "a") == 0
     shown = capsys.readouterr()
