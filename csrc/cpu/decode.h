@@ -65,6 +65,30 @@ inline Matrix<Pair> values_of(const Array& x, int64_t at, int64_t n, int64_t siz
     return {zipped, width};
 }
 
+// acc[M][up(DV)] += p v, by M rows of n probabilities, NT apart, that are used up, and n values at ``at``.
+inline void add_values(const Arguments& c, float* p, int64_t M, int64_t at, int64_t n, const Array& value,
+                       const uint8_t* mask, float* rows_of_tile, float* acc) {
+    const int64_t Vp = up(c.DV);
+    const Matrix<float> v = values_of(value, at, n, c.DV, Vp, mask, rows_of_tile);
+    product<true>(p, NT, 1, v.data, v.ld, acc, Vp, M, Vp, n);
+}
+inline void add_values(const Arguments& c, float* p, int64_t M, int64_t at, int64_t n, const Array& value,
+                       const uint8_t* mask, Pair* rows_of_tile, float* acc) {
+    const int64_t Vp = up(c.DV);
+    const Pair* pairs = over_columns<Pair>(p, M, up(n));
+    if (M <= ZIPPED) {  // zipped values would be written and read for few products
+        const Matrix<Pair> v = visible(value, at, n, c.DV, up(elements<Pair>(c.DV)), mask, rows_of_tile);
+        for (int64_t r = 0; r < M; r += 2)
+            if (r + 1 < M)
+                product_of_rows<2>(pairs + r * NT, NT, v.data, v.ld, acc + r * Vp, Vp, Vp, n);
+            else
+                product_of_rows<1>(pairs + r * NT, NT, v.data, v.ld, acc + r * Vp, Vp, Vp, n);
+    } else {
+        const Matrix<Pair> v = values_of(value, at, n, c.DV, Vp, mask, rows_of_tile);
+        product<true>(pairs, NT, 1, v.data, v.ld, acc, Vp, M, Vp, elements<Pair>(n));
+    }
+}
+
 // One head of a bank entry for the M queries at q, rows r0 and on of ``state``.
 template <typename T>
 void attend_in_lanes(const Arguments& c, const Row& row, int64_t kv, const T* q, int64_t M, const Lanes<T>& x,
@@ -111,13 +135,12 @@ void attend_across(const Arguments& c, const Row& row, int64_t kv, const T* q, i
         const Matrix<T> k = matrix(key, k0, n, c.D, up(D), rows_of_tile);
         transpose_tile((const float*)k.data, k.ld, n, D, (float*)across, NT);
         product<false>(q, up(D), 1, across, NT, s, NT, M, up(n), D, query_factor(c));
-        const Matrix<T> v = values_of(value, v0, n, c.DV, Vp, nullptr, rows_of_tile);
         for (int64_t r = 0; r < M; r++) {
             if (c.softcap) cap(c, s + r * NT, up(n));
             hide(s + r * NT, up(n), 0, n, nullptr);
             soften(s + r * NT, up(n), x, r0 + r, Vp);
         }
-        product<true>(over_columns<T>(s, M, up(n)), NT, 1, v.data, v.ld, x.acc + r0 * Vp, Vp, M, Vp, elements<T>(n));
+        add_values(c, s, M, v0, n, value, nullptr, rows_of_tile, x.acc + r0 * Vp);
     }
 }
 
@@ -177,14 +200,13 @@ void attend_in_place(const Arguments& c, const Row& row, const Row& next, bool a
                 store(s + r * NT + j, dot * query_factor(c));
             }
         const uint8_t* mask = c.key_mask ? c.key_mask + row.b * c.T + n0 : nullptr;
-        const Matrix<T> v = values_of(c.value, at, n, c.DV, Vp, mask, rows_of_tile);
         for (int64_t r = 0; r < R; r++) {
             float* p = s + r * NT;
             if (c.softcap) cap(c, p, up(n));
             hide(p, up(n), limits[r].lo - n0, std::min(n, limits[r].hi - n0), mask);
             soften(p, up(n), x, r0 + r, Vp);
         }
-        product<true>(over_columns<T>(s, R, up(n)), NT, 1, v.data, v.ld, x.acc + r0 * Vp, Vp, R, Vp, elements<T>(n));
+        add_values(c, s, R, at, n, c.value, mask, rows_of_tile, x.acc + r0 * Vp);
     }
 }
 

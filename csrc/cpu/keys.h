@@ -6,6 +6,7 @@ constexpr int64_t BLOCK = 48;     // queries of a block: a multiple of every PA_
 constexpr int64_t FEW = 4;        // up to so many queries per row count as decoding
 constexpr int64_t CHUNK = 64;     // rows of the batch that a decoding unit folds
 constexpr int64_t ALONE = std::max(VL / 4, 1);  // up to so many queries of a prefix do not pay for a vector of them
+constexpr int64_t ZIPPED = 4;  // up to so many queries do not pay for values that are zipped in memory
 constexpr int64_t ROWS = 2 * MR;  // rows of a block that share the end of what they see
 constexpr float SLACK = 8;
 constexpr float INF = std::numeric_limits<float>::infinity();

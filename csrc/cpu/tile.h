@@ -208,6 +208,71 @@ static void product(const T* a, int64_t ar, int64_t ak, const T* b, int64_t ldb,
     if (n < N) rows<1, ADD>(a, ar, ak, b + n, ldb, c + n, ldc, M, K, factor);
 }
 
+// Numbers of a and b in turn: of the lower or upper half of every eight, which is one instruction.
+template <bool UPPER>
+static inline veci zip(vech a, vech b) {
+    vech from;
+    for (int i = 0; i < 2 * VL; i++)
+        from[i] = i / 8 * 8 + i % 8 / 2 + UPPER * 4 + i % 2 * (2 * VL);
+    return (veci)__builtin_shuffle(a, b, from);
+}
+
+// 2 VL sums between the order of numbers and that of the lower and the upper ``zip``.
+template <bool BACK>
+static inline void reorder(vec& a, vec& b) {
+    const auto place = [](int d) { return BACK ? d / 8 * 4 + d % 4 + d / 4 % 2 * VL : d % VL / 4 * 8 + d % 4 + d / VL * 4; };
+    veci first, second;
+    for (int i = 0; i < VL; i++) {
+        first[i] = place(i);
+        second[i] = place(VL + i);
+    }
+    const vec lower = __builtin_shuffle(a, b, first);
+    b = __builtin_shuffle(a, b, second);
+    a = lower;
+}
+
+// NV vectors of ``product_of_rows``, of which c has ``own``.
+template <int R, int NV>
+static inline void tile_of_rows(const Pair* a, int64_t lda, const Pair* b, int64_t ldb, float* c, int64_t ldc,
+                                int64_t own, int64_t n) {
+    vec x[R][NV] = {};
+    for (int r = 0; r < R; r++) {
+        for (int i = 0; i < own; i++)
+            x[r][i] = load(c + r * ldc + i * VL);
+        for (int i = 0; i < NV; i += 2)
+            reorder<false>(x[r][i], x[r][i + 1]);
+    }
+    for (int64_t k = 0; k < n; k += 2)
+        for (int i = 0; i < NV; i += 2) {
+            const Pair* row = b + k * ldb + i / 2 * VL;
+            const vech low = *(const vechu*)row, high = k + 1 < n ? *(const vechu*)(row + ldb) : vech{};
+            const veci lower = zip<false>(low, high), upper = zip<true>(low, high);
+            for (int r = 0; r < R; r++) {
+                const veci s = spread(a + r * lda + k / 2);
+                x[r][i] = step(x[r][i], s, lower);
+                x[r][i + 1] = step(x[r][i + 1], s, upper);
+            }
+        }
+    for (int r = 0; r < R; r++) {
+        for (int i = 0; i < NV; i += 2)
+            reorder<true>(x[r][i], x[r][i + 1]);
+        for (int i = 0; i < own; i++)
+            store(c + r * ldc + i * VL, x[r][i]);
+    }
+}
+
+// c[R][N] += a[R][n] b[n][N] for rows of b that are not zipped: each two become pairs as they are read. Whole vectors of
+// b are read, two of c.
+template <int R>
+static void product_of_rows(const Pair* a, int64_t lda, const Pair* b, int64_t ldb, float* c, int64_t ldc, int64_t N,
+                            int64_t n) {
+    for (int64_t j = 0; j < N; j += 4 * VL) {
+        const int64_t own = std::min<int64_t>(4, (N - j) / VL);
+        own > 2 ? tile_of_rows<R, 4>(a, lda, b + j / 2, ldb, c + j, ldc, own, n)
+                : tile_of_rows<R, 2>(a, lda, b + j / 2, ldb, c + j, ldc, own, n);
+    }
+}
+
 // Storage types -> float32
 
 #if defined(__aarch64__)
