@@ -75,48 +75,57 @@ def prefix_attention(
 
         out[b, h, i] = sum_j softmax_j(scale * query[b, h, i] . k_j) v_j
 
-    j runs over all P prefix positions and over the sequence positions that query i may see. The prefix is read where it
-    lies: outside ``backend="eager"`` nothing of size B * P is ever made.
+    j runs over all P prefix positions and over the sequence positions that query i may see. The prefix has no batch
+    dimension: no backend except ``eager`` makes anything of size B * P.
 
     Args:
-        query: (B, Hq, S, D) float16, bfloat16, float32 or float64, last dimension contiguous, any other strides.
-        key: (B, Hkv, T, D) in query's dtype. Hq is a multiple of Hkv; query head h reads key head h // (Hq // Hkv).
+        query: (B, Hq, S, D) float16, bfloat16, float32 or float64. Any strides, last dimension contiguous.
+        key: (B, Hkv, T, D) in query's dtype. Hq is a multiple of Hkv. Query head h reads key head h // (Hq // Hkv).
         value: (B, Hkv, T, Dv) in query's dtype.
-        prefix_key: (Hkv, P, D), or a bank (N, Hkv, P, D) of which each row reads one entry; None = no prefix. query's
-            dtype or float32; its gradient has its own dtype, and is summed over the batch in float32.
-        prefix_value: (Hkv, P, Dv) or (N, Hkv, P, Dv), as ``prefix_key``.
-        prefix_ids: (B,) int, bank only: row b reads entry ``prefix_ids[b]``, -1 = no prefix. Default: entry b (N = B)
-            or the one entry (N = 1).
-        prefix_lengths: (N,) int, bank only: valid length of each entry, for banks padded to P. Default P.
-        prefix_start: (B,) int: query i sees the prefix where its position is at least ``prefix_start[b]`` (infix).
-        prefix_gate: (Hq,) or (B, Hq) query's dtype or float32, may need a gradient. out = attention(sequence) + gate *
-            attention(prefix), two softmaxes; 0 is exactly no prefix. ``sinks`` and the lse are then the sequence's.
-        key_lengths: (B,) int: keys of row b from there on are invisible (static caches); default T.
-        key_mask: (B, T) bool, True = visible. Any pattern; does not move positions.
-        is_causal: query i sits at position T - S + i (``key_lengths[b]`` - S + i) and sees keys up to its own; the
-            prefix is visible to all. With S > T the first queries see the prefix only.
-        window: query at position p sees keys j with p - j < window, causal or not. The prefix stays visible.
-        scale: factor on the scores, default D ** -0.5. torch.compile makes a graph for each value of ``scale``,
-            ``softcap`` and ``dropout_p``; one graph serves all sizes and windows.
-        softcap: scores become softcap * tanh(score / softcap), prefix and sequence alike.
-        sinks: (Hq,) query's dtype or float32, may need a gradient: logits added once to the softmax's denominator,
-            neither scaled nor capped (gpt-oss).
-        bias: (1 or B, Hq, S, T) query's dtype or float32, may need a gradient: added to the sequence's scores after the
-            softcap; may hold -inf. The prefix gets 0.
-        dropout_p: probability of dropping a probability, the prefix's too; the lse is undropped.
+        prefix_key: (Hkv, P, D), or a bank (N, Hkv, P, D) of which each row reads one entry. None means no prefix. In
+            query's dtype or float32. Its gradient has its own dtype, and is summed over the batch in float32.
+        prefix_value: (Hkv, P, Dv) or (N, Hkv, P, Dv), like ``prefix_key``.
+        prefix_ids: (B,) int. Row b reads entry ``prefix_ids[b]`` of the bank; -1 means no prefix. Default: entry b if
+            N = B, the one entry if N = 1.
+        prefix_lengths: (N,) int: the length of each entry of a bank that is padded to P. Default: P.
+        prefix_start: (B,) int: query i sees the prefix if its position is at least ``prefix_start[b]`` (infix).
+        prefix_gate: (Hq,) or (B, Hq) in query's dtype or float32; may need a gradient. The result is then
+            attention(sequence) + gate * attention(prefix), two softmaxes; a gate of 0 is exactly no prefix. ``sinks``
+            and the log-sum-exp belong to the sequence.
+        key_lengths: (B,) int: row b sees its first ``key_lengths[b]`` keys (static caches). Default: T.
+        key_mask: (B, T) bool, True = visible, in any pattern. It does not move positions.
+        is_causal: query i sees keys up to its own position, T - S + i (or ``key_lengths[b]`` - S + i). All queries see
+            the prefix. If S > T, the first queries see nothing else.
+        window: a query at position p sees keys j with p - j < window, causal or not. The prefix stays visible.
+        scale: factor on the scores. Default: D ** -0.5. torch.compile makes one graph per value of ``scale``,
+            ``softcap`` and ``dropout_p``. One graph serves all sizes and windows.
+        softcap: scores become softcap * tanh(score / softcap), for prefix and sequence.
+        sinks: (Hq,) in query's dtype or float32; may need a gradient. Logits that are added once to the softmax's
+            denominator, neither scaled nor capped (gpt-oss).
+        bias: (1 or B, Hq, S, T) in query's dtype or float32; may need a gradient. It is added to the sequence's scores
+            after the softcap, and may hold -inf. The prefix gets 0.
+        dropout_p: probability of dropping a probability, also of the prefix. The log-sum-exp is without dropout.
         return_lse: also return the log-sum-exp of the scores.
-        backend: "auto", "eager", "composed", "cpu", "triton" or "cuda"; see ``explain``. A named backend is used or the
-            call raises. On a GPU "auto" is "triton" or "eager".
+        backend: "auto", "eager", "composed", "cpu", "triton" or "cuda". A named backend runs, or the call raises. On a
+            GPU "auto" takes "triton" or "eager". ``explain`` says what "auto" takes, and why.
 
     Returns:
-        (B, Hq, S, Dv) in query's dtype; with ``return_lse`` also (B, Hq, S) float32 (float64 for float64), natural
-        logarithm, differentiable. A query that sees no key and no sink gives 0 and -inf, one that sees only a sink 0
-        and the sink; neither adds to any gradient. P = 0, T = 0 and S = 0 are legal.
+        (B, Hq, S, Dv) in query's dtype. With ``return_lse`` also (B, Hq, S) float32 (float64 for float64): natural
+        logarithm, differentiable. A query that sees no key and no sink gives 0 and -inf. One that sees only a sink
+        gives 0 and the sink. Neither adds to any gradient. P = 0, T = 0 and S = 0 are legal.
 
     Raises:
         ValueError: a shape, a range or a device.
         TypeError: a type or a dtype.
-        NotImplementedError: the named backend cannot run the call; the message says why.
+        NotImplementedError: the named backend cannot run the call. The message says why.
+
+    Examples:
+        >>> query, key, value = torch.randn(3, 2, 4, 8, 64)  # each is (batch, heads, tokens, head size)
+        >>> prefix_key = torch.randn(4, 10, 64, requires_grad=True)
+        >>> out = prefix_attention(query, key, value, prefix_key, torch.randn(4, 10, 64))
+        >>> out.sum().backward()
+        >>> prefix_key.grad.shape  # the sum over the batch
+        torch.Size([4, 10, 64])
 
     Source: Li and Liang 2021, section 4.2 (prefix activations of every layer); Dao et al. 2022 (log-sum-exp).
     """
@@ -204,6 +213,9 @@ def prefix_attention_varlen(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """``prefix_attention`` over packed sequences: B sequences of different lengths, one after the other.
 
+    The options that are not listed here are those of ``prefix_attention``. ``prefix_ids``, ``prefix_start`` and the
+    rows of ``prefix_gate`` are one per sequence. ``prefix_start`` counts from the sequence's own first key.
+
     Args:
         query: (Nq, Hq, D), the tokens of all sequences.
         key: (Nk, Hkv, D).
@@ -211,28 +223,27 @@ def prefix_attention_varlen(
         prefix_key: (Hkv, P, D) or a bank (N, Hkv, P, D).
         prefix_value: (Hkv, P, Dv) or a bank (N, Hkv, P, Dv).
         cu_seqlens_q: (B + 1,) int: sequence b has the queries ``cu_seqlens_q[b] : cu_seqlens_q[b + 1]``.
-        cu_seqlens_k: (B + 1,) int, likewise for keys; lengths may differ from the queries'.
-        max_seqlen_q: the largest number of queries of a sequence (or more: only speed is lost).
-        max_seqlen_k: likewise for keys.
-        prefix_ids: (B,) int, one per sequence; else as in ``prefix_attention``.
-        prefix_lengths: (N,) int, as in ``prefix_attention``.
-        prefix_start: (B,) int, one per sequence, counted from the sequence's own first key.
-        prefix_gate: (Hq,) or (B, Hq), as in ``prefix_attention``.
-        is_causal: each sequence is aligned bottom-right on its own.
-        window: as in ``prefix_attention``, within each sequence.
-        scale: factor on the scores, default D ** -0.5.
-        softcap: as in ``prefix_attention``.
-        sinks: (Hq,), as in ``prefix_attention``.
-        dropout_p: as in ``prefix_attention``.
-        return_lse: also return the log-sum-exp.
-        backend: as in ``prefix_attention``. "cpu" and "triton" read the sequences where they lie, except with a gate.
-            The others are given them padded.
+        cu_seqlens_k: (B + 1,) int, the same for keys. A sequence may have more or fewer keys than queries.
+        max_seqlen_q: the largest number of queries of a sequence. A larger number only costs speed.
+        max_seqlen_k: the same for keys.
+        is_causal: each sequence is aligned at its own last query and key.
+        window: counts within each sequence.
+        backend: "cpu" and "triton" read the sequences where they lie, except with a gate. The others get them padded.
 
     Returns:
-        (Nq, Hq, Dv) in query's dtype; with ``return_lse`` also (Hq, Nq) float32, natural logarithm.
+        (Nq, Hq, Dv) in query's dtype. With ``return_lse`` also (Hq, Nq) float32, natural logarithm.
 
     Raises:
-        ValueError, TypeError, NotImplementedError: as ``prefix_attention``.
+        ValueError: a shape, a range or a device.
+        TypeError: a type or a dtype.
+        NotImplementedError: the named backend cannot run the call. The message says why.
+
+    Examples:
+        >>> x = torch.randn(7, 4, 64)  # a sequence of 3 tokens and one of 4
+        >>> cu, prefix = torch.tensor([0, 3, 7]), torch.randn(4, 10, 64)
+        >>> lengths = {"cu_seqlens_q": cu, "cu_seqlens_k": cu, "max_seqlen_q": 4, "max_seqlen_k": 4}
+        >>> prefix_attention_varlen(x, x, x, prefix, prefix, **lengths).shape
+        torch.Size([7, 4, 64])
     """
     packed_q = Packed(cu_seqlens_q, max_seqlen_q, query, "q")
     packed_k = Packed(cu_seqlens_k, max_seqlen_k, key, "k")
@@ -277,7 +288,19 @@ def explain(
     return_lse: bool = False,
     **options: Unpack[Options],
 ) -> dispatch.Explanation:
-    """Which backend ``auto`` picks for these arguments of ``prefix_attention``, and why each other was refused."""
+    """What ``backend="auto"`` does with a call of ``prefix_attention``, and why the other backends cannot run it.
+
+    Arguments and errors are those of ``prefix_attention``.
+
+    Returns:
+        ``backend``, the name of the one that runs, and ``refused``, the reasons of each that does not. As a string, one
+        line per backend.
+
+    Examples:
+        >>> x, prefix = torch.randn(2, 4, 8, 64), torch.randn(4, 10, 64)
+        >>> explain(x, x, x, prefix, prefix, dropout_p=0.1).refused["cpu"]
+        ('the kernels have no dropout',)
+    """
     given = inspect.signature(prefix_attention).bind(
         query, key, value, prefix_key, prefix_value, return_lse=return_lse, **options
     )

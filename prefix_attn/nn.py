@@ -15,25 +15,26 @@ class PrefixAttention(nn.MultiheadAttention):
 
         out = Concat_h(softmax([Q_h Pk_h^T ; Q_h K_h^T + masks] / sqrt(D)) [Pv_h ; V_h]) W_o
 
-    The whole batch shares the prefix: it goes to ``prefix_attention`` as it is, is never expanded to the batch, and no
-    mask hides it. Everything else is the original's: arguments, masks (True = ignored), dropout, names in the state
-    dict. With ``prefix_length`` = 0 the original's own forward runs.
+    The whole batch shares the prefix. It is never expanded to the batch, and no mask hides it. Everything else is as in
+    the original: arguments, masks (True = ignored), dropout, names in the state dict. With ``prefix_length`` = 0 the
+    original's forward runs.
 
-    * ``need_weights=True``, the default of the original, makes all scores, as it does there. Weights have P more
-      columns, before the sequence's, and their rows sum to 1: (B, S, P + T), (B, H, S, P + T) for each head.
-    * ``is_causal`` is what it is there: a hint that ``attn_mask`` is the causal mask, whose values may then go unread.
-    * A query whose keys are all masked attends to the prefix alone; without a prefix the original gives NaN or 0.
-    * The fused path of nn.TransformerEncoderLayer, which knows no prefix, is never taken with one. Nested tensors, as
-      nn.TransformerEncoder makes them of padded batches, are padded for the call.
+    * ``need_weights=True``, the default, computes all scores, as in the original. The weights have P more columns,
+      before those of the sequence, and rows sum to 1: (B, S, P + T), or (B, H, S, P + T) for each head.
+    * ``is_causal`` is a hint that ``attn_mask`` is the causal mask, as in the original. The mask's values may then go
+      unread.
+    * A query whose keys are all masked attends to the prefix alone. Without a prefix the original gives NaN or 0.
+    * nn.TransformerEncoderLayer has a fused path that knows no prefix. It is not taken. nn.TransformerEncoder makes
+      nested tensors of padded batches; they are padded again for the call.
 
     Args:
         embed_dim: E, of queries and outputs.
         num_heads: H; the head size D = E / H.
         prefix_length: P, at least 0.
-        dropout: of the attention weights, the prefix's too, in training.
+        dropout: probability of dropping an attention weight in training, also of the prefix.
         bias: whether the projections have biases.
-        add_bias_kv: one more learned key and value.
-        add_zero_attn: one more key and value of zeros.
+        add_bias_kv: add one learned key and value.
+        add_zero_attn: add one key and value of zeros.
         kdim: features of ``key``, default E.
         vdim: features of ``value``, default E.
         batch_first: (B, S, E) instead of (S, B, E).
@@ -41,12 +42,21 @@ class PrefixAttention(nn.MultiheadAttention):
         dtype: of all parameters but the prefix.
 
     Attributes:
-        prefix_key: (H, P, D) parameter, float32 beside half-precision projections, where small updates would vanish.
-        prefix_value: (H, P, D) parameter, likewise.
+        prefix_key: (H, P, D) parameter. It is float32 beside half-precision projections: small updates would vanish in
+            half precision.
+        prefix_value: (H, P, D) parameter, like ``prefix_key``.
 
     Raises:
         ValueError: ``prefix_length`` is negative.
         TypeError: it is no int.
+
+    Examples:
+        >>> attention = PrefixAttention.from_multihead(nn.MultiheadAttention(64, 4, batch_first=True), prefix_length=10)
+        >>> x = torch.randn(2, 8, 64)
+        >>> attention(x, x, x, need_weights=False)[0].shape
+        torch.Size([2, 8, 64])
+        >>> [name for name, parameter in attention.named_parameters() if parameter.requires_grad]
+        ['prefix_key', 'prefix_value']
 
     Source: Li and Liang 2021, section 4.2 (prefix activations of every layer).
     """
@@ -87,10 +97,14 @@ class PrefixAttention(nn.MultiheadAttention):
 
     @classmethod
     def from_multihead(cls, mha: nn.MultiheadAttention, prefix_length: int) -> PrefixAttention:
-        """``mha`` with a prefix: a copy, frozen but for the prefix, in the same dtype, place and mode.
+        """A copy of ``mha`` with a prefix. All but the prefix is frozen. Dtype, device and mode stay the same.
+
+        Args:
+            mha: the trained module. It is not changed.
+            prefix_length: P, at least 0.
 
         Raises:
-            TypeError: ``mha`` is no nn.MultiheadAttention, or has a forward of its own.
+            TypeError: ``mha`` is no nn.MultiheadAttention, or its class has its own forward.
         """
         if getattr(type(mha), "forward", None) is not nn.MultiheadAttention.forward:
             raise TypeError(f"mha must be a torch.nn.MultiheadAttention with its forward, got {type(mha).__name__}")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import doctest
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from unittest.mock import MagicMock
@@ -12,6 +14,9 @@ import torch
 import transformers
 from packaging.version import Version
 
+import prefix_attn
+import prefix_attn.hf
+from prefix_attn.hf import edit
 from tests.pages import PAGES, blocks
 
 PYTHON = {name: blocks(text, "python") for name, text in PAGES.items() if blocks(text, "python")}
@@ -223,6 +228,26 @@ def test_file_format_example(tmp_path: Path) -> None:
 def test_model_family_example(capsys: pytest.CaptureFixture[str]) -> None:
     run(PYTHON["docs/contributing/model-family.md"])
     assert capsys.readouterr().out == "torch.Size([1, 3, 97])\n"
+
+
+def with_examples() -> Iterator[Any]:
+    """The examples in docstrings of public names and of their methods, one test each."""
+    finder = doctest.DocTestFinder(exclude_empty=True)
+    for name in (*prefix_attn.__all__, *prefix_attn.hf.__all__, "concatenate", "truncate", "move"):
+        owner = next(m for m in (prefix_attn, prefix_attn.hf, edit) if name in (*getattr(m, "__all__", ()), *vars(m)))
+        for test in finder.find(getattr(owner, name), name):
+            if test.examples:
+                yield pytest.param(test, id=test.name, marks=[pytest.mark.peft] * ("peft" in test.docstring))
+
+
+@pytest.mark.parametrize("test", list(with_examples()))
+def test_docstring_example(small: Any, test: doctest.DocTest) -> None:
+    """With a tiny model as ``base``, and three tokens as ``ids``."""
+    from tests.tokens import byte_tokenizer
+
+    test.globs |= {"base": small, "tokenizer": byte_tokenizer(), "ids": torch.tensor([[5, 6, 7]]), "torch": torch}
+    test.globs |= {name: getattr(prefix_attn, name) for name in prefix_attn.__all__}
+    assert doctest.DocTestRunner().run(test).failed == 0
 
 
 def test_every_python_example_is_run() -> None:

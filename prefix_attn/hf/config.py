@@ -39,55 +39,60 @@ class PeftPrefixConfig(Protocol):
 
 @dataclass
 class PrefixConfig:
-    """Configuration of one prefix. A model keeps a copy in which the model's defaults replace None.
+    """Configuration of one prefix. A model keeps a copy in which its own defaults replace None.
 
     Args:
         num_virtual_tokens: P, the length of the prefix.
-        prefix_projection: train an MLP that makes the prefix (Li and Liang 2021, section 4.3) instead of the prefix.
-        encoder_hidden_size: width of the MLP's hidden layers; default: key/value heads times head size.
-        encoder_depth: hidden layers of the MLP.
-        encoder_activation: after each of them: a name in ``prefix_attn.hf.encoder.ACTIVATIONS``.
+        prefix_projection: train an MLP that makes the prefix, instead of the prefix (Li and Liang 2021, section 4.3).
+        encoder_hidden_size: width of the MLP's hidden layers. Default: key/value heads times head size.
+        encoder_depth: number of hidden layers of the MLP.
+        encoder_activation: the activation after each hidden layer, a name in ``prefix_attn.hf.encoder.ACTIVATIONS``.
         dropout: on the prefix, in training.
-        mode: what is trained: "kv", keys and values in every layer; "embedding", input embeddings alone, of which the
-            frozen model makes keys and values (Li and Liang 2021, section 7.2); they stay visible past windows;
-            "infix", keys and values between input and output, which the output alone attends to (section 7.3): see
-            ``infix_start`` of ``PrefixModel.forward``.
-        sites: attention that gets a prefix of its own: "encoder" (self-attention that is not causal), "cross" (of a
-            decoder to its encoder), "decoder" (causal self-attention). Default: all that the model has.
-        layers: "all", the numbers of the layers that get one, at each site, or {number: how many of the P tokens, from
-            the first on, that layer sees}. The tokens of the sequence start behind P in all of them, and P rows are
-            stored for each.
-        init: "random" starts from the model's own keys and values of its start token and random ones, "text" from those
-            of ``init_text`` or ``init_token_ids``, "document" from those of its start token and of pieces of that text
-            which are drawn from all of it (Cartridges); "prefix" from another prefix, "zero" from zeros (which still
-            take softmax mass: not a no-op), "uniform" from numbers in [0, 1), as the paper's ablation has "random" (Li
-            and Liang 2021, section 7.4). An MLP is fitted to each of them.
-        init_text: for "text", cut or repeated to P tokens; for "document" of any length. Needs the tokenizer.
-        init_token_ids: the same as ids.
-        init_prefix: for "prefix": the name of a prefix in the same model. It has at least P tokens, of which the first
-            P are taken.
+        mode: what is trained. "kv": keys and values in every layer. "embedding": input embeddings, from which the
+            frozen model computes keys and values (section 7.2); they stay visible past windows. "infix": keys and
+            values between input and output, which only the output attends to (section 7.3); ``infix_start`` of
+            ``PrefixModel.forward`` says where.
+        sites: the attention that gets a prefix: "encoder" (self-attention that is not causal), "cross" (of a decoder
+            to its encoder), "decoder" (causal self-attention). Each has its own prefix. Default: all that the model
+            has.
+        layers: "all", or the numbers of the layers that get a prefix, at each site, or {number: length}, in which a
+            layer sees the first tokens alone. The text starts behind P tokens in all layers, and P rows are stored for
+            each.
+        init: where training starts. "random": keys and values that the model computes for its start token and random
+            tokens. "text": for ``init_text`` or ``init_token_ids``. "document": for the start token and pieces drawn
+            from all of the text (Cartridges). "prefix": another prefix. "zero": zeros, which still take softmax mass.
+            "uniform": numbers in [0, 1), which the paper's ablation calls random (section 7.4). An MLP is fitted to
+            each of these.
+        init_text: the text for "text", cut or repeated to P tokens, or for "document", of any length. Needs the
+            tokenizer.
+        init_token_ids: the same as token ids.
+        init_prefix: for "prefix": the name of a prefix in the same model. Its first P tokens are taken.
         init_path: for "prefix", instead of a name: the folder, file or Hub id of a saved prefix.
-        num_frozen_tokens: so many tokens at the beginning of the prefix keep the keys and values that they start with
-            (PEFT's CARTRIDGE): they are no parameters, and an MLP makes the others only. 1 keeps the token on which
-            models leave attention that they have no use for; all of them make a hard prompt.
-        gate: None, or "zero": each query head attends to the prefix in a softmax of its own, times a trained factor
-            that starts at 0 (Zhang et al. 2023, LLaMA-Adapter): training starts exactly from the frozen model.
-        position_mode: "shift": the tokens of a stack with a prefix in its self-attention start at position P, as PEFT
-            has it; "none": at 0, and the prefix takes no room in the context window. Default: "none" for
-            encoder-decoder models, with a gate (shifted, it would not start from the frozen model) and for an infix
-            (whose keys serve rows of any length, from positions of their own), otherwise "shift" where the model lets
-            us.
-        task_type: PEFT's name of what the model is for. Default: by the model's class.
+        num_frozen_tokens: number of first tokens that are not trained (PEFT's CARTRIDGE). An MLP makes the others. 1
+            keeps the token on which models leave attention that they have no use for. P makes a hard prompt.
+        gate: None, or "zero": each query head attends to the prefix in its own softmax, times a trained factor that
+            starts at 0 (Zhang et al. 2023, LLaMA-Adapter). Training then starts exactly from the frozen model.
+        position_mode: "shift": the text starts at position P, as in PEFT. "none": it starts at 0, and the prefix takes
+            no room in the context window. Default: "none" for encoder-decoder models, with a gate and for an infix;
+            otherwise "shift" if the model's positions can be shifted.
+        task_type: PEFT's name of the model's task. Default: from the model's class.
         modules_to_save: task heads (children of the model) of which a copy is trained and saved with the prefix.
-            Default: all that a model for a task (classification, question answering, multiple choice, ...) adds to a
-            pretrained one, where they usually start at random; none in language models.
+            Default: in a model for classification, question answering and the like, all that it adds to a pretrained
+            model; in a language model, none.
         base_model_name_or_path: the model that the prefix was trained for.
-        inference_mode: the prefix is not trained (PEFT's field).
-        backend: of ``prefix_attention``. It is not saved: whoever loads a prefix chooses.
+        inference_mode: do not train the prefix (PEFT's field).
+        backend: the backend of ``prefix_attention``. It is not saved: whoever loads a prefix chooses.
 
     Raises:
         ValueError: a field is out of range.
         NotImplementedError: a value that this version does not have.
+
+    Examples:
+        >>> PrefixConfig(num_virtual_tokens=20, prefix_projection=True, encoder_hidden_size=512).peft_type
+        'PREFIX_TUNING'
+        >>> PrefixConfig(mode="prompt")
+        Traceback (most recent call last):
+        ValueError: mode must be one of ('kv', 'embedding', 'infix'), got 'prompt'
     """
 
     num_virtual_tokens: int = 10
@@ -208,10 +213,10 @@ class PrefixConfig:
 
     @classmethod
     def from_peft(cls, config: PeftPrefixConfig) -> PrefixConfig:
-        """The same prefix as ``config``, a PrefixTuningConfig or CartridgeConfig of PEFT, but for where it starts.
+        """The same prefix as ``config``, a PrefixTuningConfig or CartridgeConfig of PEFT, with another start.
 
-        PEFT's start is random numbers. Ours is the default of ``init``, or "zero" where PEFT's is zero too. Sizes of
-        the base model (token_dim, num_layers...) come from the model.
+        PEFT starts from random numbers. Ours starts as ``init`` does by default, or from "zero" if PEFT's does. Sizes
+        of the base model (token_dim, num_layers, ...) come from the model.
 
         Raises:
             ValueError: it is not the configuration of a prefix.
@@ -271,7 +276,7 @@ class PrefixConfig:
         self.prefix_projection = False
 
     def to_dict(self) -> dict[str, Any]:
-        """Fields as JSON can hold them, but for those that are not of the prefix but of its use."""
+        """The fields for JSON, without those that say how the prefix is used."""
         values = {n: list(v) if isinstance(v, tuple) else v for n, v in asdict(self).items()}
         return {n: v for n, v in values.items() if n not in _OF_USE}
 

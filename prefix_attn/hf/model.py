@@ -33,23 +33,29 @@ if TYPE_CHECKING:
 def get_prefix_model(
     base: PreTrainedModel, config: PrefixConfig | PeftPrefixConfig, tokenizer: PreTrainedTokenizerBase | None = None
 ) -> PrefixModel:
-    """``base``, frozen, with one trainable prefix named "default".
+    """Freeze ``base`` and give it one trainable prefix, named "default".
 
-    If some parameters of ``base`` are trainable and others are not, somebody chose them: a LoRA, norms, a head, the
-    embeddings of new tokens. These stay trainable beside the prefix. If all are, as ``from_pretrained`` leaves them,
-    nothing was chosen, and all are frozen. What a class freezes in every model, such as tables of positions, and
-    quantised weights do not count. More can be unfrozen later: ``model.base_model.lm_head.requires_grad_(True)``.
-    All that is trained is in ``state_dict``, in checkpoints and in the files of ``save_pretrained``.
+    If all parameters of ``base`` are trainable, as after ``from_pretrained``, all are frozen. If only some are, you
+    chose them: a LoRA, norms, a head, the embeddings of new tokens. These stay trainable beside the prefix. Quantised
+    weights do not count, nor does what a class freezes in every model, such as tables of positions. You can unfreeze
+    more later: ``model.base_model.lm_head.requires_grad_(True)``. Everything that is trained is in ``state_dict``, in
+    checkpoints and in the files of ``save_pretrained``.
 
     Args:
-        base: a transformers model, decoder, encoder or both; its attention function is switched in place.
-        config: the prefix; or a PrefixTuningConfig or CartridgeConfig of PEFT: see ``PrefixConfig.from_peft``.
-        tokenizer: for ``init_text``.
+        base: a transformers model: decoder, encoder or both. Its attention function is switched in place.
+        config: the prefix, or a PrefixTuningConfig or CartridgeConfig of PEFT (``PrefixConfig.from_peft``).
+        tokenizer: needed for ``init_text``.
 
     Raises:
         TypeError: ``base`` is no bare transformers model.
         NotImplementedError: its attention cannot be served.
         ValueError: the configuration does not fit it. ``base`` is unchanged then.
+
+    Examples:
+        >>> model = get_prefix_model(base, PrefixConfig(num_virtual_tokens=4))
+        >>> model(ids, labels=ids).loss.backward()
+        >>> [name for name, parameter in model.named_parameters() if parameter.grad is not None]
+        ['prefixes.default.embedding']
     """
     model = PrefixModel(base)
     try:
@@ -63,14 +69,21 @@ def get_prefix_model(
 class PrefixModel(Batched):
     """A frozen model with trained prefixes (Li and Liang 2021, section 4.2). Other attributes are the base model's.
 
-    A forward or generate keeps the prefixes that it started with. Prefixes that are added, selected, deleted or
-    disabled meanwhile, from a callback or another thread, count for later calls. Threads may run different prefixes at
-    the same time, unless these have task heads, which replace the model's own while they run.
+    A forward or generate keeps the prefixes that it started with. If a callback or another thread adds, selects,
+    deletes or disables prefixes meanwhile, that counts for later calls. Threads may run different prefixes at the same
+    time. Prefixes with task heads may not, because task heads replace the model's own while they run.
 
-    ``state_dict`` holds what is trained, wherever the model is nested: the prefixes with their MLPs and task heads, and
-    those parameters of the base model that are trainable. A Trainer saves it in its checkpoints and resumes from it.
-    ``load_state_dict`` misses nothing that is frozen. What a Trainer saves, and the files of a state_dict alone, are
-    read like those of ``save_pretrained``.
+    ``state_dict`` holds what is trained: the prefixes with their MLPs and task heads, and the trainable parameters of
+    the base model. A Trainer saves it in its checkpoints and resumes from it. ``load_state_dict`` does not ask for what
+    is frozen. ``from_pretrained`` reads what a Trainer saves, and the file of a state_dict, like a saved prefix.
+
+    Examples:
+        >>> model = get_prefix_model(base, PrefixConfig(num_virtual_tokens=4))
+        >>> model.add_prefix("long", PrefixConfig(num_virtual_tokens=8))
+        >>> model(ids.expand(3, -1), prefix_names=["default", "long", None]).logits.shape[:2]
+        torch.Size([3, 3])
+        >>> with model.disable_prefix():
+        ...     frozen = model(ids)
     """
 
     def add_prefix(
@@ -78,8 +91,7 @@ class PrefixModel(Batched):
     ) -> None:
         """Add a prefix, initialised as ``config`` says. It becomes the active one.
 
-        ``config`` may be PEFT's: see ``PrefixConfig.from_peft``. The prefix is trained, unless ``inference_mode`` is
-        set.
+        ``config`` may be PEFT's. The prefix is trained, unless ``inference_mode`` is set.
         """
         self.check_new_name(name)
         config = config if isinstance(config, PrefixConfig) else PrefixConfig.from_peft(config)
@@ -108,11 +120,11 @@ class PrefixModel(Batched):
         """Add a prefix from a folder, a file or a Hub id, of any library in ``formats``. It becomes the active one.
 
         Args:
-            path: where it is. If it has several prefixes, that of this name is taken, otherwise that which was active.
-            name: of the new prefix.
-            is_trainable: whether it is trained, with its MLP where that was saved.
-            config: instead of the one that was saved, or for a state_dict, which does not say everything.
-            options: subfolder, revision, token, cache_dir, local_files_only, force_download, as for PEFT.
+            path: where it is. If it has several prefixes, the one with this name is taken, otherwise the active one.
+            name: the name of the new prefix.
+            is_trainable: whether it is trained, with its MLP if that was saved.
+            config: replaces the saved one. A state_dict needs it, because it does not say everything.
+            options: subfolder, revision, token, cache_dir, local_files_only, force_download, as in PEFT.
 
         Raises:
             ValueError: the files do not fit the base model, are damaged, or have weights of the base model that would
@@ -131,21 +143,21 @@ class PrefixModel(Batched):
         safe_serialization: bool = True,
         save_function: Any = None,
     ) -> None:
-        """Write the active prefix, folded, in PEFT's format where PEFT has such prefixes, with a model card.
+        """Write the active prefix, folded, with a model card. The format is PEFT's if PEFT has such prefixes.
 
-        Trainable weights of the base model are in the same file. ``from_pretrained`` sets them in a base model that
-        was prepared as before training; PEFT does so too.
+        Trainable weights of the base model are in the same file. ``from_pretrained`` sets them in a base model that is
+        prepared as before training. So does PEFT.
 
         Args:
             path: the folder. A kill at any moment leaves the old files or the new ones.
-            training_state: also write what continuing the training of an MLP needs.
-            is_main_process: whether to write at all. Of the processes of ``torch.distributed`` only the first does, as
-                in transformers. Where parameters are sharded, all of them have to call.
-            state_dict: take the values from it, as ``accelerator.get_state_dict(model)`` gives them.
-            selected_adapters: the names of the prefixes to save instead: "default" into ``path``, others into folders
-                of their names in it, as PEFT has it.
-            safe_serialization: must be True: pickles would not say which model and configuration they belong to.
-            save_function: accelerate's scripts give one. It is for pickles, and not called.
+            training_state: also write what resuming the training of an MLP needs.
+            is_main_process: whether to write at all. With ``torch.distributed`` only the first process writes, as in
+                transformers. If parameters are sharded, all processes have to call.
+            state_dict: the values to write, as ``accelerator.get_state_dict(model)`` gives them.
+            selected_adapters: the names of the prefixes to save instead. "default" goes into ``path``, each other one
+                into a folder of its name in it, as in PEFT.
+            safe_serialization: must be True. A pickle would not say which model and configuration it belongs to.
+            save_function: not called. accelerate's scripts pass one for pickles.
 
         Raises:
             ValueError: there is no such prefix, or another wrong argument. Nothing is written then.
@@ -174,19 +186,20 @@ class PrefixModel(Batched):
         name: str | None = None,
         **options: Any,
     ) -> PrefixModel:
-        """``base`` with the prefix in ``path``: a folder, a file or a Hub id, of any library that ``formats`` knows.
+        """``base`` with the prefix in ``path``: ours, PEFT's, or that of another library that ``formats`` can read.
 
         Args:
-            base: the model that it was trained for.
-            path: where it is. Of a model with several prefixes all come back, under their names.
+            base: the model that the prefix was trained for.
+            path: a folder, a file or a Hub id. If it has several prefixes, all are loaded under their names.
             adapter_name: PEFT's word for ``name``.
-            is_trainable: as for ``load_prefix``; so are ``config`` and ``options``.
-            config: see there.
-            name: of the prefix, default "default". Where there are several, only the one of this name is loaded.
-            options: see there.
+            is_trainable: whether the prefix is trained, with its MLP if that was saved.
+            config: replaces the saved one. A state_dict needs it, because it does not say everything.
+            name: the name of the prefix, "default" by default. Of several saved prefixes only this one is loaded.
+            options: subfolder, revision, token, cache_dir, local_files_only, force_download, as in PEFT.
 
         Raises:
-            TypeError, NotImplementedError: as ``get_prefix_model``.
+            TypeError: ``base`` is no bare transformers model.
+            NotImplementedError: its attention cannot be served.
             ValueError: the files do not fit ``base``, or are damaged. ``base`` is unchanged then.
         """
         if None not in (name, adapter_name) and name != adapter_name:
@@ -239,20 +252,20 @@ class PrefixModel(Batched):
         infix_start: Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
-        """The base model's forward with the active prefix. Positions default to those that the mask implies.
+        """The base model's forward with the active prefix. Positions follow the mask by default.
 
         Args:
             args: positional arguments of the base model's forward.
-            prefix_names: the prefix of each row, None = no prefix, instead of the active one for all.
-            adapter_names: the same in PEFT's words, where "__base__" is no prefix.
-            infix_start: (B,) int, for prefixes with ``mode="infix"``: the first column of each row that sees them;
-                columns of padding and of the cache count. Default: the column before the first label that is not
-                -100, where that label is predicted.
+            prefix_names: the prefix of each row, instead of the active one. None in it is no prefix.
+            adapter_names: the same in PEFT's words, with "__base__" for no prefix.
+            infix_start: (B,) int, for ``mode="infix"``: the first column of each row that sees the infix. Columns of
+                padding and of the cache count. Default: the column before the first label that is not -100. That
+                column predicts the label.
             kwargs: keyword arguments of the base model's forward.
 
         Raises:
-            ValueError: unknown names, another number of names than of rows, prefixes that do not fit one batch, or
-                nothing that says where an infix stands.
+            ValueError: unknown names, not one name per row, prefixes that do not fit into one batch, or no place for
+                an infix.
         """
         given = self.named(args, kwargs)
         prompts = (given.get(name) for name in ("input_ids", "inputs_embeds", "input_features"))
@@ -269,17 +282,18 @@ class PrefixModel(Batched):
         infix_start: Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
-        """The base model's generate with the active prefix, or those of ``prefix_names``. Each is made once.
+        """The base model's generate with the active prefix, or with one prefix per row.
 
         Args:
             args: positional arguments of the base model's generate.
-            prefix_names: the prefix of each row of the prompt, None = no prefix. Its beams and sequences have it too.
-            adapter_names: the same in PEFT's words, where "__base__" is no prefix.
-            infix_start: as for ``forward``; default: the last column of the prompt.
+            prefix_names: the prefix of each row of the prompt. None in it is no prefix. Beams and returned sequences
+                have the prefix of their row.
+            adapter_names: the same in PEFT's words, with "__base__" for no prefix.
+            infix_start: as in ``forward``. Default: the last column of the prompt.
             kwargs: keyword arguments of the base model's generate.
 
         Raises:
-            ValueError: as ``forward``.
+            ValueError: as in ``forward``.
         """
         names = ("inputs", "inputs_embeds", self._base().main_input_name)
         prompts = (*args[:1], *(kwargs.get(name) for name in names))
