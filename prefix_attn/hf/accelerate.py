@@ -26,32 +26,39 @@ _REPLICATE = "_replicate_for_data_parallel"  # what nn.DataParallel calls
 def accelerate(model: Any, *, backend: str = "auto") -> Callable[[], None]:
     """Let a PEFT model with a PREFIX_TUNING or CARTRIDGE adapter attend to its prefix through ``prefix_attention``.
 
-        undo = accelerate(peft_model)
-
-    Forward, generate and training then make the prefix once per call instead of once per sample, and the KV cache holds
-    the sequence alone. The adapter stays PEFT's own: its parameters, ``set_adapter``, ``disable_adapter``,
-    ``save_pretrained``. Outputs are PEFT's, except where PEFT loses the prefix (past a sliding window) or counts left
-    padding as positions (in a bare forward). Gradient checkpointing, which PEFT refuses, works. In an encoder-decoder
-    model layer i of the decoder has slot 2i mod L of the prefix, as in PEFT. A copy of the model is accelerated too,
-    and runs its own prefix.
+    Forward, generate and training then make the prefix once per call, not once per sample, and the KV cache holds the
+    text alone. The adapter stays PEFT's: its parameters, ``set_adapter``, ``disable_adapter``, ``save_pretrained``.
+    Outputs are PEFT's, with two exceptions: past a sliding window PEFT loses the prefix, and in a bare forward it
+    counts left padding as positions. Gradient checkpointing works, which PEFT refuses. In an encoder-decoder model
+    layer i of the decoder has slot 2i mod L of the prefix, as in PEFT. A copy of the model is accelerated too, and runs
+    its own prefix.
 
     Args:
         model: a ``peft.PeftModel`` over a transformers model; changed in place.
-        backend: of ``prefix_attention``.
+        backend: the backend of ``prefix_attention``.
 
     Returns:
-        A function that restores PEFT's own way.
+        A function that undoes this.
 
     Raises:
         TypeError: not a PEFT model.
         ValueError: its active adapter has no prefix, or it is accelerated already.
-        NotImplementedError: a model whose attention cannot be served.
+        NotImplementedError: the model's attention cannot be served.
+
+    Examples:
+        >>> import peft
+        >>> config = peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
+        >>> peft_model = peft.get_peft_model(base, config)
+        >>> undo = accelerate(peft_model)
+        >>> peft_model(ids).logits.shape
+        torch.Size([1, 3, 257])
+        >>> undo()
     """
     way = _Way(model, _attach(model, backend), backend)
     theirs = model.forward, model.generate
 
     def undo() -> None:
-        """PEFT's own forward and generate, and the base model's own attention."""
+        """Restore PEFT's forward and generate, and the base model's attention."""
         if model.forward is not forward:
             raise ValueError("the model is not accelerated any more, or its adapter is disabled at the moment")
         model.forward, model.generate = theirs

@@ -32,22 +32,29 @@ _CHANGES = ("dynamic", "longrope")  # rotary embeddings whose angles depend on h
 def concatenate(
     model: PrefixModel, sources: Sequence[str], name: str, *, rotate: bool = True, is_trainable: bool = False
 ) -> None:
-    """A new prefix ``name``, the active one: ``sources``, one after the other, at the positions that they then have.
+    """Join prefixes, one after the other, into a new one, which becomes active. Keys turn to their new positions.
 
-    With position_mode="none" every prefix starts where the text does, and nothing turns.
+    With position_mode="none" every prefix starts where the text does, so nothing turns.
 
     Args:
-        model: that has them.
-        sources: names, at least one.
-        name: of the new prefix.
-        rotate: turn the keys of all but the first to their new positions. False leaves keys as they are, as PEFT's
-            ``compose_cartridge_adapters`` and the Cartridges paper do: the prefixes then stand at the same positions.
-        is_trainable: whether the new prefix is trained; as many tokens as in the first source stay frozen.
+        model: the model that has the prefixes.
+        sources: their names, at least one.
+        name: the name of the new prefix.
+        rotate: whether to turn the keys of all prefixes after the first to their new positions. False leaves them, as
+            PEFT's ``compose_cartridge_adapters`` and the Cartridges paper do: the prefixes then share their positions.
+        is_trainable: whether the new prefix is trained. As many tokens as in the first source stay frozen.
 
     Raises:
         ValueError: unknown names, or prefixes that do not go together.
-        NotImplementedError: the model's positions cannot be moved, where ``rotate=False`` works; or
-            layers of different lengths. The model is unchanged then.
+        NotImplementedError: the model's positions cannot be moved (``rotate=False`` works), or layers
+            have different lengths. The model is unchanged then.
+
+    Examples:
+        >>> model = get_prefix_model(base, PrefixConfig(num_virtual_tokens=4))
+        >>> model.add_prefix("more", PrefixConfig(num_virtual_tokens=6))
+        >>> concatenate(model, ["default", "more"], "both")
+        >>> model.prefix_configs["both"].num_virtual_tokens
+        10
     """
     if not sources:
         raise ValueError("sources must name at least one prefix")
@@ -78,20 +85,26 @@ def truncate(
     rotate: bool = True,
     is_trainable: bool = False,
 ) -> None:
-    """A new prefix ``name``, the active one: tokens ``start`` to ``stop`` of ``source``, moved to the positions from 0.
+    """Cut tokens ``start`` to ``stop`` out of a prefix. They become a new one, active, at the positions from 0.
 
     Args:
-        model: that has it.
+        model: the model that has the prefix.
         source: its name.
-        name: of the new prefix.
-        start: the first token that stays.
-        stop: the token after the last that stays, as in a slice; None: to the end.
-        rotate: as in ``concatenate``.
-        is_trainable: whether the new prefix is trained; of its tokens those stay frozen that were.
+        name: the name of the new prefix.
+        start: the first token to keep.
+        stop: the token after the last one to keep, as in a slice. None keeps all to the end.
+        rotate: whether keys turn to their new positions, as in ``concatenate``.
+        is_trainable: whether the new prefix is trained. Tokens that were frozen stay frozen.
 
     Raises:
         ValueError: unknown name, or nothing is left.
-        NotImplementedError: as ``concatenate``.
+        NotImplementedError: the model's positions cannot be moved, or layers have different lengths.
+
+    Examples:
+        >>> model = get_prefix_model(base, PrefixConfig(num_virtual_tokens=4))
+        >>> truncate(model, "default", "short", stop=2)
+        >>> model.prefix_configs["short"].num_virtual_tokens
+        2
     """
     _, config = model.find_prefix(source)
     _check_lengths({source: config})
@@ -105,21 +118,28 @@ def truncate(
 
 
 def move(model: PrefixModel, source: str, name: str, *, position_mode: str, is_trainable: bool = False) -> None:
-    """A new prefix ``name``, the active one: ``source`` for tokens that start elsewhere, with the same outputs.
+    """Copy a prefix into another ``position_mode``. The copy becomes active, and the outputs stay the same.
 
-    From "shift" to "none" the tokens of the text start at 0, so that the prefix takes no room in the context window,
-    and the prefix goes to the positions before them.
+    From "shift" to "none" the text starts at 0, and the prefix goes to the positions before it. It then takes no room
+    in the context window.
 
     Args:
-        model: that has it.
+        model: the model that has the prefix.
         source: its name.
-        name: of the new prefix.
+        name: the name of the copy.
         position_mode: "shift" or "none".
         is_trainable: whether the new prefix is trained.
 
     Raises:
         ValueError: unknown name.
-        NotImplementedError: the model has no rotary embeddings, alone in which outputs stay.
+        NotImplementedError: the model has no rotary embeddings. Outputs would change.
+
+    Examples:
+        >>> model = get_prefix_model(base, PrefixConfig(num_virtual_tokens=4))
+        >>> before = model(ids).logits
+        >>> move(model, "default", "moved", position_mode="none")
+        >>> bool((model(ids).logits - before).norm() < 1e-5 * before.norm())
+        True
     """
     _, config = model.find_prefix(source)
     moved = model.attachment.resolver.resolve(replace(config, position_mode=position_mode))

@@ -27,23 +27,27 @@ from prefix_attn.hf.io.stored import update_card
 class PrefixTuning(Wrapper):
     """A frozen model with trainable virtual tokens before its input (Li and Liang 2021, section 7.2).
 
-    The virtual tokens are a table of input embeddings: ``prefix`` (prefix_length, hidden_size) float32. It starts from
-    the model's embeddings of random tokens. In causal models the real tokens are numbered after the table, and counted
-    from the attention mask, so that padding changes nothing. Logits and losses are those of the real tokens, and labels
-    are those that the model alone would take.
+    ``prefix`` is a table of input embeddings, (prefix_length, hidden_size) float32. It starts from the embeddings of
+    random tokens. In causal models the positions of the text start after the table and follow the attention mask, so
+    padding changes nothing. Logits, losses and labels are those of the text alone.
 
-    If every layer lets each token see all tokens before it and none after it, the virtual tokens do not depend on the
-    samples. They then run through the model once per forward, without its dropout, and all rows attend to them as one
-    prefix; ``shared`` is True. In other models they run in every row: encoders, encoder-decoders, sliding windows
-    narrower than the context, recurrent layers, attention outside transformers' AttentionInterface. In an
-    encoder-decoder they stand before the encoder's input.
+    In causal models with full attention the virtual tokens do not depend on the samples. They run through the model
+    once per forward, without its dropout, and all rows attend to them as one prefix; ``shared`` is then True. In other
+    models they run in every row: encoders, encoder-decoders, sliding windows narrower than the context, recurrent
+    layers, attention outside transformers' AttentionInterface. In an encoder-decoder they stand before the encoder's
+    input.
 
-    ``state_dict`` holds ``prefix`` and those parameters of the model that are trainable. Attributes that only the model
-    has are read, set and deleted there.
+    ``state_dict`` holds ``prefix`` and the trainable parameters of the model. Other attributes are the model's.
+
+    Examples:
+        >>> model = PrefixTuning(base, prefix_length=10, hidden_size=base.config.hidden_size)
+        >>> model(ids, labels=ids).loss.backward()
+        >>> model.prefix.grad.shape
+        torch.Size([10, 32])
     """
 
     def __init__(self, model: PreTrainedModel, prefix_length: int = 10, hidden_size: int = 768) -> None:
-        """Freeze ``model``, in place; as in ``get_prefix_model``, what somebody chose to train stays trainable.
+        """Freeze ``model``, in place. What you chose to train stays trainable, as in ``get_prefix_model``.
 
         Args:
             model: a transformers model that takes ``inputs_embeds``.
@@ -77,17 +81,18 @@ class PrefixTuning(Wrapper):
         return self._attachment is not None
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The model's forward with the virtual tokens; arguments are the model's.
+        """The model's forward with the virtual tokens. Arguments are the model's.
 
-        Where they run in every row, ``attention_mask`` and ``position_ids`` must be 2-D, ``past_key_values`` need a
-        mask, and caches, ``attentions`` and ``encoder_last_hidden_state`` hold them too, behind a row's left padding.
+        If the virtual tokens run in every row, ``attention_mask`` and ``position_ids`` must be 2-D, and
+        ``past_key_values`` needs a mask. Caches, ``attentions`` and ``encoder_last_hidden_state`` then hold the virtual
+        tokens too, behind a row's left padding.
         """
         with self._own_forward(), self._running():
             return self.base_model(*args, **kwargs)
 
     @torch.no_grad()
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """The model's generate, with the virtual tokens. Where they run in every row, caches must be dynamic."""
+        """The model's generate with the virtual tokens. If they run in every row, caches must be dynamic."""
         with self._own_forward(), self._running():
             return self.base_model.generate(*args, **kwargs)
 

