@@ -105,16 +105,18 @@ def of_benchmarks(arguments: list[str]) -> str | None:
     return None
 
 
+GROUP: Any = get_command(app)
+
+
 def of_prefix_attn(arguments: list[str]) -> str | None:
-    group: Any = get_command(app)
     flags = [word for word in arguments if word.startswith("-")]
     name = next((word for word in arguments if not word.startswith("-")), None)
     if name is None or name.isupper() or "..." in name:
         return None
-    if name not in group.commands:
+    if name not in GROUP.commands:
         return f"prefix-attn {name}"
     known = {"--help", "--json"}
-    for parameter in (*group.params, *group.commands[name].params):
+    for parameter in (*GROUP.params, *GROUP.commands[name].params):
         known.update(parameter.opts, parameter.secondary_opts)
     own = flags[: flags.index("--")] if "--" in flags else flags  # what comes after is vLLM's
     return next((f"prefix-attn {name} {flag}" for flag in own if flag.split("=")[0] not in known), None)
