@@ -63,6 +63,7 @@ class Exam:
 
     def before(self) -> dict[str, Any]:
         """What the model says without a prefix, and with the one that training starts from."""
+        _log.info("measuring what the model answers with nothing in front, and with the prefix before training")
         with self.model.disable_prefix():
             found = {"nothing": (self.loss(self.model), self.answers(self.model))}
         return found | {"start": (self.loss(self.model), self.answers(self.model))}

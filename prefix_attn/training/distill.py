@@ -19,7 +19,7 @@ from prefix_attn.hf.attach.wrapper import evaluating
 from prefix_attn.hf.model import PrefixModel
 from prefix_attn.training.head import sum_over
 from prefix_attn.training.positions import check_rows, positions_of, room_for_rows
-from prefix_attn.training.prompts import Prompt
+from prefix_attn.training.prompts import Prompt, plain_ids
 from prefix_attn.training.ranks import share, sums
 from prefix_attn.training.resume import facts_of_settings, find_checkpoint, last_checkpoint
 from prefix_attn.training.row_file import digest
@@ -148,14 +148,16 @@ def check_student(model: PrefixModel, settings: TrainingSettings) -> None:
     config = model.prefix_configs.get(model.active_prefix or "")
     if config is not None and config.mode == "infix":
         raise ValueError("an infix stands within a row, and cannot stand for a text in front: take mode='kv'")
+    if settings.packing:
+        raise ValueError("packing takes rows with labels, and a distillation has none: leave it out")
     if config is not None:
         find_checkpoint(settings, facts_of_settings(settings, config))  # early: what follows takes time
 
 
 def ids_of(tokenizer: PreTrainedTokenizerBase, document: str | Sequence[str]) -> list[list[int]]:
-    """Tokens of one text, or of several."""
+    """Tokens of one text, or of several. Names of special tokens are text."""
     documents = [document] if isinstance(document, str) else document
-    return [tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] for text in documents]
+    return [plain_ids(tokenizer, text) for text in documents]
 
 
 def digest_of(documents: Iterable[Sequence[int]]) -> str:

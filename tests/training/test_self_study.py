@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from prefix_attn import PrefixConfig, PrefixModel, get_prefix_model
 from prefix_attn.training.comparison import recovered
 from prefix_attn.training.conversations import QUESTION, SEEDS, prompt_for, written
-from prefix_attn.training.distill import chunks, distill
+from prefix_attn.training.distill import chunks, distill, ids_of
 from prefix_attn.training.evaluate import validation_loss
 from prefix_attn.training.examples import Example
 from prefix_attn.training.generate import Generator
@@ -281,6 +281,15 @@ def test_refuses_without_a_tokenizer(tmp_path: Path) -> None:
         self_study(model, None, DOCUMENT, settings(tmp_path), conversations=8)  # type: ignore[arg-type]
 
 
+def test_refuses_packing(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="packing takes rows with labels"):
+        run(tmp_path / "out", packing=True)
+
+
+def test_names_of_special_tokens_are_text() -> None:
+    assert len(ids_of(byte_tokenizer(), "the <end>")[0]) == 9
+
+
 def test_refuses_another_self_study(tmp_path: Path) -> None:
     write(tmp_path)
     with pytest.raises(ValueError, match="holds conversations of another run; resume it, or take another"):
@@ -345,6 +354,7 @@ COMMAND_ERRORS: dict[str, tuple[tuple[object, ...], str]] = {
     ),
     "an empty text": (("--distill-from", "empty.txt", "--self-study", 4), "holds no text"),
     "a folder without texts": (("--distill-from", "model", "--self-study", 4), "the folder has no texts (*.txt"),
+    "no tokenizer": (("--model", "bare", "--distill-from", "text.txt", "--self-study", 4), "tokenizer"),
     "no such data": (("--distill-from", "text.txt", "--distill-data", "x.jsonl"), "x.jsonl: no such file"),
     "no number": (("--distill-from", "text.txt", "--distill-data", "bad.jsonl"), "'chunk' must be the number of"),
 }
@@ -354,6 +364,7 @@ COMMAND_ERRORS: dict[str, tuple[tuple[object, ...], str]] = {
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("study")
     base().save_pretrained(path / "model")
+    base().save_pretrained(path / "bare")
     byte_tokenizer().save_pretrained(path / "model")
     (path / "text.txt").write_text(DOCUMENT)
     (path / "empty.txt").write_text(" \n")
