@@ -7,10 +7,14 @@ import os
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from prefix_attn.hf.embedding import PrefixTuning
+from prefix_attn.hf.load import load_base
 from prefix_attn.serve.vllm.choice import Choice
 from prefix_attn.serve.vllm.loads import Claim, Planner
 from tests.serve.vllm_world import LENGTHS, NEW, Job, World, make_world
@@ -53,11 +57,16 @@ def engine(world: World, **options: Any) -> Iterator[Any]:
         cleanup_dist_env_and_memory()
 
 
+def scheduler_of(llm: Any) -> Any:
+    """The scheduler's connector."""
+    return llm.llm_engine.engine_core.engine_core.scheduler.connector
+
+
 def connectors(llm: Any) -> tuple[Any, Any]:
     """The scheduler's, and the worker's."""
     from vllm.distributed.kv_transfer import get_kv_transfer_group
 
-    return llm.llm_engine.engine_core.engine_core.scheduler.connector, get_kv_transfer_group()
+    return scheduler_of(llm), get_kv_transfer_group()
 
 
 def prompt(llm: Any, job: Job) -> tuple[dict[str, Any], Any]:
@@ -67,7 +76,7 @@ def prompt(llm: Any, job: Job) -> tuple[dict[str, Any], Any]:
     params = SamplingParams(temperature=0, max_tokens=NEW, ignore_eos=True, detokenize=False)
     if job.prefix is None:
         return {"prompt_token_ids": job.ids}, params
-    scheduler, _ = connectors(llm)
+    scheduler = scheduler_of(llm)
     choice = scheduler.registry.choice(job.prefix)
     params.extra_args = {"kv_transfer_params": {"prefix": job.prefix}}
     ids = [*choice.placeholders(scheduler.planner.vocabulary), *job.ids]
@@ -174,3 +183,53 @@ def test_a_request_that_cannot_be_answered_fails_alone(world: World) -> None:
         assert found == [world.jobs[i].wanted for i in (4, 5, 0, 1)]
         assert equal(llm, world) == 32
         assert connectors(llm)[1].counts["failures"] == 1
+
+
+def test_each_of_two_processes_writes_its_heads(tmp_path: Path) -> None:
+    """Tensor parallelism, with a model whose two key/value heads can be divided; those of SmolLM2 cannot."""
+    world = make_world("tiny", tmp_path)
+    with engine(world, tensor_parallel_size=2) as llm:
+        for _ in range(2):
+            assert equal(llm, world) == 32
+        counts = scheduler_of(llm).counts
+        assert counts["injections"] + counts["hits"] == 60
+
+
+def test_embeddings_of_a_prompt(world: World, tmp_path: Path) -> None:
+    """A table of input embeddings needs no connector: vLLM takes it before those of the text, beside other requests."""
+    base, _ = load_base(world.base)
+    tuned = PrefixTuning(base, 12, base.config.hidden_size).eval()
+    with engine(world, enable_prompt_embeds=True) as llm:
+        jobs, embed = world.jobs[:4], base.get_input_embeddings()
+        asked = [prompt(llm, job) for job in jobs]
+        for job in jobs:
+            ids = torch.tensor(job.ids)
+            with torch.no_grad():
+                asked.append(({"prompt_embeds": torch.cat([tuned.prefix, embed(ids)])}, asked[0][1].clone()))
+                asked[-1][1].extra_args = None
+                found = tuned.generate(ids[None], max_new_tokens=NEW, do_sample=False, eos_token_id=None)
+            jobs = [*jobs, Job(None, job.text, job.ids, found[0, len(job.ids) :].tolist())]
+        assert len({tuple(job.wanted) for job in jobs}) > 4
+        outputs = llm.generate([one for one, _ in asked], [params for _, params in asked], use_tqdm=False)
+        assert [list(output.outputs[0].token_ids) for output in outputs] == [job.wanted for job in jobs]
+
+
+@pytest.mark.parametrize("options", [{"dtype": "bfloat16"}, {"kv_cache_dtype": "fp8"}], ids=str)
+def test_other_dtypes_of_the_cache(options: dict[str, Any], world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The prefix is rounded as the text is: most first tokens are those of float32. Without it, few are."""
+
+    def same() -> float:
+        asked = [prompt(llm, job) for job in world.jobs if job.prefix]
+        for _, params in asked:
+            params.max_tokens = 8
+        outputs = llm.generate([one for one, _ in asked], [params for _, params in asked], use_tqdm=False)
+        pairs = zip(outputs, world.jobs, strict=False)
+        found = [a == b for out, job in pairs for a, b in zip(out.outputs[0].token_ids, job.wanted, strict=False)]
+        assert len(found) == 8 * 30
+        return sum(found) / len(found)
+
+    with engine(world, enable_prefix_caching=False, **options) as llm:
+        right = same()
+        monkeypatch.setattr(type(connectors(llm)[1]), "_write", lambda *_: None)
+        wrong = same()
+        assert right > 0.7 and wrong < 0.5

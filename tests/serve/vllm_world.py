@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from tests.hf.models import spread, tiny
 from tests.tokens import END, byte_tokenizer
 
 LENGTHS = {"a": 10, "b": 32, "c": 64, "d": 20}
+EIGHT = LENGTHS | {"e": 16, "f": 7, "g": 40, "h": 96}
 NEW = 48
 _TINY = {
     "vocab_size": 257,
@@ -50,8 +52,8 @@ class World:
     jobs: list[Job]
 
 
-def make_world(base: str, folder: Path) -> World:
-    """Of ``base``, or of a model that is made here if that is "tiny"."""
+def make_world(base: str, folder: Path, lengths: Mapping[str, int] = LENGTHS) -> World:
+    """Of ``base``, or of a model that is made here if that is "tiny". ``lengths``: P of each prefix."""
     torch.manual_seed(0)
     if base == "tiny":
         base = str(folder / "base")
@@ -61,7 +63,7 @@ def make_world(base: str, folder: Path) -> World:
         tokenizer.save_pretrained(base)
     model, tokenizer = load_base(base)
     prefixed, folders = PrefixModel(model), {}
-    for name, length in LENGTHS.items():
+    for name, length in lengths.items():
         prefixed.add_prefix(name, PrefixConfig(num_virtual_tokens=length))
         with torch.no_grad():
             for parameter in prefixed.prefixes[name].parameters():
@@ -74,11 +76,12 @@ def make_world(base: str, folder: Path) -> World:
 
 def _jobs(model: PrefixModel, tokenizer: Any) -> list[Job]:
     """32 requests, of which two have no prefix."""
-    jobs = []
+    jobs, names = [], model.prefix_names
     for i in range(32):
         near = " | near : the old city centre" * (i % 5)
+        prefix = names[i % len(names)] if i < 30 else None
         text = f"name : {_PLACES[i % 8]} | food : {_FOODS[(i * 3 + i // 8) % 8]} | area : riverside{near}\n=>"
-        jobs.append(Job(list(LENGTHS)[i % 4] if i < 30 else None, text, tokenizer(text)["input_ids"]))
+        jobs.append(Job(prefix, text, tokenizer(text)["input_ids"]))
     longest = max(len(job.ids) for job in jobs)
     ids = torch.tensor([[0] * (longest - len(job.ids)) + job.ids for job in jobs])
     mask = torch.tensor([[0] * (longest - len(job.ids)) + [1] * len(job.ids) for job in jobs])
