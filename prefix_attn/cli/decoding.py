@@ -48,7 +48,7 @@ def decoding_of(
     seed: int,
     stop: list[str] | None,
 ) -> dict[str, Any]:
-    """The fields of ``Decoding`` but for its ``max_new_tokens``, checked."""
+    """The checked fields of ``Decoding``, without ``max_new_tokens``."""
     from prefix_attn.training.decoding import Decoding
 
     found: dict[str, Any] = {"num_beams": num_beams, "temperature": temperature, "top_p": top_p, "top_k": top_k}

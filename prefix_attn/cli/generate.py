@@ -206,7 +206,7 @@ def _table(output: Path, inputs: Inputs, column: str, settings: dict[str, Any], 
 
 
 def _write(generator: Generator, inputs: Inputs, table: OutputFile, column: str) -> None:
-    """Write a row for each input, but for those that ``table`` has."""
+    """Write a row for each input that ``table`` does not have yet."""
     records = iter(inputs.records())
     for _, example in itertools.islice(records, table.rows):
         generator.seed_of(example.prompt)  # others are drawn as they would be after it

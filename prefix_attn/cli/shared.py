@@ -91,7 +91,7 @@ BatchSize = Annotated[int, typer.Option(min=1, help="Rows per batch.")]
 
 
 def prompt_of(adapter: Path, template: str | None, system: str | None) -> Prompt:
-    """What the adapter was trained with, but for what is given."""
+    """What the adapter was trained with, unless it is given here."""
     saved = Prompt.load(adapter)
     if template is not None:  # the other template has its own system text
         return replace(saved, template=unescaped(template), system=system)

@@ -45,7 +45,7 @@ def copy_task_heads(base: PreTrainedModel, names: Iterable[str]) -> nn.ModuleDic
 
 
 def train_copies(base: PreTrainedModel, names: Iterable[str], *, trainable: bool) -> None:
-    """Freeze these children of ``base``, in whose place copies run, but for what others share with them.
+    """Freeze these children of ``base``, whose copies run in their place. What others share with them stays.
 
     Parameters outside of all children, such as weights of layers, cannot be replaced: they are trained as the copies.
     """
