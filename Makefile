@@ -74,9 +74,10 @@ soak: $(VENV)/.installed-test
 fuzz: $(VENV)/.installed-test
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.fuzz $(or $(ARGS),--count 100000)
 
-# What takes too long for every push: the demo at its whole length, a benchmark, every Triton kernel for every GPU.
+# What takes too long for every push: the demo at its whole length, a benchmark, every kernel for every GPU.
 nightly: $(VENV)/.installed-test demo bench
 	$(BIN)/python -m benchmarks.kernels.compile_kernels --check
+	$(BIN)/python -m benchmarks.kernels.compile_cuda --check
 	$(MAKE) soak ARGS="--minutes 5"
 	$(MAKE) fuzz ARGS="--count 20000"
 	$(MAKE) serve-test

@@ -1,6 +1,6 @@
 // The decode kernel as a torch op, through the stable ABI: one binary for torch 2.10 and newer. It checks what it is
-// given, makes the results and the slots, and launches on the current stream. With PREFIX_ATTN_EMULATE the same op takes
-// tensors on the CPU, and runs on the emulated GPU.
+// given, makes the results and the slots, and launches on the current stream. With PREFIX_ATTN_EMULATE the same op
+// takes tensors on the CPU, and runs on the emulated GPU.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/util/Exception.h>
@@ -48,8 +48,8 @@ bool on_device(const Tensor& t) {
 #endif
 }
 
-// Takes the arguments off the op's stack, in the order of the schema, and keeps the first thing that is wrong with them:
-// it is said when all are taken, since a tensor that is left on the stack leaks.
+// Takes the arguments off the op's stack, in the order of the schema, and keeps the first thing that is wrong with
+// them: it is said when all are taken, since a tensor that is left on the stack leaks.
 struct Reader {
     StableIValue* next;
     std::vector<Tensor> kept;
@@ -68,16 +68,18 @@ struct Reader {
 
     Maybe maybe() {
         Maybe t = take<Maybe>();
-        if (!t) return t;
-        kept.push_back(*t);
-        need(on_device(*t), "the kernel's tensors are on one device");
+        if (t) keep(*t);
         return t;
     }
 
     Tensor tensor() {
-        kept.push_back(take<Tensor>());
-        need(on_device(kept.back()), "the kernel's tensors are on one device");
+        keep(take<Tensor>());
         return kept.back();
+    }
+
+    void keep(const Tensor& t) {
+        kept.push_back(t);
+        need(on_device(t) && t.get_device_index() == kept[0].get_device_index(), "all tensors are on query's device");
     }
 
     // Copies move 16 bytes at a time. A prefix of three dimensions has one entry.
@@ -134,19 +136,21 @@ void set_sizes(Reader& r, Decode& x, const Tensor& query, const Tensor& key, con
     const bool bank = prefix_key && prefix_key->dim() == 4;
     const int64_t HQ = query.size(1), HKV = key.size(1), P = prefix_key ? prefix_key->size(bank ? 2 : 1) : 0;
     const int64_t N = bank ? prefix_key->size(0) : 1, MOST = std::numeric_limits<int32_t>::max() / 2;
-    for (int64_t n : {query.size(0), HQ, query.size(2), key.size(2), P, N, HQ * query.size(2)})
+    for (int64_t n : {query.size(0), HQ, query.size(2), key.size(2), P, N})
         r.need(n <= MOST, "a dimension is too large");
+    // No overflow here: the tensor has more elements.
+    r.need(query.size(0) * HQ * query.size(2) <= MOST, "there are too many queries");
     r.need(HKV > 0 && HQ % std::max<int64_t>(HKV, 1) == 0, "query heads must be a multiple of key heads");
     if (r.problem) return;
     x.B = (int)query.size(0), x.HKV = (int)HKV, x.G = (int)(HQ / HKV), x.S = (int)query.size(2);
     x.T = (int)key.size(2), x.P = (int)P, x.N = (int)N, x.D = (int)query.size(3);
 }
 
-void set_options(Reader& r, Decode& x) {
+void set_options(Reader& r, Decode& x, int64_t size) {
     x.causal = r.take<bool>();
     const auto window = r.take<std::optional<int64_t>>();
-    const double scale = r.take<double>(), log2e = 1.4426950408889634;
-    const auto softcap = r.take<std::optional<double>>();
+    const auto given = r.take<std::optional<double>>(), softcap = r.take<std::optional<double>>();
+    const double scale = given.value_or(std::pow((double)size, -0.5)), log2e = 1.4426950408889634;
     r.need(!window || *window > 0, "a window holds at least one key");
     r.need(std::isfinite(scale), "scale must be finite");
     r.need(!softcap || (*softcap > 0 && std::isfinite(*softcap)), "softcap must be positive and finite");
@@ -161,7 +165,7 @@ Decode arguments(Reader& r) {
     const Tensor query = r.tensor(), key = r.tensor(), value = r.tensor();
     const Maybe prefix_key = r.maybe(), prefix_value = r.maybe(), sinks = r.maybe(), ids = r.maybe(),
                 prefix_lengths = r.maybe(), key_lengths = r.maybe(), mask = r.maybe();
-    set_options(r, x);
+    set_options(r, x, query.dim() ? std::max<int64_t>(query.size(query.dim() - 1), 1) : 1);
     r.need(query.dim() == 4 && key.dim() == 4 && value.dim() == 4, "query, key and value have four dimensions");
     x.query = r.array(query), x.key = r.array(key), x.value = r.array(value);
     x.prefix_key = r.array(prefix_key), x.prefix_value = r.array(prefix_value);
@@ -276,7 +280,7 @@ STABLE_TORCH_LIBRARY(NAME, m) {
     m.def(
         "decode(Tensor query, Tensor key, Tensor value, Tensor? prefix_key, Tensor? prefix_value, Tensor? sinks, "
         "Tensor? prefix_ids, Tensor? prefix_lengths, Tensor? key_lengths, Tensor? key_mask, bool causal, int? window, "
-        "float scale, float? softcap) -> (Tensor out, Tensor lse)");
+        "float? scale, float? softcap) -> (Tensor out, Tensor lse)");
     m.def("interface() -> int");
 #if defined(PREFIX_ATTN_EMULATE)
     m.def(

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from prefix_attn.backends import _native, cpu
+from prefix_attn.backends import _native, cpu, cuda
 from prefix_attn.call import DIFFERENTIABLE, TENSORS, Call
 from prefix_attn.dispatch import BY_NAME
 
@@ -33,27 +33,27 @@ _backward = torch.ops.prefix_attn.backward.default
 
 
 def at_once(call: Call, backend: str) -> tuple[Tensor, Tensor] | None:
-    """(out, lse) of a call that was not checked, straight from the kernels of ``cpu``, which check it; else None.
+    """(out, lse) of a call that was not checked, straight from the op of ``cpu`` or ``cuda``, which checks it, or None.
 
     Most of a tiny call's time is spent before its kernel. None means the long way, for all that somebody else has to
     see, and for all that is wrong: there the checks say what it was. No call is remembered, so none can be stale.
     """
-    chosen = backend == cpu.NAME or (backend == "auto" and not cpu.slow())
+    chosen = backend in (cpu.NAME, cuda.NAME) or (backend == "auto" and not cpu.slow())
     if torch.compiler.is_compiling() or not chosen or not _is_plain(call):
         return None
     try:
-        return cpu.forward(call, strict=True)
+        if backend == cuda.NAME:
+            return cuda.forward(call) if cuda.is_ready(call) else None
+        return cpu.forward(call, strict=True) if call.query.is_cpu and _native.isa != "" else None
     except RuntimeError:
         return None
 
 
 def _is_plain(call: Call) -> bool:
-    """Whether nobody but the kernels of ``cpu`` has to see the call, and its options are of the types they must be."""
+    """Whether nobody but the op has to see the call, and its options are of the types they must be."""
     return (
-        _native.isa != ""
-        and _PLAIN.issuperset(map(type, call[:TENSORS]))
+        _PLAIN.issuperset(map(type, call[:TENSORS]))
         and call.query is not None
-        and call.query.is_cpu
         and call.query.dtype is not torch.float64
         and call.bias is None
         and type(call.is_causal) is bool
@@ -62,7 +62,7 @@ def _is_plain(call: Call) -> bool:
         and type(call.softcap) in (float, type(None))
         and type(call.dropout_p) in (float, int)
         and not call.dropout_p
-        and not torch.is_autocast_enabled("cpu")
+        and not torch.is_autocast_enabled("cpu" if call.query.is_cpu else "cuda")
         and not _watched()
         and not _requires_grad(call)
     )

@@ -126,6 +126,17 @@ def test_environment(project: Path, environment: dict[str, str], message: str) -
     assert built(project) == []
 
 
+@pytest.mark.parametrize(("wanted", "reason"), [("0", "PREFIX_ATTN_CUDA=0"), ("", "this torch has no CUDA")])
+def test_the_extension_for_gpus_is_left_out_with_a_reason(project: Path, wanted: str, reason: str) -> None:
+    add_sources(project)
+    (project / "csrc/bind_cuda.cpp").touch()
+    if not wanted and (TORCH / "lib/libtorch_cuda.so").is_file():
+        reason = "_C_cuda"
+    done = build(project, CC="/nonexistent", CXX="/nonexistent", CUDA_HOME="", PREFIX_ATTN_CUDA=wanted)
+    assert done.returncode == 0, done.stderr
+    assert f"prefix_attn._C_cuda skipped: {reason}" in done.stderr
+
+
 def test_no_sources_no_extension(project: Path) -> None:
     done = build(project)
     assert done.returncode == 0, done.stderr
@@ -225,7 +236,8 @@ def test_the_wheel_holds_every_module_and_the_kernels(installed: Path) -> None:
     package = installed / "prefix_attn"
     modules = files(ROOT / "prefix_attn", "*.py", "*.json", "py.typed")
     assert files(package, "*.py", "*.json", "py.typed") == modules
-    assert files(package / "csrc", "*.h", "*.cpp") == files(ROOT / "csrc", "*.h", "*.cpp")
+    sources = ("*.h", "*.cpp", "*.cu", "*.cuh")
+    assert files(package / "csrc", *sources) == files(ROOT / "csrc", *sources)
     assert {path.name for path in installed.iterdir()} <= {"bin", "prefix_attn", f"prefix_attn-{VERSION}.dist-info"}
 
 

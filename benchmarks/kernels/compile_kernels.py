@@ -79,7 +79,8 @@ def main(arguments: list[str] | None = None) -> int:
             print(f"{kernels[0].arch} {kernels[0].dtype} {kernels[0].size}: {len(kernels)} kernels", file=sys.stderr)
     text = table(found)
     if args.write:
-        args.write.write_text(text, encoding="utf-8")
+        older = args.write.read_text(encoding="utf-8") if args.write.is_file() else ""
+        args.write.write_text(text + "".join(re.findall(r"\n## .*", older, re.DOTALL)), encoding="utf-8")
     else:
         print(text)
     broken = [problem for kernel in found for problem in problems(kernel, TIMED_SPILLS if timed(kernel.arch) else 0)]

@@ -8,7 +8,8 @@
 #
 # If correctness fails, look closer instead of running the second set: ONLY="long bank" gpu.sh device sanitizer.
 #
-# Further stages: forward backward flex decode_flex model tune sanitizer report.
+# Further stages: cuda forward backward flex decode_flex model tune sanitizer report. cuda is the CUDA C++ kernel: it needs
+# nvcc, and writes every primitive's numbers into cuda/primitives.txt, which belongs into tests/data.
 # OUT names a folder. One file comes into it, results.tgz, which is written anew after every stage: so it survives when
 # the machine is taken away. What it holds already is kept. PYTHON names the interpreter. ONLY limits correctness and
 # sanitizer to the checks whose names begin with it. GRID=quick tries everything on tiny shapes.
@@ -60,20 +61,39 @@ operator() {
     stage "$name" "$limit" "$python" -m benchmarks "${sweep[@]}" --suite operator --select "$@" "${fewer[@]}" --budget "$budget" --out "$work/$name.json"
 }
 
-# sanitizer TOOL SECONDS OPTION...: of tests.test_gpu
+# sanitizer TOOL SECONDS OPTION...: of tests.test_gpu, or of another MODULE
 sanitizer() {
-    local tool="$1" limit="$2" checker
+    local tool="$1" limit="$2" checker module="${MODULE:-tests.test_gpu}" name="${MODULE:+cuda_}$1"
     shift 2
     checker="$(command -v compute-sanitizer || compgen -G '/usr/local/cuda*/bin/compute-sanitizer' | tail -n 1)"
     if [[ -z $checker ]]; then
-        echo "compute-sanitizer is neither on PATH nor in /usr/local/cuda: nothing checked" | tee "$work/$tool.txt"
-        left_out+=("$tool: compute-sanitizer is not installed")
+        echo "compute-sanitizer is neither on PATH nor in /usr/local/cuda: nothing checked" | tee "$work/$name.txt"
+        left_out+=("$name: compute-sanitizer is not installed")
         pack
         return
     fi
     # torch's caching allocator hands out parts of large blocks: an overrun that stays within one would not be seen.
-    PYTORCH_NO_CUDA_MEMORY_CACHING=1 stage "$tool" "$limit" "$checker" --tool "$tool" --error-exitcode 9 \
-        "$python" -m tests.test_gpu "$@"
+    PYTORCH_NO_CUDA_MEMORY_CACHING=1 stage "$name" "$limit" "$checker" --tool "$tool" --error-exitcode 9 \
+        "$python" -m "$module" "$@"
+}
+
+# The CUDA C++ kernel: built by the first command, minutes; then only what it does.
+cuda() {
+    local cases=(decode folded wide chunks bank)
+    if ! command -v nvcc >/dev/null && [[ -z $(compgen -G '/usr/local/cuda*/bin/nvcc') && ${DEVICE:-cuda} == cuda ]]; then
+        echo "nvcc is neither on PATH nor in /usr/local/cuda: nothing built" | tee "$work/cuda.txt"
+        left_out+=("cuda: nvcc is not installed")
+        return
+    fi
+    export PREFIX_ATTN_BUILD=1 DEVICE="${DEVICE:-cuda}"
+    mkdir -p "$work/cuda"
+    [[ ${GRID:-} != quick ]] || cases=(decode)
+    stage cuda 420 "$python" -m tests.test_gpu_cuda --device "$DEVICE" --golden "$work/cuda/primitives.txt" \
+        --only "${ONLY:-}"
+    stage cuda_speed 60 "$python" -m tests.test_gpu_cuda --device "$DEVICE" --speed "$work/cuda/speed.json"
+    MODULE=tests.test_gpu_cuda sanitizer memcheck 60 --device "$DEVICE" --bare "${cases[@]}"
+    MODULE=tests.test_gpu_cuda sanitizer racecheck 60 --device "$DEVICE" --bare "${cases[@]}"
+    export PREFIX_ATTN_BUILD=0
 }
 
 run_stage() {
@@ -100,6 +120,7 @@ print(torch.cuda.get_device_name(), "python", platform.python_version(), "torch"
             mkdir -p "$work/tune"
             stage tune_forward 45 "$python" -m benchmarks.kernels.tune --device cuda --kernel forward --dtype half --plain \
                 "${sizes[@]}" --jobs "$(nproc)" --out "$work/tune/forward.json" ;;
+        cuda) cuda ;;
         forward) operator forward 75 50 what=forward ;;
         backward) operator backward 90 60 what=backward,both,prefix-only ;;
         flex) stage flex 560 "$python" -m benchmarks "${slow[@]}" --suite operator --select what=forward,backward,both --budget 450 --out "$work/flex.json" ;;

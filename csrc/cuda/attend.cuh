@@ -44,8 +44,8 @@ DEVICE const T* head_of(const Array& x, int64_t batch, int64_t head) {
     return static_cast<const T*>(x.data) + batch * x.batch + head * x.head;
 }
 
-// Where chunk c of row r lies, so that the same chunk of eight rows is in eight bank groups. Arrays begin at multiples of
-// a row, so the chunk that is 2 i further lies at the address ^ 32 i: one register serves all products of a tile.
+// Where chunk c of row r lies, so that the same chunk of eight rows is in eight bank groups. Arrays begin at multiples
+// of a row, so the chunk that is 2 i further lies at the address ^ 32 i: one register serves all products of a tile.
 template <int D>
 DEVICE int swizzled(int r, int c) {
     return r * D + (c ^ (r & 7)) * 8;

@@ -11,11 +11,11 @@
 //     split (unit, h, run)     of one row, up to 64              a run of its own keys, and of the prefix if not folded
 //
 // So a fold block reads a prefix tile once for 64 queries, and a split block a key once for all G heads of the group.
-// Each block counts itself in, for each of its units. Who finds all other parts there adds up the slots, in their order:
-// which block that is changes from run to run, the sum does not.
+// Each block counts itself in, for each of its units. Who finds all other parts there adds up the slots, in their
+// order: which block that is changes from run to run, the sum does not.
 //
-// A fold block walks the entries of its rows one by one, each into registers of its own: an entry that holds NaN must not
-// reach rows that do not read it. attend.cuh has the loop over keys.
+// A fold block walks the entries of its rows one by one, each into registers of its own: an entry that holds NaN must
+// not reach rows that do not read it. attend.cuh has the loop over keys.
 //
 // Bytes read from keys and values: 2 D itemsize HKV (P tiles + sum of lengths * chunks); see Plan for the sizes.
 #pragma once

@@ -26,7 +26,9 @@ struct Plan {
     int splits = 1;            // runs of a unit's own keys (and of the prefix, where it is not folded)
 
     constexpr int parts() const { return folded + splits; }
-    constexpr int64_t blocks(int HKV) const { return int64_t(HKV) * (int64_t(tiles) * folded + int64_t(units) * splits); }
+    constexpr int64_t blocks(int HKV) const {
+        return int64_t(HKV) * (int64_t(tiles) * folded + int64_t(units) * splits);
+    }
     constexpr int64_t slot_rows(int HKV) const { return int64_t(HKV) * units * rows; }
 };
 

@@ -221,8 +221,8 @@ Block* begin(int index) {
     return b;
 }
 
-// What a block had is kept until the launch is over: to free it now would order later blocks after this one, and no race
-// between the two would be seen.
+// What a block had is kept until the launch is over: to free it now would order later blocks after this one, and no
+// race between the two would be seen.
 void end(Block* b) {
     for (Fiber* f : b->fibers) {
         if (f->tsan) tsan_fibers.push_back(f->tsan);

@@ -16,11 +16,13 @@ import torch
 PACKAGE = Path(__file__).resolve().parent.parent
 INTERFACE = 1  # of csrc/bind_cuda.cpp
 STABLE = "-DTORCH_TARGET_VERSION=0x020a000000000000"
-# What setup.py has, too. PTX of the newest serves what comes after it.
+# What setup.py has, too.
 ARCHITECTURES = ("80", "90", "100", "120")
 NVCC = ["-O3", "-std=c++20", "--expt-relaxed-constexpr", "-Xcompiler=-fPIC"]
 # -O1: tests run each kernel a few times. memset and memcpy, which sanitizers watch, are not what loops may become.
 EMULATED = ["-O1", "-std=c++20", "-Wno-unknown-pragmas", "-fno-tree-loop-distribute-patterns", STABLE]
+
+loaded: set[str] = set()  # kinds that are not missing
 
 
 @functools.cache
@@ -30,7 +32,9 @@ def missing(kind: str) -> str | None:
     Where the installation has built nothing, the first call builds with ninja, and with nvcc for "cuda": minutes, kept
     in torch's extension cache. PREFIX_ATTN_BUILD=0 forbids it.
     """
-    return _cuda() if kind == "cuda" else _emulated()
+    if (reason := _cuda() if kind == "cuda" else _emulated()) is None:
+        loaded.add(kind)
+    return reason
 
 
 def op(kind: str) -> Any:
@@ -45,14 +49,12 @@ def _cuda() -> str | None:
         return _loaded(found)
     if os.environ.get("PREFIX_ATTN_BUILD") == "0":
         return "it was not built at installation"
-    flags = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in ARCHITECTURES]
-    flags.append(f"-gencode=arch=compute_{ARCHITECTURES[-1]},code=compute_{ARCHITECTURES[-1]}")
-    return _built(
+    return _built(  # for the GPUs that are here: torch finds out which
         "prefix_attn_cuda",
         ["bind_cuda.cpp", "cuda/decode.cu"],
         "the CUDA kernel: once, minutes",
         extra_cflags=["-O2", "-std=c++20", STABLE, "-DUSE_CUDA"],
-        extra_cuda_cflags=[*NVCC, *flags],
+        extra_cuda_cflags=NVCC,
         with_cuda=True,
     )
 

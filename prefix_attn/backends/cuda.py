@@ -47,6 +47,19 @@ def refuse(call: Call) -> Iterator[str]:
         yield reason
 
 
+def is_ready(call: Call) -> bool:
+    """Whether the op checks all that is asked of a call that nobody has checked, and is loaded.
+
+    It reads no ids or lengths: on a GPU nobody does. On the CPU, where they are checked, the call takes the long way.
+    """
+    if call.prefix_start is not None or not _has_own_dtype(call):
+        return False
+    if call.query.is_cpu:
+        unread = call.prefix_ids is None and call.prefix_lengths is None and call.key_lengths is None
+        return unread and emulated() and "emulated" in _native_cuda.loaded
+    return call.query.is_cuda and "cuda" in _native_cuda.loaded
+
+
 def forward(call: Call) -> tuple[Tensor, Tensor]:
     """(out, lse) of the call."""
     if reason := _native_cuda.missing(_kind(call)):
@@ -75,7 +88,7 @@ def _kind(call: Call) -> str:
 def _prefix(call: Call) -> tuple[Tensor | None, Tensor | None]:
     """One small copy where a float32 prefix meets a half-precision model."""
     if call.prefix_key is None or call.prefix_value is None:
-        return None, None
+        return call.prefix_key, call.prefix_value  # both None, or the op refuses
     dtype = call.query.dtype
     key, value = (t if t.dtype == dtype else t.to(dtype) for t in (call.prefix_key, call.prefix_value))
     return key, value
@@ -112,11 +125,16 @@ def _call(call: Call) -> Iterator[str]:
         yield "the kernel has no dropout"
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in call[:DIFFERENTIABLE]):
         yield "the kernel has no gradients: decode under torch.no_grad()"
-    if call.has_bank() and call.prefix_key is not None and call.prefix_key.dtype != dtype:
-        yield f"a bank must have query's dtype {dtype}, got {call.prefix_key.dtype}"
+    if call.has_bank() and not _has_own_dtype(call):
+        yield f"a bank must have query's dtype {dtype}: it may be large, and is not copied"
     for name, tensor in zip(Call._fields, call[:5]):
         if tensor is not None and tensor.numel() and not _is_aligned(tensor):
             yield f"rows of {name} do not begin at multiples of 16 bytes"
+
+
+def _has_own_dtype(call: Call) -> bool:
+    """Whether the prefix has the query's dtype, as the op needs it."""
+    return all(t is None or t.dtype == call.query.dtype for t in (call.prefix_key, call.prefix_value))
 
 
 def _is_aligned(tensor: Tensor) -> bool:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import platform
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,7 +13,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from prefix_attn import explain, prefix_attention, prefix_attention_varlen
+from benchmarks.kernels import compile_cuda
+from prefix_attn import _ops, explain, prefix_attention, prefix_attention_varlen
 from prefix_attn.backends import _native_cuda, cuda
 from prefix_attn.call import Call
 from tests.backends import test_hidden_values as hidden
@@ -130,6 +133,28 @@ def test_no_bank_conflicts() -> None:
     assert mma > 0
     assert ldmatrix > 0
     assert conflicts == 0
+
+
+@pytest.mark.skipif(compile_cuda.nvcc() is None, reason="needs nvcc")
+@pytest.mark.skipif(compile_cuda.cuobjdump() is None, reason="needs cuobjdump, of CUDA or of triton")
+def test_the_kernel_compiles_without_a_spill() -> None:
+    """One of the 32; `make nightly` compiles them all."""
+    found = compile_cuda.compiled("90", "bf16/128/16")
+    assert found.problems() == []
+    assert 0 < found.registers <= compile_cuda.MOST_REGISTERS
+    counts = found.instructions | {"LDSM": 0, "LDL": 1}
+    broken = found._replace(spilled=8, stack=8, registers=256, instructions=counts)
+    assert broken.problems() == [
+        f"sm_90 bf16/128/16: {problem}"
+        for problem in ("8 bytes spilled", "8 bytes of local memory", "256 registers", "no LDSM", "1 LDL")
+    ]
+
+
+def test_the_table_of_resources_is_whole() -> None:
+    text = (compile_cuda.CSRC.parent / "docs/kernel-resources.md").read_text()
+    rows = re.findall(r"^\| sm_(\d+) \| (\w+/\d+/\d+) \| (\d+) \| (\d+) \| (\d+) \|", text, re.MULTILINE)
+    assert [row[:2] for row in rows] == list(itertools.product(_native_cuda.ARCHITECTURES, compile_cuda.KERNELS))
+    assert all(int(registers) <= 255 and spilled == local == "0" for _, _, registers, spilled, local in rows)
 
 
 @pytest.mark.parametrize("name", [n for n in hidden.CASES if "prefix_start" not in n])
@@ -271,11 +296,30 @@ def test_the_raw_op_checks_what_it_was_not_checked_for() -> None:
         ({"key_lengths": torch.zeros(2, dtype=torch.int64)}, "too many, too few"),
         ({"key_mask": torch.zeros(1, 1)}, r"key_mask must be \(B, T\) bool"),
         ({"scale": float("inf")}, "scale must be finite"),
+        ({"prefix_key": query[0]}, "a prefix has keys and values"),
         ({"prefix_key": query[0], "prefix_value": query[0, :1]}, r"a prefix must be \(HKV, P, D\)"),
         ({"sinks": torch.zeros(2, dtype=torch.float64)}, "sinks are float32 or in query's dtype"),
     ):
         with pytest.raises(RuntimeError, match=said):
             cuda.forward(call._replace(**bad))
+
+
+def test_a_call_that_nobody_checked_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Straight from the op, and the long way: the same bits. What is wrong is said by the checks."""
+    for name in ("one-query", "sinks", "softcap", "key-mask", "window", "key-lengths", "bank ids"):
+        arguments = decoding(CASES[name]).arguments(torch.bfloat16)
+        direct = _ops.at_once(Call(**arguments, scale=None), "cuda")  # pyrefly: ignore[bad-argument-type]
+        assert (direct is None) is (name in ("key-lengths", "bank ids"))
+        with monkeypatch.context() as patch:
+            patch.setattr(_native_cuda, "loaded", set())
+            expected = attend(arguments)
+        assert all(map(torch.equal, attend(arguments), expected))
+    with pytest.raises(ValueError, match="key must be"):
+        attend(arguments | {"key": arguments["key"][..., :-8]})
+    with pytest.raises(ValueError, match="must be given together"):
+        attend(arguments | {"prefix_value": None, "prefix_ids": None})
+    with pytest.raises(ValueError, match=r"prefix_ids must lie in -1..2"):
+        attend(arguments | {"prefix_ids": torch.full((5,), 3)})
 
 
 def test_compiles_whole_and_passes_opcheck() -> None:

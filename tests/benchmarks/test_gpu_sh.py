@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import re
 import shutil
 import signal
@@ -118,6 +119,21 @@ def test_a_set_runs_to_its_end_and_packs_after_every_stage(
     assert any(line.endswith("early 1") for line in launched) is (name == "second")  # a folded prefix
 
 
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="the emulator is written for x86-64")
+def test_the_cuda_kernel_is_tried_from_end_to_end(tmp_path: Path) -> None:
+    """On the emulated GPU, under stand-ins for the sanitizer."""
+    out, tools = tmp_path / "out", tmp_path / "bin"
+    tools.mkdir()
+    script(tools / "compute-sanitizer", 'while case "$1" in *python*) false;; esac; do shift; done\nexec "$@"')
+    found = {"DEVICE": "cpu", "PREFIX_ATTN_EMULATE": "1", "ONLY": "parity few b", "OMP_NUM_THREADS": "1"}
+    done = run(out, "cuda", PATH=f"{tools}:{os.environ['PATH']}", **found)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "ok parity few bfloat16\nall passed" in done.stdout
+    stages = ("cuda", "cuda_speed", "cuda_memcheck", "cuda_racecheck")
+    assert re.findall(r"^== (\w+)$", done.stdout, re.MULTILINE) == list(stages)
+    assert packed(out) == {"cuda/primitives.txt", "cuda/speed.json", *(f"{name}.txt" for name in stages)}
+
+
 def test_what_is_packed_survives_a_kill_and_is_kept(tmp_path: Path) -> None:
     """The stand-in for Python answers the first stage, and never ends the second."""
     out = tmp_path / "out"
@@ -161,12 +177,13 @@ def test_it_names_what_exists() -> None:
     """Every module that the script runs, with every option that it gives."""
     commands = re.findall(r'"\$python" (?:\\\n)?\s*-m ((?:benchmarks|tests)[\w.]*)((?:\\\n|[^\n])*)', TEXT)
     given: dict[tuple[str, ...], set[str]] = {("tests.test_gpu",): {"--bare", "--only"}}
+    given["tests.test_gpu_cuda",] = {"--bare"}
     for module, rest in commands:
         sub = re.search(r'"\$\{(?:sweep|slow)\[@\]\}"|report', rest)
         name = (module,) if not sub else (module, "report" if sub[0] == "report" else "run")
         given.setdefault(name, set()).update(re.findall(r"(--[\w-]+)", rest))
     tools = {f"benchmarks.kernels.{tool}" for tool in ("tune", "roofline", "dram")}
-    assert {name[-1] for name in given} == {"run", "report", "tests.test_gpu", *tools}
+    assert {name[-1] for name in given} == {"run", "report", "tests.test_gpu", "tests.test_gpu_cuda", *tools}
     helps = {
         name: subprocess.Popen([sys.executable, "-m", *name, "--help"], cwd=ROOT, stdout=subprocess.PIPE, text=True)
         for name in given

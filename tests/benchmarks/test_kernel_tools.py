@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import operator
-from benchmarks.kernels import compile_kernels, dram, shares, tune
+from benchmarks.kernels import compile_cuda, compile_kernels, decode_cuda, dram, shares, tune
 from benchmarks.kernels.compile_kernels import TIMED_SPILLS, Kernel
 from prefix_attn.backends.triton import table
 
@@ -63,3 +63,29 @@ def test_shares_take_the_fastest_of_all_processes() -> None:
     assert rows[0] == "a processor, avx2, one thread, 2 processes; memory 10 G/s, float32 50 G/s, bfloat16 1000 G/s"
     assert [row.split(" | ")[4] for row in rows[4:]] == ["50%"] * 4
     assert [row.split(" | ")[3] for row in rows[4:]] == ["memory", "products", "memory", "memory"]
+
+
+def test_both_tables_of_resources_are_kept(tmp_path: Path) -> None:
+    """Each tool writes its own part of the page."""
+    page = tmp_path / "page.md"
+    page.write_text(compile_kernels.table([KERNEL]))
+    for registers in (100, 101):
+        compile_cuda.write(page, f"{compile_cuda.HEADING}\n\n{registers}\n")
+    assert page.read_text() == compile_kernels.table([KERNEL]).rstrip() + f"\n\n{compile_cuda.HEADING}\n\n101\n"
+
+
+def test_predictions_of_decoding_are_of_the_plan(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bytes bound large steps, so twice the rows take twice the time; Triton's time is that of ``roofline``'s model."""
+    found = {B: decode_cuda.predicted(B, 8192, 128) for B in (1, 256, 512)}
+    assert 1.9 < found[512].cuda / found[256].cuda < 2.1
+    assert (found[1].folded, found[1].splits) == (0, 33)
+    assert (found[256].folded, found[256].splits) == (2, 1)
+    assert all(one.cuda >= one.triton for one in found.values())
+    monkeypatch.setattr("sys.argv", ["decode_cuda"])
+    decode_cuda.main()
+    rows = capsys.readouterr().out.splitlines()[2:]
+    assert len(rows) == len(decode_cuda.CASES)
+    text = (compile_cuda.CSRC.parent / "docs/kernels.md").read_text()
+    assert all(row in text for row in rows)

@@ -133,7 +133,7 @@ struct Problem {
         return j < lengths.p[b] && j <= position && (!c.options || (position - j < 70 && mask.p[size_t(b) * c.T + j]));
     }
 
-    // What query s of head h of row b gets, in float64; returns its worst error in units of EPS times the row's largest.
+    // What query s of head h of row b gets, in float64. Its worst error, in units of EPS times the row's largest.
     double error(int b, size_t h, int s) const {
         const size_t row = (b * HQ + h) * c.S + s, kv = h / c.G;
         std::vector<double> logits, values[D];
@@ -164,7 +164,7 @@ struct Problem {
         return right ? worst : INFINITY;
     }
 
-    // Keys and values: the prefix once for each folded tile, what a unit sees once for all its queries; and the queries.
+    // Keys and values: the prefix once for each folded tile, what a unit sees once for all its queries. And queries.
     int64_t bytes() const {
         int64_t rows = 0, queries = int64_t(p.plan.splits) * c.B * HQ * c.S;
         if (p.plan.folded) {
@@ -172,7 +172,9 @@ struct Problem {
             for (int tile = 0; tile < p.plan.tiles; tile++)
                 for (int n = 0; n < c.N; n++) {
                     bool read = false;
-                    for (int u = tile * p.plan.tile_units; u < std::min((tile + 1) * p.plan.tile_units, p.plan.units); u++)
+                    const int first = tile * p.plan.tile_units;
+                    const int last = std::min(first + p.plan.tile_units, p.plan.units);
+                    for (int u = first; u < last; u++)
                         read = read || entry(u / p.plan.chunks) == n;
                     rows += read ? prefix_lengths.p[n] : 0;
                 }
