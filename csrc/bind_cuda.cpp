@@ -1,6 +1,7 @@
 // The decode kernel as a torch op, through the stable ABI: one binary for torch 2.10 and newer. It checks what it is
 // given, makes the results and the slots, and launches on the current stream. With PREFIX_ATTN_EMULATE the same op
 // takes tensors on the CPU, and runs on the emulated GPU.
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/util/Exception.h>
@@ -21,7 +22,6 @@
 #define NAME prefix_attn_emulated
 #define KEY CPU
 #else
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
 #define NAME prefix_attn_cuda
 #define KEY CUDA
