@@ -113,27 +113,30 @@ def _bits(tensor: Tensor) -> Tensor:
     return tensor.contiguous().view({2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.itemsize])
 
 
+def captured(call: Callable[[], Any], device: str) -> tuple[Callable[[], Any], Any]:
+    """What replays the call, and where its results then are. Without a device the call itself."""
+    results = call()
+    if device != "cuda":
+        return call, results
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        call()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = call()
+    return graph.replay, results
+
+
 def graph_follows_lengths(case: Case, dtype: torch.dtype, device: str) -> None:
     """One captured graph, replayed as the lengths on the device change."""
     arguments = case.arguments(dtype, device)
     lengths = arguments["key_lengths"]
-    call: Callable[[], Any] = lambda: prefix_attention(**arguments, return_lse=True, backend="triton")
     with torch.no_grad():
-        results = call()
-        if device == "cuda":
-            side = torch.cuda.Stream()
-            with torch.cuda.stream(side):
-                call()
-            torch.cuda.current_stream().wait_stream(side)
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
-                results = call()
+        replay, results = captured(lambda: prefix_attention(**arguments, return_lse=True, backend="triton"), device)
         for step in range(4):
             lengths.copy_((torch.arange(case.B, device=device) * 37 + step * 101) % (case.T + 1))
-            if device == "cuda":
-                graph.replay()
-            else:
-                results = call()
+            results = replay() or results
             exact, rough = (
                 prefix_attention(**a, return_lse=True, backend="eager") for a in (widen(arguments), arguments)
             )

@@ -32,6 +32,7 @@ from benchmarks.kernels.compile_cuda import nvcc
 from prefix_attn import prefix_attention
 from prefix_attn.backends._native_cuda import NVCC
 from tests.numerics import FINE, LONG, Case, close, widen, within_eps
+from tests.test_gpu import captured
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCE = ROOT / "tests/backends/emulated/primitives.cpp"
@@ -86,21 +87,6 @@ def graph(case: Case, dtype: torch.dtype, device: str) -> None:
         got = replay() or results
         expected = attend(arguments)
         assert all(map(torch.equal, got, expected)), f"step {step}"
-
-
-def captured(call: Callable[[], Any], device: str) -> tuple[Callable[[], Any], Any]:
-    """What replays the call, and where its results then are. Without a device the call itself."""
-    results = call()
-    if device != "cuda":
-        return call, results
-    side = torch.cuda.Stream()
-    with torch.cuda.stream(side):
-        call()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        results = call()
-    return graph.replay, results
 
 
 def primitives(device: str, folder: Path) -> str:

@@ -20,9 +20,8 @@ MAX_LINES = 600
 # The package, from the ground up. A module may import from the rooms below its own, and from its own where that is a
 # folder. The longest matching name decides.
 ORDER = (
-    ("prefix_attn.call", "prefix_attn.quoting"),
+    ("prefix_attn.call", "prefix_attn.quoting", "prefix_attn.backends._native"),
     (
-        "prefix_attn.backends._native",
         "prefix_attn.backends._native_cuda",
         "prefix_attn.backends.gpu_attention",
         "prefix_attn.backends.outputs",

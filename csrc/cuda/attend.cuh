@@ -150,6 +150,13 @@ DEVICE void multiply_keys(const T* q, int row, const T* k, int key, float (&s)[N
     }
 }
 
+// tanh t = 1 - 2 / (e^2t + 1) for x = 2 t log2(e). Near 0 that would cancel, and a large cap multiplies what is left.
+DEVICE float tanh_of(float x) {
+    const float t = x * (0.5f / LOG2E), y = t * t;
+    const float small = t * (1 + y * (-0.33333333f + y * (0.13333333f - y * 0.053968254f)));
+    return y < 0.01f ? small : 1 - 2 * dev::reciprocal(dev::exp2(x) + 1);
+}
+
 // Products to logits in units of log 2; -inf where a query does not see a key. n0: the first key's number.
 template <int N>
 DEVICE void score(const Decode& p, const uint8_t* seen, int n0, bool prefix, const int (&position)[2],
@@ -168,8 +175,7 @@ DEVICE void score(const Decode& p, const uint8_t* seen, int n0, bool prefix, con
         for (int j = 0; j < 4; j++) {
             const int o = n0 + column + j % 2;
             float x = s[n][j] * p.scale;
-            // tanh x = 1 - 2 / (e^2x + 1), where the scale has made e^2x of 2^x
-            if (p.softcap != 0) x = p.softcap * (1 - 2 * dev::reciprocal(dev::exp2(x) + 1));
+            if (p.softcap != 0) x = p.softcap * tanh_of(x);
             const bool visible = both >> 8 * (j % 2) & 1 && low[j / 2] < o && o <= high[j / 2];
             s[n][j] = visible ? x : -INFINITY;
         }

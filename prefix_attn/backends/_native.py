@@ -8,6 +8,7 @@ import io
 import logging
 import os
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -21,14 +22,19 @@ def _load() -> str | None:
     found = next(iter(sorted(PACKAGE.glob("_C_cpu*.so"))), None)
     if found is None:
         return "it was not built at installation"
+    return loaded(found, "prefix_attn_cpu", INTERFACE) or _choose()
+
+
+def loaded(library: Path, name: str, interface: int) -> str | None:
+    """Load ``library`` as ``torch.ops.NAME``; the reason if it cannot be, or was built from other sources."""
     try:
-        torch.ops.load_library(found)
+        torch.ops.load_library(library)
     except OSError as error:
-        return f"{found.name} does not load: {str(error).splitlines()[0]}"
-    ops = torch.ops.prefix_attn_cpu
-    if not hasattr(ops, "interface") or ops.interface() != INTERFACE:
-        return f"{found.name} was built from other sources than these: build it again"
-    return _choose()
+        return f"{library.name} does not load: {str(error).splitlines()[0]}"
+    ops = getattr(torch.ops, name)
+    if not hasattr(ops, "interface") or ops.interface() != interface:
+        return f"{library.name} was built from other sources than these: build it again"
+    return None
 
 
 def _choose() -> str | None:
@@ -58,22 +64,40 @@ def cpu_ops_missing() -> str | None:
 
 @functools.cache
 def _built() -> str | None:
-    places = (PACKAGE / "csrc", PACKAGE.parent / "csrc")
-    sources = next((path for path in places if (path / "bind_cpu.cpp").is_file()), None)
-    if os.environ.get("PREFIX_ATTN_BUILD") == "0" or sources is None or any(PACKAGE.glob("_C_cpu*.so")):
+    if os.environ.get("PREFIX_ATTN_BUILD") == "0" or sources() is None or any(PACKAGE.glob("_C_cpu*.so")):
         return _missing
+    what = "the CPU kernels: once, about 20 seconds"
+    reason = build("prefix_attn_cpu", ["bind_cpu.cpp", "cpu/*.cpp"], what, extra_cflags=FLAGS)
+    return f"{_missing}, and {reason}" if reason else _choose()
+
+
+def sources() -> Path | None:
+    """The folder csrc: of the package where it is installed, of the repository else."""
+    places = (PACKAGE / "csrc", PACKAGE.parent / "csrc")
+    return next((path for path in places if (path / "bind_cpu.cpp").is_file()), None)
+
+
+def build(name: str, files: list[str], what: str, *, include: str = "", **flags: Any) -> str | None:
+    """Build ``files`` of csrc by ninja and load them as ``torch.ops.NAME``; the reason if that fails.
+
+    ``what`` is logged, and headers are found in the folder ``include`` of csrc too.
+    """
     from torch.utils import cpp_extension
 
+    if (folder := sources()) is None:
+        return "its sources are not installed"
     if not cpp_extension.is_ninja_available():
-        return f"{_missing}, and building it now needs ninja on the PATH: pip install 'prefix-attn[jit]'"
-    files = [str(sources / "bind_cpu.cpp"), *map(str, sorted((sources / "cpu").glob("*.cpp")))]
-    if not any(Path(cpp_extension._get_build_directory("prefix_attn_cpu", verbose=False)).glob("*.so")):
-        logging.getLogger(__name__).warning("building the CPU kernels: once, about 20 seconds")
+        return "building it now needs ninja on the PATH: pip install 'prefix-attn[jit]'"
+    paths = [str(path) for file in files for path in sorted(folder.glob(file))]
+    if not any(Path(cpp_extension._get_build_directory(name, verbose=False)).glob("*.so")):
+        logging.getLogger(__name__).warning("building %s", what)
     try:
         with contextlib.redirect_stdout(io.StringIO()):  # what went wrong is in the error
-            cpp_extension.load("prefix_attn_cpu", files, extra_cflags=FLAGS, is_python_module=False)
+            cpp_extension.load(
+                name, paths, extra_include_paths=[str(folder / include)], is_python_module=False, **flags
+            )
     except (RuntimeError, OSError, ImportError) as error:
         lines = [line for line in str(error).splitlines() if line.strip()]
-        said = next((line for line in lines if ": error: " in line), lines[0] if lines else type(error).__name__)
-        return f"{_missing}, and building it now failed: {said.strip()[:200]}"
-    return _choose()
+        said = next((line for line in lines if "error: " in line), lines[0] if lines else type(error).__name__)
+        return f"building it now failed: {said.strip()[:200]}"
+    return None

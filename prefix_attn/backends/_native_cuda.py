@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
-import io
-import logging
 import os
 import platform
-from pathlib import Path
 from typing import Any
 
 import torch
 
-PACKAGE = Path(__file__).resolve().parent.parent
+from prefix_attn.backends import _native
+
 INTERFACE = 1  # of csrc/bind_cuda.cpp
 STABLE = "-DTORCH_TARGET_VERSION=0x020a000000000000"
 # What setup.py has, too.
@@ -45,15 +42,16 @@ def op(kind: str) -> Any:
 def _cuda() -> str | None:
     if torch.version.cuda is None:
         return "torch was built without CUDA"
-    if found := next(iter(sorted(PACKAGE.glob("_C_cuda*.so"))), None):
-        return _loaded(found)
+    if found := next(iter(sorted(_native.PACKAGE.glob("_C_cuda*.so"))), None):
+        return _native.loaded(found, "prefix_attn_cuda", INTERFACE)
     if os.environ.get("PREFIX_ATTN_BUILD") == "0":
         return "it was not built at installation"
-    return _built(  # for the GPUs that are here: torch finds out which
+    return _native.build(  # for the GPUs that are here: torch finds out which
         "prefix_attn_cuda",
         ["bind_cuda.cpp", "cuda/decode.cu"],
         "the CUDA kernel: once, minutes",
         extra_cflags=["-O2", "-std=c++20", STABLE, "-DUSE_CUDA"],
+        include="cuda",
         extra_cuda_cflags=NVCC,
         with_cuda=True,
     )
@@ -62,46 +60,10 @@ def _cuda() -> str | None:
 def _emulated() -> str | None:
     if platform.machine() != "x86_64":
         return f"the emulator is written for x86-64, this is {platform.machine()}"
-    return _built(
+    return _native.build(
         "prefix_attn_emulated",
         ["bind_cuda.cpp", "emulate/decode.cpp", "emulate/emulate.cpp", "emulate/warp.cpp"],
         "the emulated CUDA kernel: once, about 20 seconds",
         extra_cflags=[*EMULATED, "-DPREFIX_ATTN_EMULATE"],
         include="emulate",
     )
-
-
-def _loaded(library: Path) -> str | None:
-    try:
-        torch.ops.load_library(library)
-    except OSError as error:
-        return f"{library.name} does not load: {str(error).splitlines()[0]}"
-    ops = torch.ops.prefix_attn_cuda
-    if not hasattr(ops, "interface") or ops.interface() != INTERFACE:
-        return f"{library.name} was built from other sources than these: build it again"
-    return None
-
-
-def _built(name: str, files: list[str], what: str, *, include: str = "cuda", **flags: Any) -> str | None:
-    """None once the library ``name`` is loaded; else why it could not be built."""
-    from torch.utils import cpp_extension
-
-    places = (PACKAGE / "csrc", PACKAGE.parent / "csrc")
-    sources = next((path for path in places if (path / "bind_cuda.cpp").is_file()), None)
-    if sources is None:
-        return "its sources are not installed"
-    if not cpp_extension.is_ninja_available():
-        return "building it needs ninja on the PATH: pip install 'prefix-attn[jit]'"
-    if not any(Path(cpp_extension._get_build_directory(name, verbose=False)).glob("*.so")):
-        logging.getLogger(__name__).warning("building %s", what)
-    paths = [str(sources / file) for file in files]
-    try:
-        with contextlib.redirect_stdout(io.StringIO()):  # what went wrong is in the error
-            cpp_extension.load(
-                name, paths, extra_include_paths=[str(sources / include)], is_python_module=False, **flags
-            )
-    except (RuntimeError, OSError, ImportError) as error:
-        lines = [line for line in str(error).splitlines() if line.strip()]
-        said = next((line for line in lines if "error: " in line), lines[0] if lines else type(error).__name__)
-        return f"building it failed: {said.strip()[:200]}"
-    return None

@@ -221,6 +221,12 @@ def test_numbers_that_lie_read_nothing_else() -> None:
     assert all(map(torch.equal, cuda.forward(wrong), cuda.forward(right)))
 
 
+@pytest.mark.parametrize("softcap", [1.0, 1e3, 1e6])
+def test_a_large_softcap_multiplies_no_error(softcap: float) -> None:
+    """1 - 2 / (e^2t + 1) has nothing left of a small t."""
+    compare(Case(B=2, S=2, T=30, P=9, D=64, Dv=64, options={"softcap": softcap}).arguments(torch.bfloat16))
+
+
 @pytest.mark.parametrize("axis", [0, 1, 2])
 def test_offsets_beyond_32_bits(axis: int) -> None:
     """Strides of 2**31 elements, in memory that is never touched between the rows."""
